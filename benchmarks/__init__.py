@@ -1,0 +1,1 @@
+"""Benchmarks: one question per file, figures as JSON."""

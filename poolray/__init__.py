@@ -1,0 +1,46 @@
+"""poolray: parallel and distributed Python, from a Pool to a cluster."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from poolray import exceptions
+from poolray._version import __version__
+from poolray.api import get, init, is_initialized, put, remote, shutdown, wait
+from poolray.objects.object_ref import ObjectRef
+from poolray.runtime_context import get_runtime_context
+
+if TYPE_CHECKING:
+    from poolray.executor import Executor
+    from poolray.pool import Pool
+
+__all__ = [
+    "Executor",
+    "ObjectRef",
+    "Pool",
+    "__version__",
+    "exceptions",
+    "get",
+    "get_runtime_context",
+    "init",
+    "is_initialized",
+    "put",
+    "remote",
+    "shutdown",
+    "wait",
+]
+
+
+if not TYPE_CHECKING:  # checkers know the faces from the import above, and misspelt names from none
+
+    def __getattr__(name: str) -> object:
+        """Faces are imported at their first use: a program pays for what it uses."""
+        if name == "Pool":
+            from poolray.pool import Pool
+
+            return Pool
+        if name == "Executor":
+            from poolray.executor import Executor
+
+            return Executor
+        raise AttributeError(f"module 'poolray' has no attribute {name!r}")

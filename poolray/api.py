@@ -1,0 +1,650 @@
+"""The runtime API: init, shutdown, remote, get, put, wait.
+
+What: checks what users pass in, finds or makes the process's runtime, hands over to its client.
+Who calls: users, as `poolray.init` and so on.
+May touch: nothing by itself; `init` starts processes through the local shell.
+Invariants: a process has one client; in a worker it is the worker's, and `init` is not needed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, overload
+
+from poolray.client import Client
+from poolray.config import Config
+from poolray.exceptions import NotSupportedError
+from poolray.local import process_state
+from poolray.local import runtime as local_runtime
+from poolray.local.fork_server import WorkerSetup
+from poolray.objects.object_ref import ObjectRef
+from poolray.remote_function import RemoteFunction, check_options
+from poolray.remote_signature import DefinitionOptions, Given_co, RemoteSignature
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+__all__ = [
+    "RuntimeContextInfo",
+    "get",
+    "init",
+    "is_initialized",
+    "put",
+    "remote",
+    "shutdown",
+    "wait",
+]
+
+_DECORATOR_USE = (
+    "The @ray.remote decorator must be applied either with no arguments and no parentheses, for "
+    "example '@ray.remote', or it must be applied using some of the arguments in the list "
+    "['num_cpus', 'num_returns', 'resources', 'max_retries', 'retry_exceptions', 'max_calls', "
+    "'name', …], for example '@ray.remote(num_returns=2, resources={\"CustomResource\": 1})'."
+)
+
+_default_namespace = ""
+
+
+class RuntimeContextInfo:
+    """What `init` returns: facts of the runtime; leaving it as a context shuts down.
+
+    Attributes
+    ----------
+    address_info : dict
+        `node_id` (hex), `address`, `session_dir`, `object_store_address`.
+    dashboard_url : str
+        Empty: there is no dashboard in local mode.
+    python_version, poolray_version : str
+    """
+
+    def __init__(self, address_info: dict[str, Any]) -> None:
+        from poolray._version import __version__
+
+        self.address_info = address_info
+        self.dashboard_url = ""
+        self.python_version = ".".join(map(str, sys.version_info[:3]))
+        self.poolray_version = __version__
+        self.ray_version = __version__
+
+    def __getitem__(self, key: str) -> Any:
+        return self.address_info[key]
+
+    def __enter__(self) -> RuntimeContextInfo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutdown()
+
+    def disconnect(self) -> None:
+        """Shut the runtime down."""
+        shutdown()
+
+    def __repr__(self) -> str:
+        return f"RuntimeContext(node_id={self.address_info['node_id']!r})"
+
+
+def init(
+    address: str | None = None,
+    *,
+    num_cpus: int | None = None,
+    num_gpus: int | None = None,
+    resources: dict[str, float] | None = None,
+    object_store_memory: int | None = None,
+    ignore_reinit_error: bool = False,
+    namespace: str | None = None,
+    include_dashboard: bool | None = None,
+    logging_level: Any = None,
+    log_to_driver: bool = True,
+    configure_logging: bool = True,
+    **options: Any,
+) -> RuntimeContextInfo:
+    """Start the runtime in this process.
+
+    Parameters
+    ----------
+    address : str, optional
+        None or "local": this machine, no daemon. Clusters are not supported by this version.
+    num_cpus : int, default: CPUs that this process may run on
+        CPUs that tasks may use at once.
+    num_gpus : int, default 0
+        Not supported by this version beyond 0.
+    resources : dict of str to float
+        Custom resources of this node.
+    object_store_memory : int, bytes, default 30 % of the machine's memory
+        Capacity of the shared memory for large objects; pages are taken as they are used.
+    ignore_reinit_error : bool, default False
+        Return quietly when the runtime is up already (it stays as it is).
+    namespace : str, optional
+        Scope of names of actors.
+    include_dashboard : bool, optional
+        True is refused: there is no dashboard in this version.
+    logging_level : int or str, optional
+        Level of the `poolray` logger.
+    log_to_driver : bool, default True
+        Whether what tasks print arrives here, each line with the task's name and pid.
+    configure_logging : bool, default True
+        Whether `logging_level` is applied.
+    **options
+        Fields of `poolray.config.Config`, by name.
+
+    Returns
+    -------
+    RuntimeContextInfo
+        Facts of the runtime; a context manager that shuts it down.
+
+    Raises
+    ------
+    RuntimeError
+        The runtime is up already; an unknown keyword.
+    ValueError
+        A quantity is negative, fractional or too small.
+    NotSupportedError
+        An option that this version does not carry out.
+
+    Notes
+    -----
+    Forks one small process before it starts any thread; workers are forked from that as tasks
+    need them. Called by the first use of the API if you do not.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> with poolray.init(num_cpus=2, ignore_reinit_error=True):
+    ...     poolray.get(poolray.remote(lambda n: 2**n).remote(5))
+    32
+    """
+    _check_init(address, num_cpus, num_gpus, resources, object_store_memory, namespace, options)
+    if include_dashboard:
+        raise NotSupportedError("include_dashboard=True: this version of poolray has no dashboard.")
+    with process_state.lock:
+        if is_initialized():
+            if ignore_reinit_error:
+                return _context()
+            raise RuntimeError(
+                "Maybe you called ray.init twice by accident? This error can be suppressed by "
+                "passing in 'ignore_reinit_error=True' or by calling 'ray.shutdown()' prior to "
+                "'ray.init()'."
+            )
+        if logging_level is not None and configure_logging:
+            import logging
+
+            logging.getLogger("poolray").setLevel(logging_level)
+        config = Config.load(
+            num_cpus=num_cpus, object_store_memory_bytes=object_store_memory, **options
+        )
+        _start(config, resources or {}, namespace, log_to_driver)
+        return _context()
+
+
+def _check_init(
+    address: str | None,
+    num_cpus: float | None,
+    num_gpus: float | None,
+    resources: dict[str, float] | None,
+    object_store_memory: int | None,
+    namespace: str | None,
+    options: dict[str, Any],
+) -> None:
+    unknown = [name for name in options if name not in Config.__dataclass_fields__]
+    if unknown:
+        raise RuntimeError(f"Unknown keyword argument(s): {', '.join(unknown)}")
+    if address not in (None, "local"):
+        if num_cpus is not None or num_gpus is not None:
+            raise ValueError(
+                "When connecting to an existing cluster, num_cpus and num_gpus must not be "
+                "provided."
+            )
+        if address == "auto":
+            raise ConnectionError(
+                "Could not find any running Ray instance. Please specify the one to connect to by "
+                "setting `--address` flag or `RAY_ADDRESS` environment variable."
+            )
+        raise NotSupportedError(
+            f"address={address!r}: clusters are not supported by this version of poolray; leave "
+            "the address out to run on this machine."
+        )
+    for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)):
+        _check_whole(name, amount)
+    if num_gpus:
+        raise NotSupportedError("num_gpus: this version of poolray does not schedule GPUs.")
+    _check_custom(resources)
+    if object_store_memory is not None and object_store_memory < _STORE_MIN_BYTES:
+        raise ValueError(
+            f"Attempting to cap object store memory usage at {object_store_memory} bytes, but the "
+            f"minimum allowed is {_STORE_MIN_BYTES} bytes."
+        )
+    if namespace is not None and not isinstance(namespace, str):
+        raise TypeError("namespace must be None or a string.")
+    if namespace == "":
+        raise ValueError('"" is not a valid namespace. Pass None to not specify a namespace.')
+
+
+_STORE_MIN_BYTES = 1 << 20
+
+
+def _check_whole(name: str, amount: float | None) -> None:
+    if amount is None:
+        return
+    if not isinstance(amount, (int, float)):
+        raise TypeError(f"The quantity of {name} must be a number: {amount!r}")
+    if amount < 0:
+        raise ValueError(
+            f"Resource quantities must be nonnegative. Violated by resource '{name}' in "
+            f"{{'{name}': {amount}}}."
+        )
+    if amount != int(amount):
+        raise ValueError(
+            f"Resource quantities must all be whole numbers. Violated by resource '{name}' in "
+            f"{{'{name}': {amount}}}."
+        )
+
+
+def _check_custom(resources: dict[str, float] | None) -> None:
+    if resources is None:
+        return
+    if not isinstance(resources, dict):
+        raise TypeError(f"resources must be a dictionary of names to quantities: {resources!r}")
+    for name, amount in resources.items():
+        if name in ("CPU", "GPU", "memory", "object_store_memory"):
+            raise ValueError(
+                f"`{name}` cannot be a custom resource because it is one of the default resources: "
+                "use the parameter of init() for it."
+            )
+        if not isinstance(amount, (int, float)):
+            raise TypeError(f"The quantity of resource {name} must be a number: {amount!r}")
+        if amount < 0:
+            raise ValueError(
+                "Resource quantities must be nonnegative. Violated by resource "
+                f"'{name}' in {resources}."
+            )
+
+
+def _start(
+    config: Config, resources: dict[str, float], namespace: str | None, log_to_driver: bool
+) -> None:
+    """Make the runtime and the group of plain tasks; the caller holds the lock."""
+    global _default_namespace
+    import uuid
+
+    _default_namespace = namespace or str(uuid.uuid4())
+    runtime = local_runtime.ensure(config, resources)
+    if runtime.default_group is None:
+        _make_default_group(runtime, log_to_driver)
+    assert runtime.default_group is not None
+    client = runtime.client
+    client.use_serializer(runtime.default_group.serializer)
+    client.install()
+    process_state.install_driver(client)
+
+
+def _make_default_group(runtime: local_runtime.LocalRuntime, log_to_driver: bool = True) -> None:
+    """Make the group of plain tasks; the caller holds the lock."""
+    setup = WorkerSetup(
+        config=runtime.config,
+        prefix_output=log_to_driver,
+        discard_output=not log_to_driver,
+        forward_output=_streams_are_replaced(),
+        namespace=_default_namespace,
+    )
+    runtime.default_group = runtime.create_group(
+        size=0, start_now=False, setup=setup, out_of_band_all=True, is_default=True
+    )
+
+
+local_runtime.make_default_group = _make_default_group
+
+
+def _streams_are_replaced() -> bool:
+    return sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__
+
+
+def _context() -> RuntimeContextInfo:
+    runtime = local_runtime.current()
+    setup = process_state.setup()
+    node_id = runtime.node_id if runtime is not None else setup.node_id if setup else b""
+    return RuntimeContextInfo(
+        {
+            "node_id": node_id.hex(),
+            "address": "local",
+            "node_ip_address": "127.0.0.1",
+            "session_dir": "",
+            "object_store_address": "",
+        }
+    )
+
+
+def shutdown() -> None:
+    """End the runtime: its workers, its objects, its pools.
+
+    Notes
+    -----
+    Any number of times, also before `init`. Runs by itself when the interpreter ends. In a task it
+    does nothing. Blocks until every process is gone.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> ref = poolray.put(1)
+    >>> poolray.shutdown()
+    >>> poolray.is_initialized()
+    False
+    """
+    if process_state.is_worker():
+        return
+    with process_state.lock:
+        process_state.install_driver(None)
+        local_runtime.shutdown()
+
+
+def is_initialized() -> bool:
+    """Whether this process can use the API without starting anything.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> ref = poolray.put(1)
+    >>> poolray.is_initialized()
+    True
+    """
+    client = process_state.client()
+    if client is None:
+        return False
+    return process_state.is_worker() or local_runtime.current() is not None
+
+
+def namespace_of_driver() -> str:
+    """The namespace that `init` was given, or made."""
+    return _default_namespace
+
+
+def find_client() -> Client:
+    """The process's client; starts the runtime if there is none."""
+    client = process_state.client()
+    if client is not None and (process_state.is_worker() or local_runtime.current() is not None):
+        return client
+    with process_state.lock:
+        if not is_initialized():
+            _start(Config.load(), {}, None, True)
+        client = process_state.client()
+        assert client is not None
+        return client
+
+
+class _RemoteDecorator(Protocol):
+    """What `remote(...)` with options gives."""
+
+    def __call__(self, function: Callable[P, R], /) -> RemoteFunction[P, R]: ...
+
+
+class _RemoteDecoratorOf(Protocol[Given_co]):
+    """The same for `num_returns` other than 1."""
+
+    def __call__(
+        self, function: Callable[P, R], /
+    ) -> RemoteSignature[P, R, Callable[P, R], Given_co]: ...
+
+
+@overload
+def remote(function: Callable[P, R], /) -> RemoteFunction[P, R]: ...
+
+
+@overload
+def remote(  # type: ignore[overload-overlap]
+    *, num_returns: Literal[0], **options: Unpack[DefinitionOptions]
+) -> _RemoteDecoratorOf[None]: ...
+
+
+@overload
+def remote(  # type: ignore[overload-overlap]
+    *, num_returns: Literal[1] | None = None, **options: Unpack[DefinitionOptions]
+) -> _RemoteDecorator: ...
+
+
+@overload
+def remote(
+    *, num_returns: int, **options: Unpack[DefinitionOptions]
+) -> _RemoteDecoratorOf[list[ObjectRef[Any]]]: ...
+
+
+def remote(*args: Any, **options: Any) -> Any:
+    """Make a function run in workers: `@remote`, or `@remote(num_cpus=2, …)`.
+
+    Parameters
+    ----------
+    num_returns, num_cpus, resources, max_retries, retry_exceptions, name
+        See `RemoteFunction.options`.
+    max_calls : int
+        Calls after which the worker is replaced; 0: never.
+
+    Returns
+    -------
+    RemoteFunction
+        Call it with `.remote(...)`.
+
+    Raises
+    ------
+    TypeError
+        Not a function; a bad value.
+    ValueError
+        An unknown option, a value out of range, a coroutine function.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> @poolray.remote
+    ... def twice(x: int) -> int:
+    ...     return 2 * x
+    >>> poolray.get([twice.remote(i) for i in range(3)])
+    [0, 2, 4]
+    """
+    if len(args) == 1 and not options and callable(args[0]):
+        return _make_remote(args[0], {})
+    if args or not options:
+        raise AssertionError(_DECORATOR_USE)
+    check_options(options)
+    return lambda function: _make_remote(function, options)
+
+
+def _make_remote(function: Any, options: dict[str, Any]) -> Any:
+    if inspect.isclass(function):
+        raise NotSupportedError(
+            f"Actors are not supported by this version of poolray: {function.__qualname__} is a "
+            "class. Use functions, or a Pool with an initializer."
+        )
+    if not isinstance(function, types.FunctionType):
+        raise TypeError(
+            "The @ray.remote decorator must be applied to either a function or a class."
+        )
+    return RemoteFunction(function, options, find_client)
+
+
+@overload
+def get(
+    object_refs: ObjectRef[R], *, timeout: float | None = None, writable: bool = False
+) -> R: ...
+
+
+@overload
+def get(
+    object_refs: list[ObjectRef[R]], *, timeout: float | None = None, writable: bool = False
+) -> list[R]: ...
+
+
+def get(object_refs: Any, *, timeout: float | None = None, writable: bool = False) -> Any:
+    """The value of a ref, or the list of values of a list of refs.
+
+    Parameters
+    ----------
+    object_refs : ObjectRef or list of ObjectRef
+    timeout : float, seconds, optional
+        None waits for ever.
+    writable : bool, default False
+        Large arrays are views of shared memory: read-only, unless this is true; then they are
+        copied page by page as they are written to.
+
+    Raises
+    ------
+    TaskError
+        The task raised; the error is also an instance of the exception's own class, and the
+        original, with its remote traceback, is its `__cause__`.
+    GetTimeoutError
+        The time is up.
+    WorkerCrashedError
+        The worker died, and `max_retries` further attempts failed as well.
+    ValueError, TypeError
+        Something else than a ref, or a list of refs, was passed.
+
+    Notes
+    -----
+    Blocks. In a list, the first error that arrives is raised without waiting for the rest. In a
+    task, the task's CPUs serve others meanwhile. Ctrl-C interrupts it at once.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> poolray.get([poolray.put(1), poolray.put(2)])
+    [1, 2]
+    """
+    client = find_client()
+    if timeout is not None:
+        timeout = _check_get_timeout(timeout)
+    if isinstance(object_refs, ObjectRef):
+        return client.get([object_refs], timeout, writable)[0]
+    if not isinstance(object_refs, list):
+        raise ValueError(
+            f"Invalid type of object refs, {type(object_refs)}, is given. 'object_refs' must "
+            "either be an ObjectRef or a list of ObjectRefs. "
+        )
+    for value in object_refs:
+        if not isinstance(value, ObjectRef):
+            raise TypeError(
+                f"Attempting to call `get` on the value {value!r:.200}, which is not an "
+                "ray.ObjectRef."
+            )
+    if not object_refs:
+        return []
+    return client.get(object_refs, timeout, writable)
+
+
+def _check_get_timeout(timeout: Any) -> float | None:
+    if not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
+    if timeout == -1:
+        return None  # as in the reference
+    if timeout < 0:
+        raise ValueError(f"The 'timeout' argument must be nonnegative. Received {timeout}")
+    return timeout
+
+
+def put(value: T) -> ObjectRef[T]:
+    """Store a value once, for any number of tasks.
+
+    Raises
+    ------
+    TypeError
+        The value is a ref, or cannot be serialized.
+    ObjectStoreFullError
+        There is no room for it.
+
+    Notes
+    -----
+    Copies the value: later changes of the original are not seen.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> poolray.get(poolray.put({"a": 1}))
+    {'a': 1}
+    """
+    client = find_client()
+    if isinstance(value, ObjectRef):
+        raise TypeError(
+            "Calling 'put' on an ray.ObjectRef is not allowed. If you really want to do this, you "
+            "can wrap the ray.ObjectRef in a list and call 'put' on it."
+        )
+    return client.put(value)
+
+
+def wait(
+    ray_waitables: list[ObjectRef[R]],
+    *,
+    num_returns: int = 1,
+    timeout: float | None = None,
+    fetch_local: bool = True,
+) -> tuple[list[ObjectRef[R]], list[ObjectRef[R]]]:
+    """Wait until some of the refs are ready.
+
+    Parameters
+    ----------
+    ray_waitables : list of ObjectRef
+        Different refs.
+    num_returns : int, default 1
+        How many to wait for.
+    timeout : float, seconds, optional
+        None waits for ever.
+    fetch_local : bool, default True
+        Whether an object on another node counts as ready only once it has been fetched here; on
+        one machine it is here.
+
+    Returns
+    -------
+    ready, rest : lists of ObjectRef
+        In input order; `ready` has at the most `num_returns`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not a list of different refs; `num_returns` out of range; a negative timeout.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> ready, rest = poolray.wait([poolray.put(1), poolray.put(2)])
+    >>> len(ready), len(rest)
+    (1, 1)
+    """
+    client = find_client()
+    _check_wait(ray_waitables, num_returns, timeout)
+    if not ray_waitables:
+        return [], []
+    ready = client.wait(ray_waitables, num_returns, timeout)[:num_returns]
+    chosen = dict.fromkeys(ready)
+    rest = [ref for index, ref in enumerate(ray_waitables) if index not in chosen]
+    return [ray_waitables[index] for index in ready], rest
+
+
+def _check_wait(refs: Any, num_returns: Any, timeout: Any) -> None:
+    if isinstance(refs, ObjectRef):
+        raise TypeError(
+            "wait() expected a list of ray.ObjectRef or ray.ObjectRefGenerator, got a single "
+            f"ray.ObjectRef or ray.ObjectRefGenerator {refs!r}"
+        )
+    if not isinstance(refs, list):
+        raise TypeError(
+            f"wait() expected a list of ray.ObjectRef or ray.ObjectRefGenerator, got {type(refs)}"
+        )
+    if timeout is not None and timeout < 0:
+        raise ValueError(f"The 'timeout' argument must be nonnegative. Received {timeout}")
+    for ref in refs:
+        if not isinstance(ref, ObjectRef):
+            raise TypeError(
+                "wait() expected a list of ray.ObjectRef or ray.ObjectRefGenerator, got list "
+                f"containing {type(ref)}"
+            )
+    if not refs:
+        return
+    if len({ref._id for ref in refs}) != len(refs):
+        raise ValueError("Wait requires a list of unique ray_waitables.")
+    if num_returns <= 0:
+        raise ValueError(f"Invalid number of objects to return {num_returns}.")
+    if num_returns > len(refs):
+        raise ValueError(
+            "num_returns cannot be greater than the number of ray_waitables provided to ray.wait."
+        )

@@ -1,0 +1,575 @@
+"""The client: what a process that uses the API knows of its objects and functions.
+
+What: turns calls into messages to the node (submit, put, get, wait, references), counts the
+process's handles, maps the arena. It decides nothing.
+Who calls: `api.py`, `remote_function.py`; one per process, in drivers and in workers.
+May touch: the arena; the node through its `Link`.
+Invariants: the node counts this process once per object, from the first handle or view to the
+last; `counts` tells how many there are. Finalizers only append to `dropped`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, final
+
+from poolray.config import Config
+from poolray.exceptions import (
+    GetTimeoutError,
+    InternalError,
+    ObjectStoreFullError,
+    PoolrayError,
+    TaskError,
+)
+from poolray.ids import ClassId, FunctionId, ObjectId, TaskIdSource, return_id
+from poolray.objects import object_ref
+from poolray.objects.object_ref import ObjectRef, make_ref
+from poolray.objects.serialization import (
+    Serialized,
+    Serializer,
+    deserialize,
+    dumps_function,
+)
+from poolray.objects.shared_memory import Arena, load_value_file, write_value_file
+from poolray.protocol.client import (
+    AddReferences,
+    DefineClass,
+    DefineFunction,
+    ObjectValues,
+    PutObject,
+    ReleaseReferences,
+    SubmitTasks,
+)
+from poolray.protocol.values import FunctionDefinition, InArena, InFile, TaskClass, TaskSpec
+
+_REF = ObjectRef
+
+
+class Link(Protocol):
+    """How a client reaches its node."""
+
+    def enter(self) -> None:
+        """Hold Ctrl-C back: what is begun now is finished."""
+
+    def leave(self) -> None:
+        """The end of `enter`: an interrupt that came meanwhile is raised now."""
+
+    def send(self, message: Any) -> None:
+        """Tell the node something; it keeps the order."""
+
+    def get(self, object_ids: list[ObjectId], timeout_s: float | None) -> ObjectValues | None:
+        """Values once all are ready or one has failed; None when the time is up."""
+
+    def wait(self, object_ids: list[ObjectId], count: int, timeout_s: float | None) -> list[int]:
+        """Indexes of the ready ones, once there are `count` or the time is up."""
+
+    def allocate(self, object_id: ObjectId, size_bytes: int) -> int:
+        """Offset of a range to write an object to, or -1."""
+
+    def overflow_path(self, object_id: ObjectId) -> str:
+        """Path of a file for an object that the arena has no room for."""
+
+    def when_ready(self, object_id: ObjectId, call: Callable[[ObjectValues], None]) -> None:
+        """Call back once, from some thread, with the object's value."""
+
+
+@final
+class Client:
+    """One process's side of the client protocol."""
+
+    def __init__(
+        self,
+        link: Link,
+        arena: Arena,
+        config: Config,
+        task_ids: TaskIdSource,
+        serializer: Serializer,
+    ) -> None:
+        self.link = link
+        self.config = config
+        self.task_ids = task_ids
+        self._arena = arena
+        self._serializer = serializer
+        #: Ids of handles and views that died; drained by the next call.
+        self._drops = _Dropped()
+        self.dropped: deque[ObjectId] = self._drops
+        #: Guards `_counts` and `_fresh` (handles are made and drained from any thread).
+        self._lock = threading.Lock()
+        #: object id -> handles and views in this process.
+        self._counts: dict[ObjectId, int] = {}
+        #: Objects met while unpickling that the node does not count us for yet.
+        self._fresh: dict[ObjectId, None] = {}
+        #: Delivered objects whose views died before the node's count was taken over.
+        self._released_early: list[ObjectId] = []
+        #: Handles that went where nobody can follow: kept for good.
+        self._pinned: dict[ObjectId, ObjectRef[Any]] = {}
+        #: Functions and classes that the node knows.
+        self._classes: dict[ClassId, None] = {}
+        self._functions: dict[FunctionId, None] = {}
+
+    # ---- references ------------------------------------------------------------------------------
+
+    def _own(self, object_id: ObjectId) -> ObjectRef[Any]:
+        """A handle to an object that the node counts us for from its making on."""
+        with self._lock:
+            self._counts[object_id] = 1
+        return make_ref(object_id, self)
+
+    def adopt(self, object_id: ObjectId) -> ObjectRef[Any]:
+        """A handle to an object met while unpickling."""
+        self._count(object_id)
+        return make_ref(object_id, self)
+
+    def _count(self, object_id: ObjectId) -> None:
+        with self._lock:
+            count = self._counts.get(object_id, 0)
+            self._counts[object_id] = count + 1
+            if count == 0:
+                self._fresh[object_id] = None
+
+    def forget_fresh(self, object_id: ObjectId) -> None:
+        """The node counts us for this object already (it was delivered to us)."""
+        with self._lock:
+            if object_id in self._fresh:
+                del self._fresh[object_id]
+            else:
+                # Read and dropped within one call: nobody looks at it any more.
+                release = object_id not in self._counts
+                if release:
+                    self._released_early.append(object_id)
+
+    def ring_when_dropped(self, ring: Callable[[], None]) -> None:
+        """Call this when handles or views have died since the node was told last."""
+        self._drops.ring = ring
+
+    def use_serializer(self, serializer: Serializer) -> None:
+        """Serialize for other readers from now on."""
+        self._serializer = serializer
+
+    def take_reference_changes(self) -> tuple[list[ObjectId], list[ObjectId]]:
+        """Objects that this process holds since the last call, and those it no longer holds."""
+        if not self.dropped and not self._fresh and not self._released_early:
+            return [], []
+        with self._lock:
+            counts, fresh, released = self._counts, self._fresh, self._released_early
+            self._released_early = []
+            while True:
+                try:
+                    object_id = self.dropped.popleft()
+                except IndexError:
+                    break
+                count = counts.get(object_id, 0) - 1
+                if count > 0:
+                    counts[object_id] = count
+                elif count == 0:
+                    del counts[object_id]
+                    if object_id in fresh:
+                        del fresh[object_id]  # the node never knew
+                    else:
+                        released.append(object_id)
+            added = list(fresh)
+            fresh.clear()
+        return added, released
+
+    def sync_references(self) -> None:
+        """Tell the node what changed."""
+        if not self.dropped and not self._fresh and not self._released_early:
+            return
+        self.link.enter()
+        try:
+            added, released = self.take_reference_changes()
+            if added:
+                self.link.send(AddReferences(object_ids=added))
+            if released:
+                self.link.send(ReleaseReferences(object_ids=released))
+        finally:
+            self.link.leave()
+
+    def pin_forever(self, ref: ObjectRef[Any]) -> None:
+        """A handle was pickled outside of poolray: whoever unpickles it must find its object."""
+        if ref._id in self._pinned:
+            return
+        if not self.config.allow_out_of_band_object_ref_serialization:
+            raise PoolrayError(
+                "It is not allowed to serialize ray.ObjectRef "
+                f"{ref._id.hex()} outside of poolray "
+                "(POOLRAY_allow_out_of_band_object_ref_serialization is 0): pass it as an argument "
+                "or return it instead."
+            )
+        import warnings
+
+        self._pinned[ref._id] = self.adopt(ref._id)
+        warnings.warn(
+            f"{ref!r} was pickled outside of poolray, so its object can never be freed: pass refs "
+            "as arguments, or return them, instead of pickling them yourself.",
+            stacklevel=3,
+        )
+
+    # ---- functions and tasks ---------------------------------------------------------------------
+
+    def define_function(
+        self, function: Callable[..., Any], name: str, shared_globals: str | None = None
+    ) -> FunctionId:
+        """Serialize a function and make it known to the node; known by its content from now on.
+
+        Raises
+        ------
+        TypeError
+            The function, or something that it captures, cannot be serialized.
+        ValueError
+            It captures more than `Config.function_max_bytes`.
+        """
+        try:
+            blob = dumps_function(function, shared_globals)
+        except Exception as error:
+            raise TypeError(
+                f"Could not serialize the function {name}:\n{type(error).__name__}: {error}\n"
+                "Look for open files, locks, sockets or generators among what it refers to, and "
+                "make them inside the function instead."
+            ) from error
+        return self.define_blob(blob, name)
+
+    def define_blob(self, blob: bytes, name: str) -> FunctionId:
+        """Make a serialized function known to the node."""
+        function_id = FunctionId(hashlib.blake2b(blob, digest_size=16).digest())
+        if function_id in self._functions:
+            return function_id
+        self._check_size(len(blob), name)
+        definition = FunctionDefinition(
+            function_id=function_id,
+            blob=self._stored_forever(blob),
+            name=name,
+            sys_path=[entry for entry in sys.path if entry],
+        )
+        self.link.send(DefineFunction(definition=definition))
+        self._functions[function_id] = None
+        return function_id
+
+    def _check_size(self, size_bytes: int, name: str) -> None:
+        config = self.config
+        if size_bytes > config.function_max_bytes:
+            raise ValueError(
+                f"The function {name} is too large ({size_bytes >> 20} MiB > "
+                f"{config.function_max_bytes >> 20} MiB). Check that its definition does not "
+                "capture a large array or other object in scope; put() the object once and pass "
+                "the ref."
+            )
+        if size_bytes > config.function_warn_bytes:
+            import warnings
+
+            warnings.warn(
+                f"The function {name} is large ({size_bytes / 2**20:.1f} MiB): it probably "
+                "captures a large object. put() the object once and pass the ref.",
+                stacklevel=4,
+            )
+
+    def _stored_forever(self, blob: bytes) -> bytes | InArena | InFile:
+        if len(blob) <= self.config.inline_max_bytes // 2:
+            return blob
+        object_id = self.next_object_id()
+        value = self.store(object_id, blob)
+        self.link.send(PutObject(object_id=object_id, value=value))
+        return value
+
+    def define_class(self, task_class: TaskClass) -> None:
+        """Make a task class known to the node."""
+        if task_class.class_id not in self._classes:
+            self.link.send(DefineClass(task_class=task_class))
+            self._classes[task_class.class_id] = None
+
+    def submit(
+        self, task_class: TaskClass, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[ObjectRef[Any]]:
+        """Submit one call; gives a handle per return value.
+
+        Raises
+        ------
+        TypeError
+            An argument cannot be serialized.
+        """
+        if self.dropped or self._fresh:
+            self.sync_references()
+        dependencies: list[ObjectId] = []
+        slots: list[int | str] = []
+        for value in args:
+            if type(value) is _REF:
+                args = _take_refs(args, dependencies, slots)
+                break
+        if kwargs:
+            kwargs = _take_keyword_refs(kwargs, dependencies, slots)
+        try:
+            data = self._serializer.dumps((args, kwargs))
+        except _PICKLING_ERRORS as error:
+            raise self._argument_error(task_class.name, args, kwargs, error) from error
+        self.link.enter()
+        try:
+            payload, borrows, temporary = self._payload(data)
+            task_id = self.task_ids.next_task_id()
+            refs = [self._own(return_id(task_id, i)) for i in range(task_class.num_returns)]
+            spec = TaskSpec(
+                task_id=task_id,
+                class_id=task_class.class_id,
+                calls=[payload],
+                dependencies=dependencies,
+                slots=slots,
+                borrows=borrows,
+            )
+            self.link.send(SubmitTasks(tasks=[spec]))
+            if temporary is not None:
+                self.link.send(ReleaseReferences(object_ids=[temporary]))
+        finally:
+            self.link.leave()
+        return refs
+
+    def _payload(
+        self, data: bytes | Serialized
+    ) -> tuple[bytes | InArena | InFile, list[ObjectId], ObjectId | None]:
+        """Serialized arguments, the refs inside them, and the object made for them if large."""
+        size = len(data) if isinstance(data, bytes) else data.size_bytes
+        borrows = [] if isinstance(data, bytes) else list(dict.fromkeys(data.refs))
+        if size <= self.config.inline_max_bytes:
+            return (data if isinstance(data, bytes) else data.to_bytes()), borrows, None
+        object_id = self.next_object_id()
+        value = self.store(object_id, data)
+        self.link.send(PutObject(object_id=object_id, value=value))
+        return value, [*borrows, object_id], object_id
+
+    def _argument_error(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+    ) -> TypeError:
+        """Name the first argument that cannot be serialized."""
+        for label, value in [*((str(i), a) for i, a in enumerate(args)), *kwargs.items()]:
+            try:
+                self._serializer.dumps(value)
+            except Exception as reason:
+                return TypeError(
+                    f"Could not serialize the argument {value!r:.200} (argument {label}) for a "
+                    f"task or actor {name}:\n{type(reason).__name__}: {reason}\nSend what can be "
+                    "pickled: plain data, arrays, functions; make locks, files and connections "
+                    "in the task."
+                )
+        return TypeError(f"Could not serialize the arguments of {name}: {error}")
+
+    # ---- values ----------------------------------------------------------------------------------
+
+    def next_object_id(self) -> ObjectId:
+        """An id for an object that no task makes."""
+        return return_id(self.task_ids.next_task_id(), 0)
+
+    def store(self, object_id: ObjectId, data: bytes | Serialized) -> InArena | InFile:
+        """Write a large value to the arena, or to a file when that is full.
+
+        Raises
+        ------
+        ObjectStoreFullError
+            There is room neither in the arena nor on disk.
+        """
+        serialized = data if isinstance(data, Serialized) else Serialized(data, [], [])
+        size = serialized.size_bytes
+        offset = self.link.allocate(object_id, size)
+        if offset >= 0:
+            target = self._arena.write(offset, size)
+            serialized.write_into(target)
+            target.release()
+            return InArena(object_id=object_id, offset=offset, size_bytes=size)
+        path = self.link.overflow_path(object_id)
+        try:
+            write_value_file(path, serialized.write_into, size)
+        except OSError as error:
+            raise ObjectStoreFullError(
+                f"No room for an object of {size} bytes: the object store is full and writing to "
+                f"{path} failed ({error}). Free refs, or give the runtime more with "
+                "init(object_store_memory=...)."
+            ) from error
+        return InFile(object_id=object_id, path=path, size_bytes=size)
+
+    def load(self, value: bytes | InArena | InFile, writable: bool) -> Any:
+        """A value from where it is."""
+        if isinstance(value, bytes):
+            return deserialize(value, writable)
+        if isinstance(value, InFile):
+            return load_value_file(value.path, value.size_bytes, writable=writable)
+        object_id = value.object_id
+        self._count(object_id)
+        dropped = self.dropped
+        return self._arena.load(
+            value.offset,
+            value.size_bytes,
+            writable=writable,
+            on_release=lambda: dropped.append(object_id),
+        )
+
+    def put(self, value: Any) -> ObjectRef[Any]:
+        """Store a value; see `poolray.put`."""
+        self.sync_references()
+        try:
+            data = self._serializer.dumps(value)
+        except _PICKLING_ERRORS as error:
+            raise TypeError(
+                f"Could not serialize the put value {value!r:.200}:\n"
+                f"{type(error).__name__}: {error}"
+            ) from error
+        object_id = self.next_object_id()
+        size = len(data) if isinstance(data, bytes) else data.size_bytes
+        stored: bytes | InArena | InFile
+        contained = [] if isinstance(data, bytes) else list(dict.fromkeys(data.refs))
+        self.link.enter()
+        try:
+            if size > self.config.inline_max_bytes:
+                stored = self.store(object_id, data)
+            else:
+                stored = data if isinstance(data, bytes) else data.to_bytes()
+            self.link.send(PutObject(object_id=object_id, value=stored, contained=contained))
+            return self._own(object_id)
+        finally:
+            self.link.leave()
+
+    def get(
+        self, refs: Sequence[ObjectRef[Any]], timeout_s: float | None, writable: bool = False
+    ) -> list[Any]:
+        """Values of refs; see `poolray.get`."""
+        self.sync_references()
+        reply = self.link.get([ref._id for ref in refs], timeout_s)
+        if reply is None:
+            raise GetTimeoutError("Get timed out: some object(s) not ready.")
+        if reply.errors:
+            raise self.load_error(reply.values[reply.errors[0]])
+        try:
+            return [
+                deserialize(value, writable)
+                if type(value) is bytes
+                else self._load_as(value, ref._id, writable)
+                for value, ref in zip(reply.values, refs, strict=True)
+            ]
+        except Exception as error:
+            raise InternalError(
+                f"System error: a value could not be loaded: {type(error).__name__}: {error}\n"
+                f"traceback: {traceback.format_exc()}"
+            ) from error
+
+    def _load_as(self, value: bytes | InArena | InFile, object_id: ObjectId, writable: bool) -> Any:
+        """Load under the name by which we hold it (a copy of a remote object has two)."""
+        if isinstance(value, InArena) and value.object_id != object_id:
+            value = InArena(object_id=object_id, offset=value.offset, size_bytes=value.size_bytes)
+        return self.load(value, writable)
+
+    def load_error(self, value: bytes | InArena | InFile) -> BaseException:
+        """The exception to raise for an object that is an error."""
+        try:
+            error = self.load(value, False)
+        except Exception as reason:
+            return InternalError(f"System error: an error could not be read: {reason!r}")
+        return ready_to_raise(error)
+
+    def wait(
+        self, refs: Sequence[ObjectRef[Any]], count: int, timeout_s: float | None
+    ) -> list[int]:
+        """Indexes of ready refs, ascending; see `poolray.wait`."""
+        self.sync_references()
+        return self.link.wait([ref._id for ref in refs], count, timeout_s)
+
+    # ---- futures ---------------------------------------------------------------------------------
+
+    def future_of(self, ref: ObjectRef[Any]) -> Future[Any]:
+        """A future of an object's value."""
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+
+        def settle(reply: ObjectValues, ref: ObjectRef[Any] = ref) -> None:
+            try:
+                if reply.errors:
+                    future.set_exception(self.load_error(reply.values[0]))
+                else:
+                    future.set_result(self._load_as(reply.values[0], ref._id, False))
+            except Exception as error:
+                future.set_exception(error)
+
+        self.sync_references()
+        self.link.when_ready(ref._id, settle)
+        return future
+
+    def await_value(self, ref: ObjectRef[Any]) -> Generator[Any, None, Any]:
+        """What `await ref` runs."""
+        import asyncio
+
+        return asyncio.wrap_future(self.future_of(ref)).__await__()
+
+    def install(self) -> None:
+        """Unpickled handles belong to this client from now on."""
+        object_ref.adopt = self.adopt
+
+
+class _Dropped(deque[ObjectId]):
+    """Notes of finalizers; the first one after each draining rings a bell.
+
+    Memory is given back soon even if the program makes no further call.
+    """
+
+    #: Called when the first note is taken; must be safe in a finalizer.
+    ring: Callable[[], None] | None = None
+
+    def append(self, object_id: ObjectId, /) -> None:
+        """Take a note."""
+        super().append(object_id)
+        if self.ring is not None and len(self) == 1:
+            self.ring()
+
+
+_PICKLING_ERRORS = (TypeError, AttributeError, pickle.PicklingError)
+
+
+def _take_refs(
+    args: tuple[Any, ...], dependencies: list[ObjectId], slots: list[int | str]
+) -> tuple[Any, ...]:
+    """Arguments with None in place of top-level refs, which become dependencies."""
+    plain = list(args)
+    for index, value in enumerate(args):
+        if type(value) is _REF:
+            dependencies.append(value._id)
+            slots.append(index)
+            plain[index] = None
+    return tuple(plain)
+
+
+def _take_keyword_refs(
+    kwargs: dict[str, Any], dependencies: list[ObjectId], slots: list[int | str]
+) -> dict[str, Any]:
+    plain = kwargs
+    for name, value in kwargs.items():
+        if type(value) is _REF:
+            if plain is kwargs:
+                plain = dict(kwargs)
+            dependencies.append(value._id)
+            slots.append(name)
+            plain[name] = None
+    return plain
+
+
+def ready_to_raise(error: Any) -> BaseException:
+    """An error as `get` raises it: of the cause's class too, with the remote traceback as cause."""
+    if not isinstance(error, BaseException):
+        return InternalError(f"a task's error is {error!r}: this is a bug in poolray")
+    if isinstance(error, TaskError):
+        raised = error.as_instanceof_cause()
+        cause = error.cause
+        frames = getattr(error, "_traceback_dict", None)
+        if frames is not None:
+            import tblib
+
+            cause.__traceback__ = tblib.Traceback.from_dict(frames).as_traceback()
+        raised.__cause__ = cause
+        return raised
+    return error
+
+
+def deadline_of(timeout_s: float | None) -> float | None:
+    """The moment, on `time.monotonic`'s clock, when a timeout is over."""
+    return None if timeout_s is None else time.monotonic() + timeout_s

@@ -1,0 +1,151 @@
+"""Configuration: every limit, size and time of poolray, with unit, default and reason.
+
+What: one frozen `Config`; default < environment (`POOLRAY_<field>`) < argument.
+Who calls: `init`, `Pool` and `Executor` make one; everything else is given it.
+May touch: the environment, in `Config.load` and nowhere else.
+Invariants: a value is checked when the config is made; nothing changes afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+_PREFIX = "POOLRAY_"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Limits and times of one runtime.
+
+    Raises
+    ------
+    ValueError
+        When a value is out of its range; the message names the field.
+    """
+
+    #: CPUs that tasks may use at once; -1 means: as many as this process may run on.
+    num_cpus: float = -1.0
+    #: Bytes of the arena for large objects; 0 means: 30 % of the machine's memory. Sparse: pages
+    #: are taken as they are first written.
+    object_store_memory_bytes: int = 0
+    #: A value larger than this travels through the arena, a smaller one inside its message. Copying
+    #: 100 KiB twice costs about what one allocation and mapping does.
+    inline_max_bytes: int = 100 * 1024
+    #: A packet of short calls holds about this much work: short enough that one worker's queue
+    #: never delays another's start noticeably, long enough to hide a wake-up.
+    packet_target_s: float = 1e-3
+    #: Calls in a packet at the most: bounds what a crash makes run again.
+    packet_calls_max: int = 256
+    #: Bytes in a packet at the most (one larger call goes alone): two packets fit a socket's
+    #: default send buffer of 208 KiB.
+    packet_bytes_max: int = 64 * 1024
+    #: Packets on their way to one worker: one that runs and one that waits hide the round trip.
+    packets_per_worker_max: int = 2
+    #: Calls longer than this are never queued behind another one.
+    prefetch_below_s: float = 20e-3
+    #: A worker that has not answered for this long while calls wait behind the one it runs is
+    #: asked to hand them back.
+    nudge_after_s: float = 2e-3
+    #: Results of a packet wait at the most this long for the packet's end.
+    result_delay_max_s: float = 1e-3
+    #: Poll without sleeping for this long after something has happened: a sleeping core takes ten
+    #: times as long to wake on virtual machines. 0 switches spinning off.
+    spin_s: float = 60e-6
+    #: The background thread takes over this long after the last blocked caller left.
+    takeover_s: float = 1e-3
+    #: 1: do not show errors whose refs die before anybody looked at them.
+    ignore_unhandled_errors: int = 0
+    #: How often a task whose worker died is run again.
+    max_retries: int = 3
+    #: A worker that has not said hello for this long is given up.
+    worker_start_timeout_s: float = 60.0
+    #: Workers that fail to start in a row before tasks that wait for them are failed.
+    worker_start_failures_max: int = 3
+    #: A polite stop is followed by SIGKILL after this long.
+    stop_timeout_s: float = 5.0
+    #: Workers alive at once in the group of plain tasks, blocked ones included.
+    workers_max: int = 512
+    #: An idle worker beyond one per CPU is stopped after this long.
+    idle_worker_timeout_s: float = 10.0
+    #: Silence after which the head declares a node dead.
+    heartbeat_timeout_s: float = 5.0
+    #: Interval of heartbeats and resource reports.
+    heartbeat_interval_s: float = 0.5
+    #: A message to a peer that is not acknowledged for this long is sent again.
+    resend_after_s: float = 0.2
+    #: Transitions kept per failed task for its error message.
+    history_max: int = 16
+    #: Whether refs may be pickled outside of poolray (their objects are then kept for good).
+    allow_out_of_band_object_ref_serialization: int = 1
+    #: A function or its captured values larger than this earns a warning.
+    function_warn_bytes: int = 1024 * 1024
+    #: A function or its captured values larger than this is an error.
+    function_max_bytes: int = 100 * 1024 * 1024
+    #: Unread items and results that `imap` keeps at the most.
+    imap_window_items: int = 4096
+    #: Bytes of unread items and results that `imap` keeps at the most.
+    imap_window_bytes: int = 64 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            minimum = _MINIMUM.get(field.name, 0)
+            if not value >= minimum or value in (float("inf"), float("-inf")):
+                raise ValueError(f"{field.name} is {value!r}: it must be at least {minimum}")
+
+    @classmethod
+    def load(cls, environment: Mapping[str, str] | None = None, **arguments: Any) -> Config:
+        """A config from defaults, then `POOLRAY_*` variables, then arguments that are not None.
+
+        Parameters
+        ----------
+        environment : mapping of str to str, default `os.environ`
+            Where `POOLRAY_<field>` is looked up.
+        **arguments
+            Fields by name; None leaves a field as it is.
+
+        Raises
+        ------
+        ValueError
+            A variable does not parse or a value is out of range.
+        TypeError
+            An argument names no field.
+        """
+        variables = os.environ if environment is None else environment
+        values: dict[str, Any] = {}
+        kinds = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            text = variables.get(_PREFIX + field.name, variables.get(_PREFIX + field.name.upper()))
+            if text is not None:
+                values[field.name] = _parse(field.name, text, kinds[field.name])
+        values.update((name, value) for name, value in arguments.items() if value is not None)
+        return cls(**values)
+
+
+_MINIMUM = {
+    "num_cpus": -1,
+    "packet_calls_max": 1,
+    "packet_bytes_max": 1,
+    "packets_per_worker_max": 1,
+    "inline_max_bytes": 1,
+    "max_retries": -1,
+    "workers_max": 1,
+    "imap_window_items": 1,
+    "imap_window_bytes": 1,
+    "worker_start_failures_max": 1,
+}
+
+
+_KINDS = {int: "a whole number", float: "a number"}
+
+
+def _parse(name: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(
+            f"environment variable {_PREFIX}{name} is {text!r}: it must be {_KINDS[kind]}"
+        ) from None

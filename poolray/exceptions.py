@@ -1,0 +1,356 @@
+"""Every error that poolray raises, in one tree.
+
+    PoolrayError                      everything here
+    ├── TaskError                     the user's own exception (also an instance of its class)
+    ├── WorkerCrashedError            the worker died while it ran the task
+    ├── TaskCancelledError            the task was cancelled
+    ├── TaskUnschedulableError        no place for the task, ever
+    ├── WorkerStartError              workers of a group do not start (initializer, environment)
+    ├── RuntimeEnvSetupError          the environment of a task cannot be made
+    ├── GetTimeoutError               also a TimeoutError
+    ├── ObjectStoreFullError          no room for a value, neither in memory nor on disk
+    ├── ObjectLostError               the value is gone and cannot be made again
+    │   ├── ObjectFreedError
+    │   ├── OwnerDiedError
+    │   └── ObjectReconstructionFailedError
+    ├── NodeDiedError                 the machine of a task is gone
+    ├── NotSupportedError             an option that this version does not carry out
+    └── InternalError                 a bug of ours; carries the history to report
+        └── IllegalTransition         a state machine got an event that its table forbids
+
+What: classes with fields; the message is built from the fields.
+Who calls: every room raises; users catch.
+May touch: nothing.
+Invariants: each class pickles with its fields; `Ray…` names are aliases, so that code written for
+the reference catches the same errors.
+"""
+
+from __future__ import annotations
+
+import signal as _signal
+from typing import Any
+
+__all__ = [
+    "GetTimeoutError",
+    "IllegalTransition",
+    "InternalError",
+    "NodeDiedError",
+    "NotSupportedError",
+    "ObjectFreedError",
+    "ObjectLostError",
+    "ObjectReconstructionFailedError",
+    "ObjectStoreFullError",
+    "OwnerDiedError",
+    "PoolrayError",
+    "RayError",
+    "RaySystemError",
+    "RayTaskError",
+    "RuntimeEnvSetupError",
+    "TaskCancelledError",
+    "TaskError",
+    "TaskUnschedulableError",
+    "WorkerCrashedError",
+    "WorkerStartError",
+]
+
+
+class PoolrayError(Exception):
+    """Base class of all errors of poolray."""
+
+    def __reduce__(self) -> Any:
+        # Fields first, args after: subclasses take keyword arguments only, so the default
+        # reduce (class called with args) would not rebuild them.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(cls: type[PoolrayError], args: tuple[Any, ...], fields: dict[str, Any]) -> Any:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
+
+
+class TaskError(PoolrayError):
+    """An exception that user code raised in a task.
+
+    What `get` raises is an instance of this class and, wherever Python allows it, also of the
+    class of the original exception, so both `except TaskError` and `except ValueError` catch it.
+
+    Attributes
+    ----------
+    function_name : str
+        The name of the task that failed.
+    traceback_str : str
+        The traceback in the worker, formatted.
+    cause : BaseException
+        The original exception; where it could not travel, a `PoolrayError` with its text.
+    pid : int
+        The worker's process id.
+    """
+
+    def __init__(
+        self, *, function_name: str, traceback_str: str, cause: BaseException, pid: int
+    ) -> None:
+        super().__init__(traceback_str)
+        self.function_name = function_name
+        self.traceback_str = traceback_str
+        self.cause = cause
+        self.pid = pid
+
+    def __str__(self) -> str:
+        return self.traceback_str
+
+    def as_instanceof_cause(self) -> TaskError:
+        """This error as an instance of the cause's class too, where such a class can be made."""
+        cause_class = type(self.cause)
+        if isinstance(self.cause, PoolrayError) or issubclass(TaskError, cause_class):
+            return self
+        try:
+            made: TaskError = _dual_class(cause_class)(self)
+        except Exception:
+            # Layout conflicts, final classes, hostile metaclasses: the plain error says it all.
+            return self
+        return made
+
+
+_dual_classes: dict[type[BaseException], type[TaskError]] = {}
+
+
+def _dual_class(cause_class: type[BaseException]) -> Any:
+    """The class that is both `TaskError` and `cause_class`; made once per class."""
+    made = _dual_classes.get(cause_class)
+    if made is None:
+        made = type(
+            f"TaskError({cause_class.__name__})",
+            (_DualTaskError, cause_class),
+            {"__module__": "poolray.exceptions", "__qualname__": "TaskError"},
+        )
+        if len(_dual_classes) < 1024:  # exception classes are few; a program that makes them
+            _dual_classes[cause_class] = made  # without end must not leak through us
+    return made
+
+
+#: Of `type.__flags__`: a class made by a class statement.
+_HEAP_TYPE = 1 << 9
+
+
+class _DualTaskError(TaskError):
+    """Behaves as its cause (attributes, equality of args) and as a `TaskError`."""
+
+    def __init__(self, error: TaskError) -> None:
+        # The cause's own __init__ is not called: its signature is unknown and it has run already.
+        self.function_name = error.function_name
+        self.traceback_str = error.traceback_str
+        self.cause = error.cause
+        self.pid = error.pid
+        self.args = error.cause.args
+        for name, value in vars(error.cause).items():
+            self.__dict__.setdefault(name, value)
+
+    def __new__(cls, error: TaskError) -> Any:
+        cause: Any = error.cause
+        # A group's constructor insists on its two arguments, whatever a subclass keeps in `args`.
+        args = (cause.message, cause.exceptions) if hasattr(cause, "exceptions") else cause.args
+        for base in type(cause).__mro__:
+            # Constructors in Python are the user's: theirs has run already. Of those in C only
+            # the one that made the memory layout is allowed.
+            if not base.__flags__ & _HEAP_TYPE:
+                try:
+                    return base.__new__(cls, *args)
+                except TypeError:
+                    continue
+        raise TypeError(f"no constructor of {type(cause)!r} makes an instance of {cls!r}")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("cause", "__setstate__"):
+            raise AttributeError(name)
+        return getattr(self.cause, name)
+
+    def __str__(self) -> str:
+        return self.traceback_str
+
+    def __reduce__(self) -> Any:
+        return _rebuild_dual, (self.function_name, self.traceback_str, self.cause, self.pid)
+
+
+def _rebuild_dual(
+    function_name: str, traceback_str: str, cause: BaseException, pid: int
+) -> TaskError:
+    return TaskError(
+        function_name=function_name, traceback_str=traceback_str, cause=cause, pid=pid
+    ).as_instanceof_cause()
+
+
+class WorkerCrashedError(PoolrayError):
+    """The worker that ran a task died: a signal, the OOM killer, `os._exit`.
+
+    Attributes
+    ----------
+    task_name, task_id : str
+        The task that ran, and its id in hex.
+    pid : int
+        The worker's process id.
+    exit_code, signal : int or None
+        How it ended; one of them is None.
+    attempts : int
+        How often the task was tried.
+    """
+
+    def __init__(
+        self,
+        *,
+        task_name: str,
+        task_id: str,
+        pid: int,
+        exit_code: int | None,
+        signal: int | None,
+        attempts: int,
+    ) -> None:
+        self.task_name = task_name
+        self.task_id = task_id
+        self.pid = pid
+        self.exit_code = exit_code
+        self.signal = signal
+        self.attempts = attempts
+        super().__init__(
+            f"Task {task_name} ({task_id[:12]}) lost its worker: pid {pid} "
+            f"{describe_exit(exit_code, signal)}. It was tried {attempts} time(s). "
+            + _CRASH_ADVICE.get(signal, "Look at the worker's output for the reason")
+            + "; allow more attempts with max_retries=."
+        )
+
+
+_CRASH_ADVICE: dict[int | None, str] = {
+    9: "It was killed from outside, probably because the machine was out of memory: "
+    "run fewer at once or reserve more per task",
+    11: "Native code crashed: set faulthandler.enable() in the task to see where",
+}
+
+
+def describe_exit(exit_code: int | None, signal: int | None) -> str:
+    """How a process ended, in words."""
+    if signal is not None:
+        try:
+            name = _signal.Signals(signal).name
+        except ValueError:
+            name = "unknown signal"
+        return f"was killed by signal {signal} ({name})"
+    return f"exited with code {exit_code}"
+
+
+class TaskCancelledError(PoolrayError):
+    """The task was cancelled before it had a result."""
+
+    def __init__(self, *, task_id: str = "", reason: str = "") -> None:
+        self.task_id = task_id
+        self.reason = reason
+        super().__init__(f"Task {task_id[:12]} was cancelled{': ' + reason if reason else ''}.")
+
+
+class TaskUnschedulableError(PoolrayError):
+    """No node can ever run the task."""
+
+
+class WorkerStartError(PoolrayError):
+    """The workers of a group do not start.
+
+    Attributes
+    ----------
+    reason : str
+        What the worker said last: the initializer's traceback, or how the process ended.
+    """
+
+    def __init__(self, *, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"Workers could not be started: {reason}")
+
+
+class RuntimeEnvSetupError(PoolrayError):
+    """The runtime environment of a task could not be made."""
+
+
+class GetTimeoutError(PoolrayError, TimeoutError):
+    """`get` had a timeout and not every object was ready in time."""
+
+
+class ObjectStoreFullError(PoolrayError):
+    """There is no room for a value."""
+
+
+class ObjectLostError(PoolrayError):
+    """An object's value is gone and cannot be made again.
+
+    Attributes
+    ----------
+    object_id : str
+        The object's id in hex.
+    reason : str
+        What happened to it.
+    """
+
+    def __init__(self, *, object_id: str, reason: str) -> None:
+        self.object_id = object_id
+        self.reason = reason
+        super().__init__(f"Object {object_id} is lost: {reason}")
+
+
+class ObjectFreedError(ObjectLostError):
+    """The object was freed while somebody still asked for it."""
+
+
+class OwnerDiedError(ObjectLostError):
+    """The node that owned the object died."""
+
+
+class ObjectReconstructionFailedError(ObjectLostError):
+    """Running the object's lineage again did not bring it back."""
+
+
+class NodeDiedError(PoolrayError):
+    """The node that ran a task died.
+
+    Attributes
+    ----------
+    task_name, task_id, node_id : str
+        Which task, and which node it ran on; ids in hex.
+    attempts : int
+        How often the task was tried.
+    """
+
+    def __init__(self, *, task_name: str, task_id: str, node_id: str, attempts: int) -> None:
+        self.task_name = task_name
+        self.task_id = task_id
+        self.node_id = node_id
+        self.attempts = attempts
+        super().__init__(
+            f"Task {task_name} ({task_id[:12]}) lost its node {node_id[:12]} after {attempts} "
+            "attempt(s); allow more attempts with max_retries=."
+        )
+
+
+class NotSupportedError(PoolrayError, ValueError):
+    """An option that this version does not carry out; it is refused rather than ignored."""
+
+
+class InternalError(PoolrayError):
+    """An invariant of poolray is broken: please report it with this message."""
+
+
+class IllegalTransition(InternalError):
+    """A state machine was asked for a move that its table does not have."""
+
+    def __init__(self, *, what: str, state: str, event: str, history: tuple[str, ...] = ()) -> None:
+        self.what = what
+        self.state = state
+        self.event = event
+        self.history = history
+        super().__init__(
+            f"{what} in state {state} cannot take {event}. Recent history: "
+            f"{' → '.join(history) or 'none'}. This is a bug in poolray: please report it."
+        )
+
+
+# The reference's names, so that `except ray.exceptions.RayTaskError` keeps working.
+RayError = PoolrayError
+RayTaskError = TaskError
+RaySystemError = InternalError

@@ -1,0 +1,69 @@
+"""Identifiers: one type per kind of id, all plain bytes on the wire.
+
+What: the id types, their sizes, and the arithmetic between them (a return value's id follows from
+its task's id, so a client names results without asking anyone).
+Who calls: every room.
+May touch: nothing; randomness comes in as an argument.
+Invariants: `len(id)` is the size given here; ids made by one `TaskIdSource` never repeat; the
+return ids of a task share its 24 first bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NewType, final
+
+JobId = NewType("JobId", bytes)
+NodeId = NewType("NodeId", bytes)
+WorkerId = NewType("WorkerId", bytes)
+ClientId = NewType("ClientId", bytes)
+TaskId = NewType("TaskId", bytes)
+ObjectId = NewType("ObjectId", bytes)
+FunctionId = NewType("FunctionId", bytes)
+ClassId = NewType("ClassId", bytes)
+GroupId = NewType("GroupId", int)
+
+JOB_ID_BYTES = 4
+NODE_ID_BYTES = 28
+WORKER_ID_BYTES = 28
+TASK_ID_BYTES = 24
+OBJECT_ID_BYTES = 28
+PREFIX_BYTES = TASK_ID_BYTES - 8
+
+_INDEX_SUFFIX = tuple(index.to_bytes(4, "little") for index in range(1024))
+
+
+def return_id(task_id: TaskId, index: int) -> ObjectId:
+    """The id of the `index`-th return value of a task (0-based)."""
+    if index < 1024:
+        # Twice for every task; calling a NewType would cost as much as all the rest.
+        return task_id + _INDEX_SUFFIX[index]  # type: ignore[return-value]
+    return ObjectId(task_id + index.to_bytes(4, "little"))
+
+
+def task_of(object_id: ObjectId) -> TaskId:
+    """The task that makes this object (for a `put`, an id that names no task)."""
+    return TaskId(object_id[:TASK_ID_BYTES])
+
+
+@final
+class TaskIdSource:
+    """Makes task ids that no other source makes: a random prefix, then a counter.
+
+    Parameters
+    ----------
+    prefix : bytes
+        16 random bytes, drawn by the shell once per process (again after a fork).
+    """
+
+    __slots__ = ("_counter", "_prefix")
+
+    def __init__(self, prefix: bytes) -> None:
+        if len(prefix) != PREFIX_BYTES:
+            raise ValueError(f"a task id prefix has {PREFIX_BYTES} bytes, not {len(prefix)}")
+        self._prefix = prefix
+        self._counter = itertools.count(1)  # next() is atomic under the GIL: no lock is needed
+
+    def next_task_id(self) -> TaskId:
+        """A new task id; safe from any thread."""
+        return TaskId(self._prefix + next(self._counter).to_bytes(8, "big"))

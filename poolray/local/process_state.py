@@ -1,0 +1,134 @@
+"""What this process is: a driver, a worker, or neither yet.
+
+What: the one place that knows the process's client and the task that runs; forgets all of it in a
+forked child.
+Who calls: the API to find its client, the worker to install one.
+May touch: module state.
+Invariants: after a fork nothing of the parent's runtime is reachable from here.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, final
+
+from poolray.client import Client
+from poolray.ids import TaskId
+
+if TYPE_CHECKING:
+    from poolray.local.fork_server import WorkerSetup
+
+
+@final
+class _State:
+    """Facts of this process."""
+
+    def __init__(self) -> None:
+        #: The client that API calls use; None until `init`.
+        self.client: Client | None = None
+        #: How the worker was made; None in a driver.
+        self.setup: WorkerSetup | None = None
+        self.worker_id: bytes | None = None
+        #: The task that runs (a worker's loop writes these).
+        self.task_id: TaskId | None = None
+        self.task_name = ""
+        self.function_name = ""
+        self.task_resources: dict[str, int] = {}
+
+
+_state = _State()
+#: Guards the making of a runtime, so that two threads do not make two.
+lock = threading.RLock()
+
+
+def client() -> Client | None:
+    """The process's client, if it has one."""
+    return _state.client
+
+
+def install_driver(made: Client | None) -> None:
+    """API calls in this process use this client (None: none any more)."""
+    _state.client = made
+
+
+def install_worker(made: Client, setup: WorkerSetup) -> None:
+    """This process is a worker with this client."""
+    _state.client = made
+    _state.setup = setup
+
+
+def is_worker() -> bool:
+    """Whether this process runs tasks."""
+    return _state.setup is not None
+
+
+def setup() -> WorkerSetup | None:
+    """How this worker was made; None in a driver."""
+    return _state.setup
+
+
+def set_worker_id(worker_id: bytes) -> None:
+    """The id of this worker."""
+    _state.worker_id = worker_id
+
+
+def worker_id() -> bytes | None:
+    """The id of this worker; None in a driver."""
+    return _state.worker_id
+
+
+def begin_task(task_id: TaskId, name: str, function_name: str, resources: dict[str, int]) -> None:
+    """A worker's loop: this task runs now."""
+    _state.function_name = function_name
+    _state.task_id = task_id
+    _state.task_name = name
+    _state.task_resources = resources
+
+
+def current_task_id() -> TaskId | None:
+    """The task that runs in this worker."""
+    return _state.task_id
+
+
+def current_task_name() -> str:
+    """Its name; empty in a driver."""
+    return _state.task_name
+
+
+def current_function_name() -> str:
+    """Module and name of its function; empty in a driver."""
+    return _state.function_name
+
+
+def current_task_resources() -> dict[str, int]:
+    """What it was given, in units of 1/10,000."""
+    return _state.task_resources
+
+
+#: Called in a forked child, to close what belongs to the parent.
+_forget: list[Callable[[], Any]] = []
+
+
+def on_fork_in_child(call: Callable[[], Any]) -> None:
+    """Register a clean-up for forked children of this process."""
+    _forget.append(call)
+
+
+def off_fork_in_child(call: Callable[[], Any]) -> None:
+    """Take a clean-up back: what it closes has been closed."""
+    if call in _forget:
+        _forget.remove(call)
+
+
+def _after_fork_in_child() -> None:
+    global _state, lock
+    _state = _State()
+    lock = threading.RLock()
+    calls, _forget[:] = list(_forget), []
+    for call in calls:
+        call()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,546 @@
+"""The worker: reads packets, runs calls, sends results.
+
+    task queue ──RunTasks──▶ ┌────────────┐ ──TasksFinished──▶ report channel ──▶ node
+    control ◀──── replies ── │ user code  │ ──ClientMessage──▶        "
+                             └────────────┘
+What: the main loop, the way a call is executed, and what a signal makes it hand back.
+Who calls: the fork server, in a fresh child.
+May touch: sockets, shared memory, signals, standard streams.
+Invariants: one packet is read at a time; before a call begins, its index is written to the
+worker's progress word, so that after a crash the node knows exactly which calls had begun; while
+user code runs nothing else of ours runs in the process.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from typing import TYPE_CHECKING, Any, final
+
+import msgspec
+
+from poolray.config import Config
+from poolray.exceptions import PoolrayError, TaskCancelledError, TaskError
+from poolray.ids import FunctionId, ObjectId, WorkerId, return_id
+from poolray.local import process_state, worker_process
+from poolray.local.channel import Spinner
+from poolray.local.worker_client import WorkerClient
+from poolray.local.worker_errors import UnpicklableResult
+from poolray.objects.serialization import Serialized, Serializer, deserialize
+from poolray.objects.shared_memory import Arena
+from poolray.protocol.values import (
+    CallKind,
+    Delivery,
+    FunctionDefinition,
+    InArena,
+    InFile,
+    Outcome,
+    TaskClass,
+)
+from poolray.protocol.worker import (
+    ForkWorker,
+    RunTasks,
+    StopWorker,
+    TaskCall,
+    TaskResult,
+    TasksFinished,
+    TasksHandedBack,
+    ToWorkerQueue,
+    WorkerFailed,
+    WorkerReady,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from poolray.local.fork_server import WorkerSetup
+
+#: Ignored unless handled, and of no use to programs otherwise: Go's runtime uses it to preempt.
+NUDGE_SIGNAL = signal.SIGURG
+
+#: Results are sent early when they add up to this much.
+_FLUSH_BYTES = 64 * 1024
+
+
+def run_worker(
+    command: ForkWorker,
+    tasks: socket.socket,
+    control: socket.socket,
+    reports: socket.socket,
+    arena: Arena,
+    setup: WorkerSetup,
+    number: int,
+) -> int:
+    """A worker's life; gives its exit code."""
+    arena.forget_parent()
+    worker_process.settle(setup, number, reports)
+    worker = Worker(command, tasks, reports, arena, setup.config)
+    client = WorkerClient(worker.worker_id, control, reports, arena, setup, worker.prepare_to_block)
+    worker.client = client
+    process_state.set_worker_id(worker.worker_id)
+    worker_process.install_client(client, setup)
+    if not worker.initialize(setup):
+        worker_process.leave()
+        return 1
+    try:
+        worker.run()
+    except _ToldToExit as told:
+        worker_process.leave()
+        return told.code
+    worker_process.leave()
+    return 0
+
+
+class _ToldToExit(BaseException):
+    """The worker ends now, with this code."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+@final
+class _Function:
+    """A task class as the worker knows it."""
+
+    __slots__ = ("call", "retry_exceptions", "task_class")
+
+    def __init__(self, task_class: TaskClass, call: Callable[..., Any] | None) -> None:
+        self.task_class = task_class
+        self.call = call
+        #: None: not loaded yet.
+        self.retry_exceptions: tuple[type[BaseException], ...] | None = None
+
+
+@final
+class Worker:
+    """The main loop and its buffers."""
+
+    def __init__(
+        self,
+        command: ForkWorker,
+        tasks: socket.socket,
+        reports: socket.socket,
+        arena: Arena,
+        config: Config,
+    ) -> None:
+        self.worker_id: WorkerId = command.worker_id
+        self.client: WorkerClient
+        self._slot = command.slot
+        self._tasks = tasks
+        self._reports = reports
+        self._arena = arena
+        self._config = config
+        self._spinner = Spinner(config.spin_s)
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(ToWorkerQueue).decode
+        #: Index of a task class -> what to call.
+        self._classes: dict[int, _Function] = {}
+        #: Functions as defined; loaded at their first call.
+        self._definitions: dict[FunctionId, FunctionDefinition] = {}
+        self._loaded: dict[FunctionId, Callable[..., Any]] = {}
+        # The packet at hand, as the nudge handler sees it:
+        self._packet: RunTasks | None = None
+        self._position = 0  #: index of the task that runs
+        self._call_index = 0  #: index of the call of that task that runs
+        self._task_limit = 0  #: tasks from here on have been handed back
+        self._call_limit = 0  #: calls of the running task from here on have been handed back
+        self._in_user_code = False
+        self._nudged = False
+        #: Results not sent yet; the last may be the first part of the running task's.
+        self._finished: list[TaskResult] = []
+        self._partial: list[bytes | Outcome] = []
+        self._partial_start = 0
+        self._buffered_bytes = 0
+        self._started_ns = 0  #: since when `elapsed_ns` of the next report counts
+
+    # ---- life ------------------------------------------------------------------------------------
+
+    def initialize(self, setup: WorkerSetup) -> bool:
+        """Run the initializer and say hello; False when it raised."""
+        signal.signal(NUDGE_SIGNAL, self._on_nudge)
+        signal.siginterrupt(NUDGE_SIGNAL, False)
+        try:
+            if setup.initializer is not None:
+                setup.initializer(*setup.initargs)
+        except BaseException as error:
+            text = traceback.format_exc()
+            failure = WorkerFailed(
+                worker_id=self.worker_id, error=_initializer_error(error, text), reason=text[-2000:]
+            )
+            if setup.log_initializer_error:
+                import logging
+
+                logging.getLogger("concurrent.futures").critical(
+                    "Exception in initializer:", exc_info=True
+                )
+            elif not (isinstance(error, SystemExit) and error.code in (0, None)):
+                sys.stderr.write(text)
+            self._send(self._encode(failure))
+            return False
+        self._send(self._encode(WorkerReady(worker_id=self.worker_id, pid=os.getpid())))
+        return True
+
+    def run(self) -> None:
+        """Packets until told to stop or until the node is gone."""
+        spinner, tasks, decode = self._spinner, self._tasks, self._decode
+        while True:
+            packet = spinner.receive_blocking(tasks)
+            if not packet:
+                return
+            message = decode(packet)
+            if isinstance(message, StopWorker):
+                return
+            self._run_packet(message)
+            # A blocked worker must not keep the last call's values alive.
+            packet = message = b""
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._reports.send(data)
+        except (BrokenPipeError, ConnectionResetError):
+            raise _ToldToExit(0) from None  # the node is gone, and with it who wants results
+
+    # ---- packets ---------------------------------------------------------------------------------
+
+    def _run_packet(self, message: RunTasks) -> None:
+        for definition in message.functions:
+            self._definitions[definition.function_id] = definition
+            self._loaded.pop(definition.function_id, None)
+        for known in message.classes:
+            self._classes[known.index] = _Function(known.task_class, None)
+        self._packet = message
+        self._task_limit = len(message.tasks)
+        self._position = 0
+        self._nudged = False
+        self._started_ns = time.perf_counter_ns()
+        progress, slot = self._arena.progress, self._slot * 8
+        word = message.sequence << 24
+        delay_ns = int(self._config.result_delay_max_s * 1e9)
+        while self._position < self._task_limit:
+            task = message.tasks[self._position]
+            self._call_limit = len(task.calls)
+            self._call_index = 0
+            self._partial_start = 0
+            while self._call_index < self._call_limit:
+                progress[slot] = word
+                word += 1
+                self._run_call(task)
+                self._call_index += 1
+                if self._nudged:
+                    self._hand_back()
+                    self._flush(message, False)
+                elif (
+                    time.perf_counter_ns() - self._started_ns > delay_ns
+                    or self._buffered_bytes > _FLUSH_BYTES
+                ) and (
+                    # After the last call the packet's end is reported at once, in one message.
+                    self._call_index < self._call_limit or self._position + 1 < self._task_limit
+                ):
+                    self._flush(message, False)
+            self._end_task(task)
+            self._position += 1
+        self._packet = None
+        self._flush(message, True)
+
+    def _end_task(self, task: TaskCall) -> None:
+        if self._partial or not task.calls:
+            self._finished.append(
+                TaskResult(task_id=task.task_id, start=self._partial_start, results=self._partial)
+            )
+            self._partial = []
+        elif self._call_limit == 0:
+            pass  # handed back whole
+        else:
+            # All of its results have been sent; say that these were the last.
+            self._finished.append(
+                TaskResult(task_id=task.task_id, start=self._call_limit, results=[])
+            )
+
+    def _flush(self, message: RunTasks, ended: bool) -> None:
+        """Send the results there are."""
+        if ended:
+            worker_process.flush_output()
+        finished = self._finished
+        if self._partial:
+            task = message.tasks[self._position]
+            finished.append(
+                TaskResult(
+                    task_id=task.task_id,
+                    start=self._partial_start,
+                    results=self._partial,
+                    done=False,
+                )
+            )
+            self._partial_start += len(self._partial)
+            self._partial = []
+        now = time.perf_counter_ns()
+        kept, released = self.client.take_reference_changes()
+        report = TasksFinished(
+            worker_id=self.worker_id,
+            results=finished,
+            elapsed_ns=now - self._started_ns,
+            sequence=message.sequence if ended else message.sequence - 1,
+            kept=kept,
+            released=released,
+        )
+        self._finished = []
+        self._buffered_bytes = 0
+        self._started_ns = now
+        self._send(self._encode(report))
+
+    # ---- handing back ----------------------------------------------------------------------------
+
+    def _on_nudge(self, signal_number: int, frame: object) -> None:
+        """The node wonders why nothing comes. In user code: give back what has not begun, now;
+        between two calls the loop does it in a moment.
+        """
+        if not self._in_user_code:
+            self._nudged = self._packet is not None
+            return
+        self._hand_back()
+        if self._finished or self._partial:
+            assert self._packet is not None
+            self._flush(self._packet, False)
+
+    def prepare_to_block(self) -> None:
+        """User code is about to wait in `get` or `wait`: nothing may wait behind it."""
+        if self._packet is not None:
+            self._hand_back()
+            if self._finished or self._partial:
+                self._flush(self._packet, False)
+
+    def _hand_back(self) -> None:
+        """Give the calls back that have not begun."""
+        self._nudged = False
+        packet = self._packet
+        if packet is None:
+            return
+        # In user code call `_call_index` runs; between calls it has been counted already.
+        begun = self._call_index + (1 if self._in_user_code else 0)
+        handed: list[tuple[Any, int]] = []
+        task = packet.tasks[self._position]
+        if begun < self._call_limit:
+            handed.append((task.task_id, begun))
+            self._call_limit = begun
+        for later in packet.tasks[self._position + 1 : self._task_limit]:
+            handed.append((later.task_id, 0))
+        self._task_limit = self._position + 1
+        if handed:
+            self._send(self._encode(TasksHandedBack(worker_id=self.worker_id, tasks=handed)))
+
+    # ---- one call --------------------------------------------------------------------------------
+
+    def _run_call(self, task: TaskCall) -> None:
+        payload = task.calls[self._call_index]
+        function = self._classes[task.class_index]
+        task_class = function.task_class
+        client = self.client
+        serializer = client.serializer_for(task_class.delivery)
+        outcome: Outcome | bytes
+        try:
+            call = function.call or self._load_function(function)
+            kind = task_class.kind
+            if task_class.delivery is Delivery.OBJECTS:
+                process_state.begin_task(
+                    task.task_id,
+                    task_class.name,
+                    self._definitions[task_class.function_id].name,
+                    task_class.resources,
+                )
+            if kind is CallKind.CALL:
+                if task_class.delivery is Delivery.CALLER and type(payload) is bytes:
+                    args, kwargs = pickle.loads(payload)
+                else:
+                    args, kwargs = self._arguments(task, payload, task_class)
+                self._in_user_code = True
+                result = call(*args, **kwargs)
+            elif kind is CallKind.APPLY:
+                call, args, kwargs = self._load(payload, True)
+                self._in_user_code = True
+                result = call(*args, **kwargs)
+            elif kind is CallKind.MAP:
+                args = self._load(payload, True)
+                self._in_user_code = True
+                result = list(map(call, args))
+                if len(result) != len(args):
+                    raise RuntimeError(f"{task_class.name} raised StopIteration")
+            else:
+                args = self._load(payload, True)
+                self._in_user_code = True
+                result = [call(*arguments) for arguments in args]
+            self._in_user_code = False
+            args = kwargs = None
+            if task_class.delivery is Delivery.CALLER:
+                try:
+                    data = serializer.dumps(result)
+                except Exception as error:
+                    raise UnpicklableResult(error, repr(result)) from error
+                if type(data) is bytes and len(data) <= self._config.inline_max_bytes:
+                    self._partial.append(data)
+                    self._buffered_bytes += len(data)
+                    return
+                outcome = Outcome(values=[self._place(data, task, 0)])
+            else:
+                outcome = self._returned(result, task, task_class, serializer)
+        except _ToldToExit:
+            raise
+        except SystemExit as error:
+            self._in_user_code = False
+            if task_class.delivery is Delivery.OBJECTS:
+                # As in the reference, a task that exits takes its worker along.
+                assert self._packet is not None
+                if self._finished or self._partial:
+                    self._flush(self._packet, False)
+                raise _ToldToExit(_exit_code(error)) from None
+            outcome = self._raised(error, task, function)
+        except BaseException as error:
+            self._in_user_code = False
+            outcome = self._raised(error, task, function)
+        self._partial.append(outcome)
+        self._buffered_bytes += 256
+
+    def _returned(
+        self, result: Any, task: TaskCall, task_class: TaskClass, serializer: Serializer
+    ) -> Outcome | bytes:
+        """A task's return values, serialized each on its own."""
+        count = task_class.num_returns
+        if count == 1:
+            values = [result]
+        elif count == 0:
+            return b""
+        else:
+            if len(result) != count:
+                raise ValueError(f"Task returned {len(result)} objects, but num_returns={count}.")
+            values = list(result)
+        placed: list[bytes | InArena | InFile] = []
+        contained: list[list[ObjectId]] = []
+        for index, value in enumerate(values):
+            data = serializer.dumps(value)
+            placed.append(self._place(data, task, index))
+            contained.append(data.refs if isinstance(data, Serialized) else [])
+        if count == 1 and isinstance(placed[0], bytes) and not contained[0]:
+            self._buffered_bytes += len(placed[0])
+            return placed[0]
+        return Outcome(values=placed, contained=contained)
+
+    def _place(
+        self, data: bytes | Serialized, task: TaskCall, index: int
+    ) -> bytes | InArena | InFile:
+        """A serialized value where its reader will find it: inline, in the arena, in a file."""
+        size = len(data) if isinstance(data, bytes) else data.size_bytes
+        if size <= self._config.inline_max_bytes:
+            self._buffered_bytes += size
+            return data if isinstance(data, bytes) else data.to_bytes()
+        object_id = (
+            self.client.next_object_id()
+            if len(task.task_id) != 24 or len(task.calls) > 1
+            else return_id(task.task_id, index)
+        )
+        return self.client.store(object_id, data)
+
+    def _arguments(
+        self, task: TaskCall, payload: bytes | InArena | InFile, task_class: TaskClass
+    ) -> tuple[Any, Any]:
+        args, kwargs = self._load(payload, task_class.writable)
+        if not task.slots:
+            return args, kwargs
+        positional = list(args)
+        for index in task.error_arguments:
+            raise _DependencyFailed(self._load(task.arguments[index], False))
+        for slot, value in zip(task.slots, task.arguments, strict=True):
+            loaded = self._load(value, False)
+            if isinstance(slot, int):
+                positional[slot] = loaded
+            else:
+                kwargs[slot] = loaded
+        return positional, kwargs
+
+    def _load(self, value: bytes | InArena | InFile, writable: bool) -> Any:
+        if isinstance(value, bytes):
+            return deserialize(value, writable)
+        return self.client.load(value, writable)
+
+    def _load_function(self, function: _Function) -> Callable[..., Any]:
+        function_id = function.task_class.function_id
+        if not function_id:
+            return _no_function
+        loaded = self._loaded.get(function_id)
+        if loaded is None:
+            definition = self._definitions[function_id]
+            for entry in definition.sys_path:
+                if entry not in sys.path:
+                    sys.path.append(entry)
+            loaded = self._loaded[function_id] = self._load(definition.blob, False)
+        function.call = loaded
+        return loaded
+
+    # ---- errors ----------------------------------------------------------------------------------
+
+    def _raised(self, error: BaseException, task: TaskCall, function: _Function) -> Outcome:
+        """What the caller gets for an exception."""
+        from poolray.local import worker_errors
+
+        task_class = function.task_class
+        if isinstance(error, _DependencyFailed):
+            encoded = worker_errors.encode_dependency_error(error.error, task_class.name)
+            return Outcome(values=[encoded], is_error=True)
+        if task_class.delivery is Delivery.CALLER:
+            encoded = worker_errors.encode_plain(error)
+        elif isinstance(error, KeyboardInterrupt):
+            cancelled = TaskCancelledError(task_id=task.task_id.hex(), reason="interrupted")
+            encoded = pickle.dumps(cancelled)
+        else:
+            encoded = worker_errors.encode_task_error(error, task_class.name, os.getpid())
+        retriable = self._is_retriable(error, function)
+        value: bytes | InArena | InFile = encoded
+        if len(encoded) > self._config.inline_max_bytes:
+            value = self.client.store(self.client.next_object_id(), encoded)
+        return Outcome(values=[value], is_error=True, retriable=retriable)
+
+    def _is_retriable(self, error: BaseException, function: _Function) -> bool:
+        names = function.task_class.retry_exceptions
+        if not names or not isinstance(error, Exception):
+            return False
+        if names == b"*":
+            return True
+        if function.retry_exceptions is None:
+            function.retry_exceptions = tuple(pickle.loads(names))
+        return isinstance(error, function.retry_exceptions)
+
+
+class _DependencyFailed(Exception):
+    """An argument of the call is the error of another task."""
+
+    def __init__(self, error: object) -> None:
+        self.error = error
+
+
+def _exit_code(error: SystemExit) -> int:
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+    if error.code is None:
+        return 0
+    sys.stderr.write(f"{error.code}\n")
+    return 1
+
+
+def _no_function(*args: Any) -> None:
+    raise PoolrayError("a call without a function was sent: this is a bug in poolray")
+
+
+def _initializer_error(error: BaseException, text: str) -> bytes:
+    try:
+        return pickle.dumps(
+            TaskError(function_name="initializer", traceback_str=text, cause=error, pid=os.getpid())
+        )
+    except Exception:
+        # The exception cannot travel: its text can.
+        cause = PoolrayError(f"{type(error).__name__}: {error}")
+        return pickle.dumps(
+            TaskError(function_name="initializer", traceback_str=text, cause=cause, pid=os.getpid())
+        )

@@ -1,0 +1,225 @@
+"""What makes a forked process a worker, and what it does before it leaves.
+
+What: signals, standard streams, the identity that `multiprocessing` shows, exit handlers.
+Who calls: `run_worker`.
+May touch: signals, standard streams, module state of the standard library.
+Invariants: nothing of the driver's runtime stays usable by mistake; exit handlers that a worker's
+own code registered run, those of the driver do not.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import io
+import itertools
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any, final
+
+import msgspec
+
+from poolray.objects.serialization import remember_main
+from poolray.protocol.worker import WorkerOutput
+
+if TYPE_CHECKING:
+    from poolray.local.fork_server import WorkerSetup
+    from poolray.local.worker_client import WorkerClient
+
+
+#: The standard library's module and the package that grew out of it, where a program uses it.
+_FAMILIES = ("multiprocessing", "multiprocess")
+
+
+def settle(setup: WorkerSetup, number: int, reports: socket.socket) -> None:
+    """Turn a fresh fork into a worker."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    atexit._clear()
+    _set_streams(setup, reports)
+    if setup.name_prefix:
+        name = f"{setup.name_prefix}-{number}"
+        for family in _FAMILIES:
+            if family == "multiprocessing" or f"{family}.process" in sys.modules:
+                _set_multiprocessing_identity(family, name, number, setup.daemon)
+    remember_main()
+
+
+def leave() -> None:
+    """What a process does at its end, apart from ending."""
+    import threading
+
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        for family in _FAMILIES:
+            util = sys.modules.get(f"{family}.util")
+            if util is not None:
+                util._exit_function()  # flushes the queues that tasks wrote to
+        atexit._run_exitfuncs()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+
+
+def _set_multiprocessing_identity(family: str, name: str, number: int, daemon: bool) -> None:
+    """Look like a worker of `multiprocessing`: programs number their workers by this."""
+    process: Any = importlib.import_module(f"{family}.process")
+    util: Any = importlib.import_module(f"{family}.util")
+    current: Any = process.BaseProcess.__new__(process.BaseProcess)
+    parent: Any = process.current_process()
+    current._identity = (*getattr(parent, "_identity", ()), number)
+    current._config = {**parent._config, "daemon": daemon}
+    current._parent_pid = os.getppid()
+    current._parent_name = parent.name
+    current._popen = None
+    current._closed = False
+    current._name = name
+    current._target = None
+    current._args = ()
+    current._kwargs = {}
+    process._current_process = current
+    process._parent_process = process._ParentProcess(parent.name, os.getppid(), None)
+    process._process_counter = itertools.count(1)
+    process._children = set()
+    util._finalizer_registry.clear()
+    util._run_after_forkers()
+
+
+def install_client(client: WorkerClient, setup: WorkerSetup) -> None:
+    """User code in this process reaches the node through this client."""
+    from poolray.local import process_state
+
+    client.api.install()
+    process_state.install_worker(client.api, setup)
+
+
+def _set_streams(setup: WorkerSetup, reports: socket.socket) -> None:
+    if setup.discard_output:
+        null = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(null, descriptor)
+        os.close(null)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        return
+    if setup.forward_output:
+        sys.stdout = _ForwardedStream(1, reports)
+        sys.stderr = _ForwardedStream(2, reports)
+        return
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        except (AttributeError, ValueError, io.UnsupportedOperation):
+            pass  # replaced by the program: it knows what it wants
+    if setup.prefix_output:
+        sys.stdout = PrefixedStream(sys.stdout)
+        sys.stderr = PrefixedStream(sys.stderr)
+
+
+@final
+class _ForwardedStream(io.TextIOBase):
+    """Text that belongs to the driver's stream object, line by line."""
+
+    def __init__(self, number: int, reports: socket.socket) -> None:
+        self._number = number
+        self._reports = reports
+        self._pending = ""
+        self._encode = msgspec.msgpack.Encoder().encode
+
+    def write(self, text: str) -> int:
+        """Keep text until its line is complete."""
+        self._pending += text
+        if "\n" in text or len(self._pending) > 8192:
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Send what there is."""
+        text, self._pending = self._pending, ""
+        for start in range(0, len(text), 8192):
+            part = WorkerOutput(stream=self._number, text=text[start : start + 8192])
+            try:
+                self._reports.send(self._encode(part))
+            except OSError:
+                return  # the driver is gone: nobody reads
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+
+def flush_output() -> None:
+    """Before a result is sent: whoever has it may end this process at once."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:
+            pass  # closed, absent, or replaced by the program: not worth its result
+
+
+@final
+class PrefixedStream(io.TextIOBase):
+    """Begins each line with the running task's name and the worker's pid.
+
+    The lines go straight to the process's descriptor, whole, so that lines of several workers do
+    not mix and nothing is lost when a worker dies.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._pending = ""
+        #: The last line that was written is not finished: what follows belongs to it.
+        self._in_line = False
+
+    def write(self, text: str) -> int:
+        """Keep text until its line is complete."""
+        self._pending += text
+        if "\n" in text:
+            lines, _, self._pending = self._pending.rpartition("\n")
+            self._emit(lines + "\n")
+            self._in_line = False
+        return len(text)
+
+    def flush(self) -> None:
+        """Write an unfinished line out as far as it goes."""
+        if self._pending:
+            rest, self._pending = self._pending, ""
+            self._emit(rest)
+            self._in_line = True
+        self._stream.flush()
+
+    def _emit(self, text: str) -> None:
+        from poolray.local import process_state
+
+        name = process_state.current_task_name()
+        head = f"\x1b[36m({name} pid={os.getpid()})\x1b[0m " if name else ""
+        lines = text.splitlines(keepends=True)
+        if self._in_line:
+            first, lines = lines[:1], lines[1:]
+        else:
+            first = []
+        self._stream.write("".join([*first, *(head + line for line in lines)]))
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        """The descriptor behind it."""
+        return int(self._stream.fileno())
+
+    def isatty(self) -> bool:
+        """Whether a terminal is behind it."""
+        return bool(self._stream.isatty())
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The stream's encoding."""
+        return str(self._stream.encoding)
+
+    @property
+    def buffer(self) -> Any:
+        """The binary stream behind it, without prefixes."""
+        return self._stream.buffer

@@ -1,0 +1,1 @@
+"""The node machine: tasks, objects and workers of one machine, wired together."""

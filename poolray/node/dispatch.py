@@ -1,0 +1,677 @@
+"""Who runs what: packets, leases, turns.
+
+What: gives workers packets of calls, takes back what they cannot get to, and decides what a
+worker's death means for the calls it had.
+Who calls: `node/node.py` with what workers and shells report; `node/tasks.py` when a task is ready;
+`node/groups.py` when a worker is ready or gone.
+May touch: nothing.
+Invariants: a packet's tasks are RUNNING and name the worker and the packet; resources are held by
+workers that run something and are not blocked, one lease each; classes take turns by packets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, final
+
+from poolray.ids import FunctionId, GroupId, WorkerId
+from poolray.node.effects import Nudge, SendWorker, TakeBack
+from poolray.node.state import NodeState
+from poolray.node.tasks import Tasks
+from poolray.node.workers import Group, GroupState, Packet, WorkerRecord, WorkerState
+from poolray.protocol.node import PacketsTakenBack, WorkerLost
+from poolray.protocol.values import FunctionDefinition, TaskClass, Value
+from poolray.protocol.worker import (
+    ClassDefinition,
+    RunTasks,
+    StopWorker,
+    TaskCall,
+    TasksFinished,
+    TasksHandedBack,
+)
+from poolray.tasks.class_queue import ClassQueue
+from poolray.tasks.lifecycle import RUNNING, TaskRecord
+
+if TYPE_CHECKING:
+    from poolray.node.groups import Groups
+
+_IDLE = WorkerState.IDLE
+_BUSY = WorkerState.BUSY
+_BLOCKED = WorkerState.BLOCKED
+_STOPPING = WorkerState.STOPPING
+
+#: Unread packets worth less than this are not taken from their worker to feed an idle one.
+_STEAL_MIN_S = 100e-6
+#: Packets that others are served before a class that waits for many resources at once stops them:
+#: what they give back is kept for it from then on.
+_PASSED_OVER_MAX = 64
+
+
+@final
+class _News:
+    """What a worker is told with a packet."""
+
+    __slots__ = ("classes", "forget", "functions")
+
+    def __init__(
+        self,
+        classes: list[ClassDefinition],
+        functions: list[FunctionDefinition],
+        forget: list[FunctionId],
+    ) -> None:
+        self.classes = classes
+        self.functions = functions
+        self.forget = forget
+
+
+@final
+class Dispatcher:
+    """The worker side of a node: what is sent to workers and what they report."""
+
+    __slots__ = ("_short", "_state", "_tasks", "deadline_s", "groups", "try_forward")
+
+    def __init__(self, state: NodeState, tasks: Tasks) -> None:
+        self._state = state
+        self._tasks = tasks
+        self.groups: Groups
+        #: Groups with calls that wait for resources, or for a worker's place: also another group's
+        #: worker can free these.
+        self._short: dict[GroupId, Group] = {}
+        #: No worker's deadline is before this; None: nobody is watched.
+        self.deadline_s: float | None = None
+        #: Offers the head of a queue that cannot run here to other nodes; True when one took it.
+        self.try_forward: Callable[[ClassQueue], bool] = lambda queue: False
+
+    # ---- whose turn it is ------------------------------------------------------------------------
+
+    def dispatch(self, group: Group) -> None:
+        """Give the group's workers what they can take."""
+        self._short.pop(group.group_id, None)
+        ready = group.ready
+        if len(ready) == 1:
+            queue = next(iter(ready.values()))
+            while queue.queued_calls and self._send_next(group, queue, None):
+                pass
+            if not queue.queued_calls:
+                ready.clear()
+            return
+        #: The first class that waits for resources: the others may use what it cannot.
+        ahead: ClassQueue | None = None
+        turn = list(ready.items())
+        while turn:
+            again = []
+            for class_id, queue in turn:
+                if not queue.queued_calls:
+                    ready.pop(class_id, None)
+                elif self._send_next(group, queue, ahead):
+                    del ready[class_id]  # behind the others, if there is more
+                    if queue.queued_calls:
+                        ready[class_id] = queue
+                        again.append((class_id, queue))
+                    if ahead is not None:
+                        ahead.passed_over += 1
+                elif ahead is None:
+                    ahead = queue
+            turn = again
+
+    def offer(self, group: Group) -> None:
+        """Something became free in a group: dispatch it, and what waits elsewhere for the same."""
+        if group.ready:
+            self.dispatch(group)
+        for other in list(self._short.values()) if self._short else ():
+            if other is not group:
+                self.dispatch(other)
+
+    def forget_group(self, group: Group) -> None:
+        """The group has ended."""
+        self._short.pop(group.group_id, None)
+
+    def _send_next(self, group: Group, queue: ClassQueue, ahead: ClassQueue | None) -> bool:
+        """One packet of a class to some worker; False when no worker can take one now."""
+        if group.idle:
+            if (ahead is None or self._may_pass(queue, ahead)) and self._state.resources.acquire(
+                queue.task_class.resources
+            ):
+                worker = next(reversed(group.idle.values()))
+                worker.move(_BUSY)
+                worker.runs = worker.lease = queue
+                queue.passed_over = 0
+                self._send_packet(group, worker, queue)
+                return True
+            self._short[group.group_id] = group
+        elif self.groups.start_for(group, queue):
+            self._short[group.group_id] = group
+        if (
+            queue.hungry
+            and queue.may_prefetch(self._state.config)
+            and (ahead is None or not self._must_yield(queue, ahead))
+            and not self._state.resources.is_overdrawn(queue.task_class.resources)
+        ):
+            worker = self._state.workers[next(iter(queue.hungry))]
+            self._send_packet(group, worker, queue)
+            return True
+        return group.size == 0 and group.starting < queue.queued_calls and self.try_forward(queue)
+
+    def _may_pass(self, queue: ClassQueue, ahead: ClassQueue) -> bool:
+        """Whether a class may take resources although another one has waited longer for some."""
+        if ahead.passed_over < _PASSED_OVER_MAX:
+            return True
+        wanted = ahead.task_class.resources
+        return not any(
+            name in wanted for name in queue.task_class.resources
+        ) or not self._state.resources.fits_ever(wanted)
+
+    def _must_yield(self, queue: ClassQueue, ahead: ClassQueue) -> bool:
+        """Whether a class has to let go of a worker, for one that waits and could then run."""
+        if not self._may_pass(queue, ahead):
+            return True
+        return self._state.resources.fits_with(
+            ahead.task_class.resources, queue.task_class.resources
+        )
+
+    # ---- packets ---------------------------------------------------------------------------------
+
+    def _send_packet(self, group: Group, worker: WorkerRecord, queue: ClassQueue) -> None:
+        """Fill a packet from a queue and send it."""
+        state = self._state
+        worker.sequence = sequence = worker.sequence + 1
+        packet = Packet(sequence, queue)
+        task_class = queue.task_class
+        index = worker.class_indexes.get(task_class.class_id)
+        if (
+            index is None
+            or worker.forget
+            or (task_class.function_id and task_class.function_id not in worker.functions)
+        ):
+            index, news = self._introduce(worker, packet, task_class)
+        else:
+            news = None
+        limit = 1 if queue.queued_calls == 1 else self._calls_allowed(group, worker, queue)
+        calls = self._fill_packet(worker, packet, queue, limit, index)
+        worker.packets.append(packet)
+        worker.calls_sent += packet.calls
+        if task_class.max_calls:
+            sent = worker.calls_by_class.get(task_class.class_id, 0)
+            worker.calls_by_class[task_class.class_id] = sent + packet.calls
+        if packet.calls > 1 or len(worker.packets) > 1:
+            self.watch(worker, state.now + self._patience(queue, packet.calls))
+        self._set_room(group, worker)
+        if news is None:
+            message = RunTasks(sequence=sequence, tasks=calls)
+        else:
+            message = RunTasks(
+                sequence=sequence,
+                tasks=calls,
+                classes=news.classes,
+                functions=news.functions,
+                forget=news.forget,
+            )
+        state.effects.append(SendWorker(worker.worker_id, message))
+
+    def _introduce(
+        self, worker: WorkerRecord, packet: Packet, task_class: TaskClass
+    ) -> tuple[int, _News]:
+        """What a worker has to learn before it can run calls of a class, and the class's index."""
+        news = _News([], [], [])
+        index = worker.class_indexes.get(task_class.class_id)
+        if index is None:
+            index = worker.class_indexes[task_class.class_id] = worker.next_class_index
+            worker.next_class_index += 1
+            packet.defines_class = True
+            news.classes.append(ClassDefinition(index=index, task_class=task_class))
+        function_id = task_class.function_id
+        if function_id and function_id not in worker.functions:
+            worker.functions[function_id] = None
+            packet.functions = [function_id]
+            news.functions.append(self._state.functions[function_id])
+            if function_id in worker.forget:
+                worker.forget.remove(function_id)
+        if worker.forget:
+            packet.forget, worker.forget = worker.forget, []
+            news.forget.extend(packet.forget)
+        return index, news
+
+    def _calls_allowed(self, group: Group, worker: WorkerRecord, queue: ClassQueue) -> int:
+        limit = queue.packet_calls(self._state.config, len(group.workers))
+        if group.max_tasks_per_worker:
+            limit = min(limit, max(1, group.max_tasks_per_worker - worker.calls_sent))
+        if queue.task_class.max_calls:
+            sent = worker.calls_by_class.get(queue.task_class.class_id, 0)
+            limit = min(limit, max(1, queue.task_class.max_calls - sent))
+        return limit
+
+    def _is_used_up(self, worker: WorkerRecord, queue: ClassQueue) -> bool:
+        """Whether a worker has been sent all the calls it was made for."""
+        limit = worker.group.max_tasks_per_worker
+        if limit and worker.calls_sent >= limit:
+            return True
+        limit = queue.task_class.max_calls
+        return bool(limit) and worker.calls_by_class.get(queue.task_class.class_id, 0) >= limit
+
+    def _set_room(self, group: Group, worker: WorkerRecord) -> None:
+        """Enter in the tables whether a busy worker takes another packet, or has one to spare."""
+        packets = worker.packets
+        queue = worker.runs
+        assert queue is not None
+        config = self._state.config
+        if (
+            len(packets) < config.packets_per_worker_max
+            and packets[-1].size_bytes < config.packet_bytes_max
+            and not (
+                (group.max_tasks_per_worker or queue.task_class.max_calls)
+                and self._is_used_up(worker, queue)
+            )
+        ):
+            queue.hungry[worker.worker_id] = None
+            group.hungry[worker.worker_id] = worker
+        else:
+            queue.hungry.pop(worker.worker_id, None)
+            group.hungry.pop(worker.worker_id, None)
+        if len(packets) > 1:
+            group.stocked[worker.worker_id] = worker
+        else:
+            group.stocked.pop(worker.worker_id, None)
+
+    def _fill_packet(
+        self, worker: WorkerRecord, packet: Packet, queue: ClassQueue, limit: int, index: int
+    ) -> list[TaskCall]:
+        """Move tasks from the queue to the packet, up to the limits of calls and bytes."""
+        bytes_max = self._state.config.packet_bytes_max
+        worker_id, sequence = worker.worker_id, packet.sequence
+        calls: list[TaskCall] = []
+        while queue.queued_calls and packet.calls < limit:
+            record = queue.first() if queue.removed else queue.queue[0]
+            if record.attempts and calls:
+                break  # it lost a worker before: it travels alone
+            payloads = record.calls
+            if len(payloads) == 1:
+                payload = payloads[0]
+                wanted, size = 1, (len(payload) + 16 if isinstance(payload, bytes) else 128)
+            else:
+                wanted, size = _fitting(
+                    payloads, limit - packet.calls, bytes_max - packet.size_bytes
+                )
+            if calls and packet.size_bytes + size > bytes_max:
+                break
+            queue.queue.popleft()
+            queue.queued_calls -= wanted
+            if wanted < len(payloads):
+                queue.queue.appendleft(self._tasks.cut(record, record.offset + wanted))
+            record.move(RUNNING)
+            record.worker_id = worker_id
+            record.sequence = sequence
+            record.sent_offset = record.offset
+            packet.records.append(record)
+            packet.bases.append(packet.calls)
+            packet.calls += wanted
+            packet.size_bytes += size
+            if record.dependencies:
+                calls.append(self._call_with_arguments(record, packet, index))
+                break  # inline arguments can be large together: such a task travels last
+            calls.append(TaskCall(task_id=record.task_id, class_index=index, calls=record.calls))
+            if record.attempts:
+                break
+        return calls
+
+    def _call_with_arguments(self, record: TaskRecord, packet: Packet, index: int) -> TaskCall:
+        arguments, errors = self._tasks.arguments_of(record)
+        packet.size_bytes += sum(
+            len(value) if isinstance(value, bytes) else 128 for value in arguments
+        )
+        return TaskCall(
+            task_id=record.task_id,
+            class_index=index,
+            calls=record.calls,
+            arguments=arguments,
+            slots=record.slots,
+            error_arguments=errors,
+        )
+
+    def _patience(self, queue: ClassQueue, calls: int) -> float:
+        """How long a worker may be silent about that many calls before it is nudged."""
+        return self._state.config.nudge_after_s + 2.0 * (queue.estimate_s or 0.0) * calls
+
+    # ---- reports of workers ----------------------------------------------------------------------
+
+    def on_finished(self, message: TasksFinished) -> None:
+        """Results, and room for more work."""
+        worker = self._state.workers.get(message.worker_id)
+        if worker is None:
+            return
+        if message.kept:
+            self._tasks.objects.add_references(worker.client_id, message.kept)
+        calls = self._tasks.on_finished(worker, message)
+        if message.released:
+            self._tasks.objects.release_references(worker.client_id, message.released)
+        if calls and worker.runs is not None:
+            worker.runs.report(calls, message.elapsed_ns * 1e-9)
+        packets = worker.packets
+        while packets and packets[0].sequence <= message.sequence:
+            packet = packets.popleft()
+            if packet.cancelled is not None:
+                self._tasks.unpin_cancelled(packet)
+        if len(packets) < 2 and worker.group.stocked:
+            worker.group.stocked.pop(worker.worker_id, None)
+        if worker.state is _BUSY:
+            self._feed(worker)
+        elif not packets:
+            if worker.state is _BLOCKED:  # the task is over all the same: its thread waits on
+                worker.move(_BUSY)
+                self._rest(worker)
+            self.release_lease(worker)
+            worker.runs = None
+            self.offer(worker.group)
+        elif worker.group.ready:
+            self.offer(worker.group)
+
+    def _feed(self, worker: WorkerRecord) -> None:
+        """A busy worker has reported: it is idle now, or has room, or goes on."""
+        group = worker.group
+        queue = worker.runs
+        assert queue is not None
+        packets = worker.packets
+        if packets:
+            if packets[0].calls > 1 or len(packets) > 1:
+                self.watch(worker, self._state.now + self._patience(queue, packets[0].calls))
+            self._set_room(group, worker)
+        elif (
+            0 < group.size < len(group.workers) - group.leaving  # it was made smaller meanwhile
+            or (
+                (group.max_tasks_per_worker or queue.task_class.max_calls)
+                and self._is_used_up(worker, queue)
+            )
+        ):
+            self.groups.stop(worker)
+        elif (
+            queue.queued_calls
+            and len(group.ready) == 1
+            and (not self._short or (len(self._short) == 1 and group.group_id in self._short))
+            and not self._state.resources.is_overdrawn(queue.task_class.resources)
+        ):
+            self._send_packet(group, worker, queue)  # the lease lasts while there is work for it
+            if not queue.queued_calls:
+                group.ready.clear()
+                return
+        else:
+            self._rest(worker)
+        if group.ready or self._short:
+            self.offer(group)
+        if group.stocked and worker.state is _IDLE:
+            self.steal_for_idle(group)
+
+    def _rest(self, worker: WorkerRecord) -> None:
+        """A busy worker has nothing left."""
+        if worker.lease is not None:
+            self._state.resources.release(worker.lease.task_class.resources)
+            worker.lease = None
+        worker.move(_IDLE)
+        worker.runs = None
+        if not worker.group.size:  # others are never too many
+            self.watch(worker, self._state.now + self._state.config.idle_worker_timeout_s)
+
+    def steal_for_idle(self, group: Group) -> None:
+        """An idle worker and nothing queued: take unread packets from a worker that has several."""
+        if group.ready or not group.idle:
+            return
+        for worker in group.stocked.values():
+            queue = worker.runs
+            if worker.state is not _BUSY or queue is None:
+                continue
+            waiting = sum(packet.calls for packet in list(worker.packets)[1:])
+            if waiting * (
+                queue.estimate_s or 1.0
+            ) >= _STEAL_MIN_S and self._state.resources.fits_now(queue.task_class.resources):
+                self._state.effects.append(TakeBack(worker.worker_id))
+                return
+
+    def on_taken_back(self, message: PacketsTakenBack) -> None:
+        """Packets that a worker had not read are ours again."""
+        worker = self._state.workers.get(message.worker_id)
+        if worker is None:
+            return
+        wanted = dict.fromkeys(message.sequences)
+        taken = [packet for packet in worker.packets if packet.sequence in wanted]
+        for packet in reversed(taken):
+            worker.packets.remove(packet)
+            self._unsend(worker, packet)
+        if worker.state is _STOPPING:
+            # Its order to stop was taken back too, if it was not read.
+            self._state.effects.append(SendWorker(worker.worker_id, StopWorker()))
+            if not worker.packets:
+                self.release_lease(worker)
+                worker.runs = None
+        if not taken:
+            return
+        if len(worker.packets) < 2:
+            worker.group.stocked.pop(worker.worker_id, None)
+        if worker.state is _BUSY:
+            self._feed(worker)
+        else:
+            self.offer(worker.group)
+
+    def _unsend(self, worker: WorkerRecord, packet: Packet) -> None:
+        """A packet was not read: its calls are queued again, its definitions unknown again."""
+        self._uncount(worker, packet, packet.calls)
+        if packet.cancelled is not None:
+            self._tasks.unpin_cancelled(packet)
+        if packet.defines_class:
+            worker.class_indexes.pop(packet.queue.task_class.class_id, None)
+        for function_id in packet.functions or ():
+            worker.functions.pop(function_id, None)
+        worker.forget.extend(packet.forget or ())
+        for record in reversed(packet.records):
+            if _is_in(record, worker, packet.sequence):
+                self._tasks.requeue(record)
+
+    def _uncount(self, worker: WorkerRecord, packet: Packet, calls: int) -> None:
+        """That many calls of a packet were not begun and will not be."""
+        packet.calls -= calls
+        worker.calls_sent -= calls
+        task_class = packet.queue.task_class
+        if task_class.max_calls:
+            sent = worker.calls_by_class.get(task_class.class_id, 0)
+            worker.calls_by_class[task_class.class_id] = max(0, sent - calls)
+
+    def on_handed_back(self, message: TasksHandedBack) -> None:
+        """Calls that a worker had read but not begun are ours again."""
+        worker = self._state.workers.get(message.worker_id)
+        if worker is None:
+            return
+        packets = {packet.sequence: packet for packet in worker.packets}
+        for task_id, first in reversed(message.tasks):
+            record = self._state.tasks.get(task_id)
+            if record is None or record.worker_id != worker.worker_id:
+                continue
+            packet = packets[record.sequence]
+            stop = record.sent_offset + first
+            if stop <= record.offset:
+                self._uncount(worker, packet, len(record.calls))
+                self._tasks.requeue(record)
+            elif stop < record.offset + len(record.calls):
+                # The worker keeps the calls before `first` under the id it knows.
+                rest = self._tasks.cut(record, stop)
+                self._uncount(worker, packet, len(rest.calls))
+                self._tasks.requeue(rest)
+        if worker.state is _BUSY and worker.runs is not None:
+            # Something long runs there: nothing is to wait behind it until it has reported.
+            worker.runs.hungry.pop(worker.worker_id, None)
+            worker.group.hungry.pop(worker.worker_id, None)
+        self.offer(worker.group)
+
+    def on_blocked(self, worker_id: WorkerId) -> None:
+        """A worker's task waits: its resources are free for others meanwhile."""
+        worker = self._state.workers.get(worker_id)
+        if worker is None or worker.lease is None:
+            return
+        self.release_lease(worker)
+        if worker.state is _BUSY:
+            worker.move(_BLOCKED)
+            if len(worker.packets) > 1:
+                self._state.effects.append(TakeBack(worker_id))
+        self.offer(worker.group)
+
+    def on_unblocked(self, worker_id: WorkerId) -> None:
+        """It goes on, even if that takes more than there is for a while."""
+        worker = self._state.workers.get(worker_id)
+        if worker is None or worker.runs is None or worker.lease is not None:
+            return
+        self._state.resources.acquire_anyway(worker.runs.task_class.resources)
+        worker.lease = worker.runs
+        if worker.state is _BLOCKED:
+            worker.move(_BUSY)
+
+    def release_lease(self, worker: WorkerRecord) -> None:
+        """A worker gives its resources back, if it holds any."""
+        if worker.lease is not None:
+            self._state.resources.release(worker.lease.task_class.resources)
+            worker.lease = None
+
+    # ---- cancelled and lost ----------------------------------------------------------------------
+
+    def take_back(self, worker: WorkerRecord) -> None:
+        """Ask for the packets that a worker has not read."""
+        self._state.effects.append(TakeBack(worker.worker_id))
+
+    def on_cancelled(self, worker_id: WorkerId, sequences: list[int]) -> None:
+        """Tasks in these packets of a worker are not wanted any more: get at what has not begun."""
+        worker = self._state.workers[worker_id]
+        if worker.group.state >= GroupState.FAILED:
+            return  # it is being killed
+        self._state.effects.append(TakeBack(worker_id))
+        head = worker.packets[0]
+        if head.sequence in sequences and head.calls > 1:
+            self._state.effects.append(Nudge(worker_id))
+
+    def on_packets_lost(self, worker: WorkerRecord, message: WorkerLost) -> None:
+        """What becomes of calls that were on their way to a worker that died."""
+        packets = list(worker.packets)
+        worker.packets.clear()
+        for packet in reversed(packets):
+            if packet.cancelled is not None:
+                self._tasks.unpin_cancelled(packet)
+            for position in range(len(packet.records) - 1, -1, -1):
+                record = packet.records[position]
+                if not _is_in(record, worker, packet.sequence):
+                    continue
+                count = len(record.calls)
+                if packet.sequence == message.sequence:
+                    reported = record.offset - record.sent_offset
+                    begun = message.index + 1 - packet.bases[position] - reported
+                    begun = max(0, min(begun, count))
+                else:
+                    begun = count if packet.sequence < message.sequence else 0
+                self._tasks.on_lost_with_worker(record, begun, message)
+
+    # ---- time ------------------------------------------------------------------------------------
+
+    def watch(self, worker: WorkerRecord, deadline_s: float) -> None:
+        """Look at a worker again at that time."""
+        worker.deadline_s = deadline_s
+        if self.deadline_s is None or deadline_s < self.deadline_s:
+            self.deadline_s = deadline_s
+
+    def watch_time(self, deadline_s: float) -> None:
+        """Tick at that time at the latest."""
+        if self.deadline_s is None or deadline_s < self.deadline_s:
+            self.deadline_s = deadline_s
+
+    def on_silent(self, worker: WorkerRecord, now: float) -> None:
+        """A busy worker has been silent for long: free what waits behind the call it runs."""
+        group = worker.group
+        packet = worker.packets[0]
+        if self.may_nudge(worker):
+            worker.nudged_sequence = packet.sequence
+            self._state.effects.append(Nudge(worker.worker_id))
+        if len(worker.packets) > 1 and group.idle:
+            self._state.effects.append(TakeBack(worker.worker_id))
+        worker.deadline_s = now + 10 * self._state.config.nudge_after_s
+
+    def may_nudge(self, worker: WorkerRecord) -> bool:
+        """Whether calls of the packet that a worker runs might run elsewhere."""
+        packet = worker.packets[0]
+        group = worker.group
+        return (
+            packet.calls > 1
+            and worker.nudged_sequence != packet.sequence
+            and (len(group.workers) > 1 or group.size == 0)
+        )
+
+    # ---- checks ----------------------------------------------------------------------------------
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when tables of packets, queues and resources do not agree."""
+        held: dict[str, int] = {}
+        state = self._state
+        for worker in state.workers.values():
+            self._check_worker(worker)
+            if worker.lease is not None:
+                for name, amount in worker.lease.task_class.resources.items():
+                    held[name] = held.get(name, 0) + amount
+        state.resources.check_invariants(held)
+        for task in state.tasks.values():
+            if task.state is RUNNING:
+                assert task.worker_id is not None
+                packets = state.workers[task.worker_id].packets
+                assert any(
+                    packet.sequence == task.sequence and task in packet.records
+                    for packet in packets
+                ), "a running task is in no packet"
+        for class_id, queue in state.classes.items():
+            queue.check_invariants()
+            group = state.groups.get(queue.task_class.group_id)
+            if queue.queued_calls:
+                assert group is not None
+                assert group.ready[class_id] is queue
+            for worker_id in queue.hungry:
+                assert state.workers[worker_id].runs is queue
+        for group in state.groups.values():
+            for queue in group.ready.values():
+                assert queue.queued_calls, "an empty queue counts as ready"
+
+    def _check_worker(self, worker: WorkerRecord) -> None:
+        group = worker.group
+        assert group.workers[worker.worker_id] is worker
+        assert (worker.worker_id in group.idle) == (worker.state is _IDLE)
+        assert (worker.worker_id in group.stocked) == (len(worker.packets) > 1)
+        assert worker.lease is None or worker.lease is worker.runs
+        if worker.state is _BUSY:
+            assert worker.packets, "a busy worker without packets"
+            assert worker.lease is not None
+        elif worker.state is _BLOCKED:
+            assert worker.packets
+            assert worker.lease is None
+        elif worker.state is not _STOPPING:
+            assert not worker.packets
+            assert worker.lease is None
+        hungry = worker.runs is not None and worker.worker_id in worker.runs.hungry
+        assert hungry == (worker.worker_id in group.hungry)
+        if hungry:
+            assert worker.state is _BUSY
+            assert len(worker.packets) < self._state.config.packets_per_worker_max
+        for packet in worker.packets:
+            assert packet.calls >= 0
+            assert packet.sequence <= worker.sequence
+
+
+def _is_in(record: TaskRecord, worker: WorkerRecord, sequence: int) -> bool:
+    """Whether a task that was sent in a packet is there still."""
+    return (
+        record.state is RUNNING
+        and record.worker_id == worker.worker_id
+        and record.sequence == sequence
+    )
+
+
+def _fitting(payloads: list[Value], calls_max: int, bytes_max: int) -> tuple[int, int]:
+    """How many of the first payloads fit, at least one, and their bytes."""
+    size = 0
+    count = 0
+    for payload in payloads:
+        length = len(payload) + 16 if isinstance(payload, bytes) else 128
+        if count and size + length > bytes_max:
+            break
+        size += length
+        count += 1
+        if count >= calls_max:
+            break
+    return count, size

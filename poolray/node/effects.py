@@ -1,0 +1,137 @@
+"""What the node machine asks of its shell.
+
+What: one struct per kind of act. The machine returns them in order, the shell carries them out in
+order and feeds what comes of them back as messages.
+Who calls: the node machine makes them; the in-process shell, the daemon and the simulator act.
+May touch: nothing.
+Invariants: an effect carries all that is needed to act; the shell looks nothing up in the machine.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from poolray.ids import ClientId, GroupId, NodeId, WorkerId
+from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, WaitReply
+from poolray.protocol.node import HeadRequest, PeerMessage
+from poolray.protocol.values import InArena, InFile
+from poolray.protocol.worker import RunTasks, StopWorker
+
+
+class SendWorker(msgspec.Struct, frozen=True, gc=False):
+    """Put a message in a worker's task queue."""
+
+    worker_id: WorkerId
+    message: RunTasks | StopWorker
+
+
+class Reply(msgspec.Struct, frozen=True, gc=False):
+    """Answer a client."""
+
+    client_id: ClientId
+    message: ObjectValues | WaitReply | RangeGranted | CallResults
+
+
+class StartWorker(msgspec.Struct, frozen=True, gc=False):
+    """Fork a worker of a group."""
+
+    worker_id: WorkerId
+    group_id: GroupId
+    slot: int
+
+
+class TerminateWorker(msgspec.Struct, frozen=True, gc=False):
+    """Kill a worker by force; its exit is reported as usual."""
+
+    worker_id: WorkerId
+
+
+class TakeBack(msgspec.Struct, frozen=True, gc=False):
+    """Empty a worker's task queue and report what was in it with `PacketsTakenBack`."""
+
+    worker_id: WorkerId
+
+
+class Nudge(msgspec.Struct, frozen=True, gc=False):
+    """Signal a worker to hand back the calls of its packet that it has not begun."""
+
+    worker_id: WorkerId
+
+
+class GroupFailed(msgspec.Struct, frozen=True, gc=False):
+    """The workers of a group do not start; its tasks have been failed."""
+
+    group_id: GroupId
+    error: bytes
+
+
+class GroupDrained(msgspec.Struct, frozen=True, gc=False):
+    """A group that was closed has no task and no worker any more."""
+
+    group_id: GroupId
+
+
+class DeleteFile(msgspec.Struct, frozen=True, gc=False):
+    """Nobody holds the object in this file any more."""
+
+    path: str
+
+
+class SendPeer(msgspec.Struct, frozen=True, gc=False):
+    """Send a message to another node, reliably and in order."""
+
+    node_id: NodeId
+    message: PeerMessage
+
+
+class SendHead(msgspec.Struct, frozen=True, gc=False):
+    """Send a message to the head, reliably and in order."""
+
+    message: HeadRequest
+
+
+class SendObject(msgspec.Struct, frozen=True, gc=False):
+    """Send an object's bytes to another node, as `ObjectData`."""
+
+    node_id: NodeId
+    value: InArena | InFile
+
+
+class WriteObject(msgspec.Struct, frozen=True, gc=False):
+    """Write an object that came from another node to its range; it is readable afterwards."""
+
+    offset: int
+    data: bytes
+
+
+class Warn(msgspec.Struct, frozen=True, gc=False):
+    """Tell the user, once."""
+
+    text: str
+
+
+class UnhandledError(msgspec.Struct, frozen=True, gc=False):
+    """The last reference to an error went before anybody looked at it: show it to the user."""
+
+    value: bytes | InArena | InFile
+
+
+Effect: TypeAlias = (
+    SendWorker
+    | Reply
+    | StartWorker
+    | TerminateWorker
+    | TakeBack
+    | Nudge
+    | GroupFailed
+    | GroupDrained
+    | DeleteFile
+    | SendPeer
+    | SendHead
+    | SendObject
+    | WriteObject
+    | Warn
+    | UnhandledError
+)

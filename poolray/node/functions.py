@@ -1,0 +1,113 @@
+"""Functions and task classes: who may still name them, and when they are forgotten.
+
+What: keeps definitions while a client that made them is there, or a task that needs them is.
+Who calls: `node/node.py` with clients' definitions, `node/tasks.py` when a class's last task ends.
+May touch: nothing.
+Invariants: a class is kept while it is not released or has tasks; a function while a client holds
+it or a class that is kept names it; workers are told what to forget.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+from poolray.ids import ClientId, FunctionId, GroupId
+from poolray.node.state import NodeState
+from poolray.objects.directory import ClientRecord
+from poolray.protocol.values import FunctionDefinition, TaskClass
+from poolray.tasks.class_queue import ClassQueue
+
+
+@final
+class Functions:
+    """Definitions of functions, and of the classes of tasks that call them."""
+
+    __slots__ = ("_holders", "_state")
+
+    def __init__(self, state: NodeState) -> None:
+        self._state = state
+        #: function id -> clients that defined it and have not released it.
+        self._holders: dict[FunctionId, int] = {}
+
+    def define(self, client: ClientRecord, definition: FunctionDefinition) -> None:
+        """A client will name this function."""
+        function_id = definition.function_id
+        self._state.functions.setdefault(function_id, definition)
+        if function_id not in client.functions:
+            client.functions[function_id] = None
+            self._holders[function_id] = self._holders.get(function_id, 0) + 1
+
+    def define_class(self, task_class: TaskClass) -> None:
+        """A client will name this class."""
+        known = self._state.classes.get(task_class.class_id)
+        if known is None:
+            self._state.classes[task_class.class_id] = ClassQueue(task_class)
+        else:
+            known.released = False
+
+    def release(self, client: ClientRecord, function_id: FunctionId) -> None:
+        """A client will not name this function again."""
+        if function_id not in client.functions:
+            return
+        del client.functions[function_id]
+        self._holders[function_id] -= 1
+        if self._holders[function_id] == 0:
+            del self._holders[function_id]
+            for queue in list(self._state.classes.values()):
+                if queue.task_class.function_id == function_id:
+                    self._release_class(queue)
+            self._forget_if_unused(function_id)
+
+    def drop_client(self, client_id: ClientId) -> None:
+        """A client is gone."""
+        client = self._state.clients.get(client_id)
+        if client is not None:
+            for function_id in list(client.functions):
+                self.release(client, function_id)
+
+    def release_classes(self, group_id: GroupId) -> None:
+        """A group has ended, and with it the use of its classes."""
+        for queue in list(self._state.classes.values()):
+            if queue.task_class.group_id == group_id:
+                self._release_class(queue)
+
+    def _release_class(self, queue: ClassQueue) -> None:
+        queue.released = True
+        if not queue.tasks:
+            self.forget_class(queue)
+
+    def forget_class(self, queue: ClassQueue) -> None:
+        """A class was released, and its last task has ended."""
+        class_id = queue.task_class.class_id
+        self._state.classes.pop(class_id, None)
+        for worker in self._state.workers.values():
+            worker.class_indexes.pop(class_id, None)
+            worker.calls_by_class.pop(class_id, None)
+        if queue.task_class.function_id:
+            self._forget_if_unused(queue.task_class.function_id)
+
+    def _forget_if_unused(self, function_id: FunctionId) -> None:
+        if function_id in self._holders or any(
+            queue.task_class.function_id == function_id for queue in self._state.classes.values()
+        ):
+            return
+        if self._state.functions.pop(function_id, None) is None:
+            return
+        for worker in self._state.workers.values():
+            if worker.functions.pop(function_id, 0) is None:
+                worker.forget.append(function_id)
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when a definition is missing, or kept for nobody."""
+        state = self._state
+        held: dict[FunctionId, int] = {}
+        for client in state.clients.values():
+            for function_id in client.functions:
+                held[function_id] = held.get(function_id, 0) + 1
+        assert held == self._holders
+        assert all(function_id in state.functions for function_id in held)
+        for queue in state.classes.values():
+            assert not queue.released or queue.tasks, f"class {queue.task_class.name} leaks"
+        named = {queue.task_class.function_id for queue in state.classes.values()}
+        for function_id, definition in state.functions.items():
+            assert function_id in held or function_id in named, f"{definition.name} leaks"

@@ -1,0 +1,445 @@
+"""The node machine: one per machine, the same in a driver, in a daemon and in the simulator.
+
+    clients ──requests──▶ ┌──────────────────────────────┐ ──Reply──────────▶ clients
+    workers ──reports───▶ │ Objects  Tasks  Dispatcher   │ ──SendWorker …──▶ workers (by the shell)
+    peers   ──messages──▶ │ Functions  Groups  Peers     │ ──SendPeer──────▶ peers
+    head    ──messages──▶ └──────────────────────────────┘ ──SendHead──────▶ head
+                              NodeState (the tables)
+
+What: takes messages, returns effects; decides all that one machine decides.
+Who calls: its shell (`local/runtime.py`, later the daemon, the simulator), under one lock.
+May touch: nothing: no clock, no socket, no file, no thread, no randomness.
+Invariants: `check_invariants()`; every request is answered, every task ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NoReturn, TypeAlias, final
+
+from poolray.config import Config
+from poolray.exceptions import InternalError, PoolrayError
+from poolray.ids import ClientId, NodeId, TaskId, WorkerId
+from poolray.node.dispatch import Dispatcher
+from poolray.node.effects import Effect, SendHead, Warn
+from poolray.node.functions import Functions
+from poolray.node.groups import Groups
+from poolray.node.objects import Objects
+from poolray.node.peers import Peers
+from poolray.node.state import NodeState
+from poolray.node.tasks import Tasks
+from poolray.objects.allocator import AllocatorStatistics, RangeAllocator
+from poolray.protocol.client import (
+    AddReferences,
+    AllocateRange,
+    CancelRequest,
+    CancelTasks,
+    ClientRequest,
+    DefineClass,
+    DefineFunction,
+    GetObjects,
+    PutObject,
+    ReleaseFunction,
+    ReleaseReferences,
+    SubmitTasks,
+    WaitObjects,
+)
+from poolray.protocol.node import (
+    ClientLeft,
+    CloseGroup,
+    ClusterView,
+    CreateGroup,
+    FailGroup,
+    ForwardedResults,
+    ForwardTasks,
+    FunctionFound,
+    HeadMessage,
+    HeadReply,
+    Heartbeat,
+    NodeDied,
+    ObjectData,
+    PacketsTakenBack,
+    PeerMessage,
+    PeerReleases,
+    PullObject,
+    Refused,
+    RegisterNode,
+    ResizeGroup,
+    TerminateGroup,
+    Tick,
+    WorkerLost,
+)
+from poolray.protocol.worker import (
+    ClientMessage,
+    TasksFinished,
+    TasksHandedBack,
+    WorkerBlocked,
+    WorkerFailed,
+    WorkerReady,
+    WorkerStopping,
+    WorkerUnblocked,
+)
+from poolray.scheduling.resources import ResourceAccount, from_fixed
+
+WorkerReport: TypeAlias = (
+    TasksFinished
+    | TasksHandedBack
+    | WorkerReady
+    | WorkerFailed
+    | WorkerBlocked
+    | WorkerUnblocked
+    | WorkerStopping
+    | ClientMessage
+)
+ShellMessage: TypeAlias = (
+    CreateGroup
+    | CloseGroup
+    | TerminateGroup
+    | FailGroup
+    | ResizeGroup
+    | PacketsTakenBack
+    | WorkerLost
+    | ClientLeft
+    | Tick
+)
+#: All that a node may be told.
+NodeInput: TypeAlias = ClientRequest | WorkerReport | ShellMessage | PeerMessage | HeadMessage
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NodeStatistics:
+    """A snapshot of a node, for tests, the state API and metrics."""
+
+    tasks: int  #: tasks that have not ended
+    queued_calls: int
+    objects: int
+    clients: int
+    workers: int
+    idle_workers: int
+    busy_workers: int
+    groups: int
+    functions: int
+    open_requests: int
+    resources_total: dict[str, float]
+    resources_available: dict[str, float]
+    arena: AllocatorStatistics
+
+
+@final
+class Node:
+    """The decisions of one machine.
+
+    Parameters
+    ----------
+    node_id : NodeId
+        Its name in the cluster.
+    config : Config
+        Limits and times.
+    resources : mapping of str to int
+        What the machine has, in units of 1/10,000.
+    arena_bytes : int
+        Capacity of its arena.
+    encode_error : callable
+        Serializes an error that the machine raises as a task's result.
+    next_worker_id : callable
+        A new worker id at each call.
+    local_client : ClientId
+        The client in the node's own process, if there is one.
+    slots : int
+        Progress words, hence workers, at the most.
+    has_head : bool
+        Whether a head listens to heartbeats.
+    """
+
+    def __init__(
+        self,
+        *,
+        node_id: NodeId,
+        config: Config,
+        resources: Mapping[str, int],
+        arena_bytes: int,
+        encode_error: Callable[[PoolrayError], bytes],
+        next_worker_id: Callable[[], WorkerId],
+        local_client: ClientId,
+        slots: int,
+        has_head: bool = False,
+    ) -> None:
+        state = NodeState(
+            node_id,
+            config,
+            ResourceAccount(resources),
+            RangeAllocator(arena_bytes),
+            encode_error,
+            local_client,
+        )
+        self.state = state
+        functions = Functions(state)
+        tasks = Tasks(state, functions)
+        objects = Objects(state, tasks.on_dependency_ready)
+        dispatcher = Dispatcher(state, tasks)
+        groups = Groups(state, tasks, dispatcher, next_worker_id, slots)
+        peers = Peers(state, objects, tasks, functions)
+        # The parts know each other: they are one machine, in files of readable size.
+        tasks.objects, tasks.dispatcher, tasks.groups, tasks.peers = (
+            objects,
+            dispatcher,
+            groups,
+            peers,
+        )
+        objects.pull, objects.on_local = peers.pull, tasks.on_object_local
+        objects.is_dead = peers.dead.__contains__
+        dispatcher.groups, dispatcher.try_forward = groups, peers.try_forward
+        self._functions, self._tasks, self._objects = functions, tasks, objects
+        self._dispatcher, self._groups, self._peers = dispatcher, groups, peers
+        self._has_head = has_head
+        self._next_heartbeat_s = 0.0
+
+    def handle(self, sender: bytes, message: NodeInput, now: float) -> list[Effect]:
+        """Take one message in.
+
+        Parameters
+        ----------
+        sender : bytes
+            Who says it: a client id, a node id, or empty for the shell and for workers' reports
+            (those name their worker).
+        message : a struct of `poolray.protocol`
+            What is said.
+        now : float
+            Seconds on the shell's monotonic clock.
+
+        Returns
+        -------
+        list of Effect
+            What the shell is to do, in order.
+
+        Raises
+        ------
+        InternalError
+            The message makes no sense; what it asked for has not been done.
+        """
+        state = self.state
+        state.now = now
+        # The two that come once per task go first.
+        if isinstance(message, TasksFinished):
+            self._dispatcher.on_finished(message)
+        elif isinstance(message, SubmitTasks):
+            # (Calling a NewType costs 50 ns.)
+            self._tasks.submit(sender, message.tasks)  # type: ignore[arg-type]
+        elif isinstance(message, ClientRequest):
+            self._on_client(ClientId(sender), message)
+        elif isinstance(message, WorkerReport):
+            self._on_worker(message)
+        elif isinstance(message, ShellMessage):
+            self._on_shell(message)
+        elif isinstance(message, PeerMessage):
+            self._on_peer(NodeId(sender), message)
+        elif isinstance(message, HeadMessage):
+            self._on_head(message)
+        else:
+            raise InternalError(f"a node cannot take {type(message).__name__}")
+        effects = state.effects
+        if effects:
+            state.effects = []
+        return effects
+
+    # ---- conversations ---------------------------------------------------------------------------
+
+    def _on_client(self, client_id: ClientId, message: ClientRequest) -> None:
+        objects, functions = self._objects, self._functions
+        match message:
+            case SubmitTasks():
+                self._tasks.submit(client_id, message.tasks)
+            case ReleaseReferences():
+                objects.release_references(client_id, message.object_ids)
+            case GetObjects():
+                objects.on_get(client_id, message)
+            case WaitObjects():
+                objects.on_wait(client_id, message)
+            case PutObject():
+                objects.on_put(client_id, message)
+            case AddReferences():
+                objects.add_references(client_id, message.object_ids)
+            case AllocateRange():
+                objects.on_allocate(client_id, message)
+            case CancelRequest():
+                objects.on_cancel_request(client_id, message)
+            case DefineFunction():
+                functions.define(objects.client(client_id), message.definition)
+            case DefineClass():
+                functions.define_class(message.task_class)
+            case ReleaseFunction():
+                functions.release(objects.client(client_id), message.function_id)
+            case CancelTasks():
+                self._tasks.cancel(message.task_ids)
+            case _:
+                _assert_never(message)
+
+    def _on_worker(self, message: WorkerReport) -> None:
+        dispatcher, groups = self._dispatcher, self._groups
+        match message:
+            case TasksFinished():
+                dispatcher.on_finished(message)
+            case ClientMessage():
+                # What a worker said last may be read after its death was dealt with.
+                if message.worker_id in self.state.workers:
+                    self._on_client(ClientId(message.worker_id), message.message)
+            case TasksHandedBack():
+                dispatcher.on_handed_back(message)
+            case WorkerBlocked():
+                dispatcher.on_blocked(message.worker_id)
+            case WorkerUnblocked():
+                dispatcher.on_unblocked(message.worker_id)
+            case WorkerReady():
+                groups.on_ready(message)
+            case WorkerFailed():
+                groups.on_failed(message)
+            case WorkerStopping():
+                groups.on_stopping(message.worker_id)
+            case _:
+                _assert_never(message)
+
+    def _on_shell(self, message: ShellMessage) -> None:
+        groups = self._groups
+        match message:
+            case Tick():
+                self._on_tick()
+            case PacketsTakenBack():
+                self._dispatcher.on_taken_back(message)
+            case WorkerLost():
+                groups.on_lost(message)
+            case CreateGroup():
+                groups.create(message)
+            case CloseGroup():
+                groups.close(message.group_id)
+            case TerminateGroup():
+                groups.terminate(message.group_id)
+            case FailGroup():
+                groups.fail(message.group_id, message.error)
+            case ResizeGroup():
+                groups.resize(message.group_id, message.size)
+            case ClientLeft():
+                self._tasks.drop_client(ClientId(message.client_id))
+            case _:
+                _assert_never(message)
+
+    def _on_peer(self, node_id: NodeId, message: PeerMessage) -> None:
+        peers = self._peers
+        if node_id in peers.dead:
+            return  # what a peer says after it was declared dead is not heard
+        match message:
+            case ForwardTasks():
+                peers.on_forwarded(node_id, message)
+            case ForwardedResults():
+                peers.on_results(node_id, message)
+            case PullObject():
+                peers.on_pull(node_id, message)
+            case ObjectData():
+                peers.on_object_data(node_id, message)
+            case PeerReleases():
+                peers.on_releases(node_id, message)
+            case _:
+                _assert_never(message)
+
+    def _on_head(self, message: HeadMessage) -> None:
+        match message:
+            case ClusterView():
+                self._peers.on_view(message.nodes)
+                for group in list(self.state.groups.values()):
+                    if group.ready:
+                        self._dispatcher.dispatch(group)
+            case NodeDied():
+                self._peers.on_node_died(message.node_id)
+            case Refused():
+                text = f"The cluster's head refuses this node: {message.reason}"
+                self.state.effects.append(Warn(text))
+            case HeadReply() | FunctionFound():
+                raise InternalError(f"a node does not ask for {type(message).__name__}")
+            case _:
+                _assert_never(message)
+
+    # ---- time ------------------------------------------------------------------------------------
+
+    def register(self) -> RegisterNode:
+        """How this node introduces itself to the head."""
+        return RegisterNode(node_id=self.state.node_id, total=self.state.resources.total)
+
+    def next_deadline(self) -> float | None:
+        """When to send `Tick` at the latest, on the shell's clock; None: no need."""
+        deadline = self._dispatcher.deadline_s
+        if self._has_head and (deadline is None or self._next_heartbeat_s < deadline):
+            return self._next_heartbeat_s
+        return deadline
+
+    def _on_tick(self) -> None:
+        self._groups.on_tick()
+        state = self.state
+        if self._has_head and state.now >= self._next_heartbeat_s:
+            self._next_heartbeat_s = state.now + state.config.heartbeat_interval_s
+            queued = sum(queue.queued_calls for queue in state.classes.values())
+            state.effects.append(
+                SendHead(
+                    Heartbeat(
+                        node_id=state.node_id,
+                        available=dict(state.resources.available),
+                        queued_tasks=queued,
+                    )
+                )
+            )
+
+    # ---- looking in ------------------------------------------------------------------------------
+
+    def has_work(self) -> bool:
+        """Whether something is under way that a worker will report on."""
+        state = self.state
+        return (
+            bool(state.tasks)
+            or any(group.starting for group in state.groups.values())
+            # The results of a packet may come before the report of its end.
+            or any(worker.packets for worker in state.workers.values())
+        )
+
+    def task_state(self, task_id: TaskId) -> str | None:
+        """The name of a task's state, or None when it has ended or is unknown."""
+        record = self.state.tasks.get(task_id)
+        return record.state.name if record is not None else None
+
+    def statistics(self) -> NodeStatistics:
+        """A snapshot of the tables."""
+        state = self.state
+        groups = state.groups.values()
+        return NodeStatistics(
+            tasks=len(state.tasks),
+            queued_calls=sum(queue.queued_calls for queue in state.classes.values()),
+            objects=len(state.objects),
+            clients=len(state.clients),
+            workers=len(state.workers),
+            idle_workers=sum(len(group.idle) for group in groups),
+            busy_workers=sum(bool(worker.packets) for worker in state.workers.values()),
+            groups=len(state.groups),
+            functions=len(state.functions),
+            open_requests=sum(len(client.requests) for client in state.clients.values()),
+            resources_total=from_fixed(state.resources.total),
+            resources_available=from_fixed(state.resources.available),
+            arena=state.allocator.statistics(),
+        )
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when tables do not agree; for tests and the simulator."""
+        state = self.state
+        self._tasks.check_invariants()
+        self._functions.check_invariants()
+        self._groups.check_invariants()
+        self._dispatcher.check_invariants()
+        self._peers.check_invariants()
+        records = [r for r in (*state.tasks.values(), *self._tasks.lineage()) if r.owner_pins]
+        for worker in state.workers.values():
+            for packet in worker.packets:
+                records.extend(packet.cancelled or ())
+        self._objects.check_invariants(
+            object_id for record in records for object_id in (*record.dependencies, *record.borrows)
+        )
+
+
+def _assert_never(message: NoReturn) -> NoReturn:  # typing's own is not in Python 3.10
+    raise InternalError(f"nobody takes {message!r}")

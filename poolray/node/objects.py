@@ -1,0 +1,543 @@
+"""The node's objects: values, holders, requests that wait, and ranges of the arena.
+
+What: seals, counts, answers, frees.
+Who calls: `node/node.py` with clients' requests, `node/tasks.py` with results.
+May touch: nothing.
+Invariants: an object's record goes exactly when its last holder does, its range and its inner
+references with it; a request is answered exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import final
+
+from poolray.exceptions import ObjectLostError
+from poolray.ids import ClientId, NodeId, ObjectId, TaskId
+from poolray.node.effects import DeleteFile, Reply, SendPeer, UnhandledError, WriteObject
+from poolray.node.state import NodeState
+from poolray.objects.directory import READY, ClientRecord, ObjectRecord, Request
+from poolray.protocol.client import (
+    AllocateRange,
+    CancelRequest,
+    GetObjects,
+    ObjectValues,
+    PutObject,
+    RangeGranted,
+    WaitObjects,
+    WaitReply,
+)
+from poolray.protocol.node import PeerReleases
+from poolray.protocol.values import InArena, InFile, Value
+
+#: A reply to a worker must fit one packet of its control channel.
+_REPLY_BYTES_MAX = 96 * 1024
+_REPLY_VALUES_MAX = 512
+
+
+@final
+class Objects:
+    """The object side of a node."""
+
+    __slots__ = (
+        "_files",
+        "_ranges",
+        "_releasing",
+        "_remote",
+        "_state",
+        "_to_release",
+        "_wake_task",
+        "is_dead",
+        "on_local",
+        "pull",
+    )
+
+    def __init__(
+        self,
+        state: NodeState,
+        wake_task: Callable[[TaskId], None],
+    ) -> None:
+        self._state = state
+        #: Tells the task side that one dependency of a task is here.
+        self._wake_task = wake_task
+        #: Asks another node for an object's bytes.
+        self.pull: Callable[[ObjectId, NodeId], None]
+        #: object id -> offset of its sealed range.
+        self._ranges: dict[ObjectId, int] = {}
+        #: object id -> file that goes with it.
+        self._files: dict[ObjectId, str] = {}
+        #: object id -> (node, name there) of the original that another node keeps for us until the
+        #: object is freed here, also after its bytes have come.
+        self._remote: dict[ObjectId, tuple[NodeId, ObjectId]] = {}
+        #: Holds to let go of, and whether `release_all` is at work on them.
+        self._to_release: list[ObjectId] = []
+        self._releasing = False
+        #: Called with the id of each object that cannot be lost with another node (any more).
+        self.on_local: Callable[[ObjectId], None] = lambda object_id: None
+        #: Whether a node is known to be dead.
+        self.is_dead: Callable[[NodeId], bool] = lambda node_id: False
+
+    # ---- clients ---------------------------------------------------------------------------------
+
+    def client(self, client_id: ClientId) -> ClientRecord:
+        """A client's record, made at its first word."""
+        record = self._state.clients.get(client_id)
+        if record is None:
+            record = self._state.clients[client_id] = ClientRecord()
+        return record
+
+    def drop_client(self, client_id: ClientId) -> None:
+        """A client is gone: all it held, waited for and was writing is let go."""
+        record = self._state.clients.pop(client_id, None)
+        if record is None:
+            return
+        record.requests.clear()
+        for offset in record.ranges.values():
+            self._state.allocator.free(offset)
+        record.ranges.clear()
+        held = list(record.held)
+        record.held.clear()
+        self.release_all(held)
+
+    def add_references(self, client_id: ClientId, object_ids: Iterable[ObjectId]) -> None:
+        """A client holds these from now on."""
+        held = self.client(client_id).held
+        for object_id in object_ids:
+            if object_id not in held:
+                held[object_id] = None
+                self.hold(object_id)
+
+    def release_references(self, client_id: ClientId, object_ids: Iterable[ObjectId]) -> None:
+        """A client no longer holds these."""
+        client = self._state.clients.get(client_id)
+        if client is None:
+            return
+        held = client.held
+        released = []
+        for object_id in object_ids:
+            if object_id in held:
+                del held[object_id]
+                released.append(object_id)
+        self.release_all(released)
+
+    def on_put(self, client_id: ClientId, message: PutObject) -> None:
+        """A client stores a value."""
+        client = self.client(client_id)
+        record = self._state.objects.get(message.object_id)
+        if record is None:
+            record = self._state.objects[message.object_id] = ObjectRecord()
+        if message.object_id not in client.held:
+            client.held[message.object_id] = None
+            record.holders += 1
+        self.seal(message.object_id, record, message.value, False, message.contained, client_id)
+
+    def on_allocate(self, client_id: ClientId, message: AllocateRange) -> None:
+        """A client wants to write a large value."""
+        ranges = self.client(client_id).ranges
+        before = ranges.pop(message.object_id, None)
+        if before is not None:  # asked for and never used
+            self._state.allocator.free(before)
+        offset = self._state.allocator.allocate(message.size_bytes)
+        if offset is not None:
+            ranges[message.object_id] = offset
+        self._state.effects.append(
+            Reply(
+                client_id,
+                RangeGranted(
+                    request_id=message.request_id, offset=-1 if offset is None else offset
+                ),
+            )
+        )
+
+    # ---- get and wait ----------------------------------------------------------------------------
+
+    def on_get(self, client_id: ClientId, message: GetObjects) -> None:
+        """Answer with values, now or when the last of them is ready."""
+        pending = self._pending(message.object_ids)
+        if not pending or self._any_failed(message.object_ids):
+            self._answer_get(client_id, message.request_id, message.object_ids)
+            return
+        request = Request(client_id, message.request_id, message.object_ids, 0, True)
+        self._await(request, pending, len(pending))
+
+    def on_wait(self, client_id: ClientId, message: WaitObjects) -> None:
+        """Answer with the ready ones once there are enough."""
+        objects = self._state.objects
+        pending: list[ObjectId] = []
+        found = 0
+        for object_id in message.object_ids:
+            record = objects.get(object_id)
+            if record is not None and record.state is not READY:
+                pending.append(object_id)
+                continue
+            found += 1
+            if found == message.count:
+                break  # a loop over thousands of refs finds its next one near the front
+        request = Request(client_id, message.request_id, message.object_ids, message.count, False)
+        if found >= message.count or not pending:
+            self._answer_wait(request)
+        else:
+            self._await(request, pending, message.count - found)
+
+    def on_cancel_request(self, client_id: ClientId, message: CancelRequest) -> None:
+        """A client no longer waits; a `wait` is told what it would have got so far."""
+        request = self.client(client_id).requests.get(message.request_id)
+        if request is None:
+            return
+        self._forget_request(request)
+        if request.is_get:
+            del self.client(client_id).requests[message.request_id]
+            if client_id != self._state.local_client:
+                # It waits for this answer, unless the values were sent before it gave up.
+                nothing = ObjectValues(request_id=message.request_id, values=[])
+                self._state.effects.append(Reply(client_id, nothing))
+        else:
+            self._answer_wait(request)
+
+    def _any_failed(self, object_ids: list[ObjectId]) -> bool:
+        """Whether one of them is an error: a `get` raises it without waiting for the others."""
+        objects = self._state.objects
+        return any(
+            (record := objects.get(object_id)) is not None
+            and record.is_error
+            and record.location() is None
+            for object_id in object_ids
+        )
+
+    def _pending(self, object_ids: list[ObjectId]) -> list[ObjectId]:
+        """Those that are not ready here; what is elsewhere is asked for."""
+        objects = self._state.objects
+        pending = []
+        for object_id in object_ids:
+            record = objects.get(object_id)
+            if record is None:
+                continue  # answered with an error
+            if record.state is not READY:
+                pending.append(object_id)
+            elif (location := record.location()) is not None:
+                pending.append(object_id)
+                self.pull(object_id, location)
+        return pending
+
+    def _await(self, request: Request, pending: list[ObjectId], count: int) -> None:
+        request.remaining = count
+        self.client(request.client_id).requests[request.request_id] = request
+        for object_id in pending:
+            record = self._state.objects[object_id]
+            if record.waiters is None:
+                record.waiters = {request: 1}
+            else:
+                record.waiters[request] = record.waiters.get(request, 0) + 1
+
+    def _forget_request(self, request: Request) -> None:
+        """An answered request must not pile up at objects that it no longer waits for."""
+        objects = self._state.objects
+        for object_id in request.object_ids:
+            record = objects.get(object_id)
+            if record is not None and record.waiters is not None:
+                record.waiters.pop(request, None)
+                if not record.waiters:
+                    record.waiters = None
+
+    def _answer_get(self, client_id: ClientId, request_id: int, object_ids: list[ObjectId]) -> None:
+        values: list[bytes | InArena | InFile] = []
+        errors: list[int] = []
+        objects = self._state.objects
+        for index, object_id in enumerate(object_ids):
+            record = objects.get(object_id)
+            if record is None:
+                values.append(self._lost(object_id))
+                errors.append(index)
+                continue
+            values.append(record.value)
+            if record.is_error and record.location() is None:  # elsewhere: another error is here
+                record.seen = True
+                errors.append(index)
+        if client_id == self._state.local_client:
+            reply = ObjectValues(request_id=request_id, values=values, errors=errors)
+            self._state.effects.append(Reply(client_id, reply))
+        else:
+            self._answer_in_parts(client_id, request_id, values, errors)
+
+    def _answer_in_parts(
+        self,
+        client_id: ClientId,
+        request_id: int,
+        values: list[bytes | InArena | InFile],
+        errors: list[int],
+    ) -> None:
+        """A worker's control channel takes packets of limited size."""
+        start = 0
+        is_error = dict.fromkeys(errors)
+        while True:
+            stop, size = start, 0
+            while stop < len(values) and stop - start < _REPLY_VALUES_MAX:
+                value = values[stop]
+                size += len(value) if isinstance(value, bytes) else 128
+                if size > _REPLY_BYTES_MAX and stop > start:
+                    break
+                stop += 1
+            part = ObjectValues(
+                request_id=request_id,
+                values=values[start:stop],
+                errors=[i - start for i in range(start, stop) if i in is_error],
+                more=stop < len(values),
+            )
+            self._state.effects.append(Reply(client_id, part))
+            if stop >= len(values):
+                return
+            start = stop
+
+    def _answer_wait(self, request: Request) -> None:
+        objects = self._state.objects
+        ready: list[int] = []
+        for index, object_id in enumerate(request.object_ids):
+            record = objects.get(object_id)
+            if record is None or record.state is READY:
+                ready.append(index)
+                if len(ready) == request.count:
+                    break
+        for index in ready:
+            if (record := objects.get(request.object_ids[index])) is not None:
+                record.seen = True
+        client = self.client(request.client_id)
+        client.requests.pop(request.request_id, None)
+        reply = WaitReply(request_id=request.request_id, ready=ready)
+        self._state.effects.append(Reply(request.client_id, reply))
+
+    def _lost(self, object_id: ObjectId) -> bytes:
+        return self._state.encode_error(
+            ObjectLostError(
+                object_id=object_id.hex(),
+                reason="nobody on this node knows it: its last reference was dropped, or it "
+                "belongs to a runtime that was shut down",
+            )
+        )
+
+    # ---- values ----------------------------------------------------------------------------------
+
+    def seal_small(self, object_id: ObjectId, value: bytes) -> None:
+        """A task's only return value is there, small and without refs; maybe nobody wants it."""
+        record = self._state.objects.get(object_id)
+        if record is not None and record.state is not READY:
+            record.state = READY
+            record.value = value
+            if record.waiters is not None or record.dependents is not None:
+                self.wake(record)
+
+    def seal(
+        self,
+        object_id: ObjectId,
+        record: ObjectRecord,
+        value: bytes | InArena | InFile,
+        is_error: bool,
+        contained: list[ObjectId],
+        writer: ClientId,
+    ) -> None:
+        """A value is there: count what it refers to, wake who waits."""
+        for inner in contained:
+            self.hold(inner)
+        record.seal(value, is_error, contained)
+        if isinstance(value, InArena):
+            if value.node_id:
+                self._remote[object_id] = (value.node_id, value.object_id)
+            else:
+                self._adopt_range(object_id, value, writer)
+        elif isinstance(value, InFile):
+            self._files[object_id] = value.path
+        self.wake(record)
+
+    def seal_alias(
+        self, object_id: ObjectId, record: ObjectRecord, error: Value, first: ObjectId
+    ) -> None:
+        """An error that another object has in its memory stands for this one as well."""
+        self.hold(first)
+        record.seal(error, True, [first])
+        self.wake(record)
+
+    def _adopt_range(self, object_id: ObjectId, value: InArena, writer: ClientId) -> None:
+        """The range that the writer was given belongs to the object now."""
+        client = self._state.clients.get(writer)
+        offset = None if client is None else client.ranges.pop(value.object_id, None)
+        if offset is not None:
+            self._ranges[object_id] = offset
+
+    def discard(self, value: Value, writer: ClientId) -> None:
+        """A value that nobody wants any more."""
+        if isinstance(value, InFile):
+            self._state.effects.append(DeleteFile(value.path))
+        elif isinstance(value, InArena):
+            if value.node_id:
+                self._release_at(value.node_id, value.object_id)
+                return
+            client = self._state.clients.get(writer)
+            offset = None if client is None else client.ranges.pop(value.object_id, None)
+            if offset is not None:
+                self._state.allocator.free(offset)
+
+    def _release_at(self, node_id: NodeId, name: ObjectId) -> None:
+        """What another node keeps for us is not needed any more."""
+        if not self.is_dead(node_id):
+            self._state.effects.append(SendPeer(node_id, PeerReleases(object_ids=[name])))
+
+    def deliver(self, client_id: ClientId, value: Value, writer: ClientId) -> None:
+        """A value goes straight to a client: of its memory the client becomes the holder."""
+        if isinstance(value, bytes):
+            return
+        client = self._state.clients.get(client_id)
+        if client is None:  # gone meanwhile
+            self.discard(value, writer)
+            return
+        object_id = value.object_id
+        if object_id in self._state.objects:
+            # Known here already, as the argument of another task, and made once more.
+            self.discard(value, writer)
+        else:
+            record = self._state.objects[object_id] = ObjectRecord()
+            self.seal(object_id, record, value, False, [], writer)
+        if object_id not in client.held:
+            client.held[object_id] = None
+            self.hold(object_id)
+
+    def wake(self, record: ObjectRecord) -> None:
+        """The object can be read here now."""
+        waiters = record.waiters
+        if waiters is not None:
+            record.waiters = None
+            for request, times in waiters.items():
+                request.remaining -= times
+                if request.remaining == 0 or (record.is_error and request.is_get):
+                    self._wake_request(request)
+        dependents = record.dependents
+        if dependents is not None:
+            record.dependents = None
+            for task_id in dependents:
+                self._wake_task(TaskId(task_id))
+
+    def _wake_request(self, request: Request) -> None:
+        client = self._state.clients.get(request.client_id)
+        if client is None or client.requests.pop(request.request_id, None) is None:
+            return
+        self._forget_request(request)
+        if not request.is_get:
+            self._answer_wait(request)
+            return
+        pending = self._pending(request.object_ids)
+        if pending and not self._any_failed(request.object_ids):
+            # All ready, but some on another node: these are on their way now.
+            self._await(request, pending, len(pending))
+            return
+        self._answer_get(request.client_id, request.request_id, request.object_ids)
+
+    def hold(self, object_id: ObjectId) -> None:
+        """One more holder (a task, an object, a client)."""
+        record = self._state.objects.get(object_id)
+        if record is None:
+            # Known to its holder, not to us: it was freed before the news of the new holder came,
+            # which our own messages exclude. It is an object lost; readers are told so.
+            record = self._state.objects[object_id] = ObjectRecord()
+            record.seal(self._lost(object_id), True, [])
+        record.holders += 1
+
+    def release_all(self, object_ids: Sequence[ObjectId]) -> None:
+        """One holder less of each; the last one frees an object and all that only it held.
+
+        Freeing one may let go of others, by what it contains or as the last result of a task whose
+        arguments were kept: these go on the same list, for such chains can be long.
+        """
+        pending = self._to_release
+        pending.extend(object_ids)
+        if self._releasing:
+            return
+        self._releasing = True
+        objects = self._state.objects
+        while pending:
+            current = pending.pop()
+            record = objects[current]
+            record.holders -= 1
+            if record.holders == 0:
+                del objects[current]
+                self._free_value(current, record)
+                if record.contained:
+                    pending.extend(record.contained)
+        self._releasing = False
+
+    def _free_value(self, object_id: ObjectId, record: ObjectRecord) -> None:
+        value = record.value
+        if record.is_error and not record.seen and isinstance(value, bytes):
+            self._state.effects.append(UnhandledError(value))
+        if isinstance(value, InArena):
+            offset = self._ranges.pop(object_id, None)
+            if offset is not None:
+                self._state.allocator.free(offset)
+        elif isinstance(value, InFile):
+            path = self._files.pop(object_id, None)
+            if path is not None:
+                self._state.effects.append(DeleteFile(path))
+        if self._remote:
+            original = self._remote.pop(object_id, None)
+            if original is not None:
+                self._release_at(*original)
+        self.on_local(object_id)
+
+    def forget_originals(self, node_id: NodeId) -> None:
+        """A node is dead: what it kept for us, beside the copies here, is gone."""
+        for object_id in [o for o, (keeper, _) in self._remote.items() if keeper == node_id]:
+            del self._remote[object_id]
+
+    def lose(self, object_id: ObjectId, record: ObjectRecord) -> None:
+        """The only copy of a value was elsewhere and is gone."""
+        self._remote.pop(object_id, None)
+        contained = record.contained
+        record.lose()
+        self.release_all(contained)
+
+    def store_copy(self, object_id: ObjectId, record: ObjectRecord, data: bytes) -> None:
+        """The bytes of an object from another node are here: keep them, wake who waits."""
+        offset = None
+        if len(data) > self._state.config.inline_max_bytes:
+            offset = self._state.allocator.allocate(len(data))
+        if offset is None:
+            record.value = data  # small, or without room in the arena: in the node's own memory
+        else:
+            self._state.effects.append(WriteObject(offset, data))
+            self._ranges[object_id] = offset
+            record.value = InArena(object_id=object_id, offset=offset, size_bytes=len(data))
+        self.wake(record)
+        self.on_local(object_id)
+
+    def check_invariants(self, tasks_holds: Iterable[ObjectId]) -> None:
+        """Raise AssertionError when a count is wrong or a range has no owner.
+
+        Parameters
+        ----------
+        tasks_holds : iterable of ObjectId
+            What tasks hold, each as often as it is held.
+        """
+        state = self._state
+        counts = dict.fromkeys(state.objects, 0)
+        for client in state.clients.values():
+            for object_id in client.held:
+                counts[object_id] += 1
+        for record in state.objects.values():
+            for inner in record.contained:
+                counts[inner] += 1
+        for object_id in tasks_holds:
+            counts[object_id] += 1
+        assert not self._to_release
+        for object_id, record in state.objects.items():
+            assert record.holders > 0, f"object {object_id.hex()} is kept by nobody"
+            assert record.holders == counts[object_id], (
+                f"object {object_id.hex()} has {record.holders} holders on record, "
+                f"{counts[object_id]} in fact"
+            )
+            assert record.state is not READY or record.waiters is None or record.location()
+        for object_id in (*self._ranges, *self._files, *self._remote):
+            assert object_id in state.objects, f"memory of {object_id.hex()} leaks"
+        offsets = list(self._ranges.values())
+        for client in state.clients.values():
+            offsets.extend(client.ranges.values())
+        assert len(offsets) == len(set(offsets)), "a range has two owners"
+        used = sum(state.allocator.size_of(offset) for offset in offsets)
+        assert used == state.allocator.statistics().used_bytes, "a range has no owner"
+        state.allocator.check_invariants()

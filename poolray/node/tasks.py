@@ -1,0 +1,693 @@
+"""The node's tasks: submission, dependencies, results, retries, failures.
+
+What: takes tasks in, decides when they may run, what becomes of what workers and peers report, and
+whether a failure is final.
+Who calls: `node/node.py`; the dispatcher asks it for the next step of a task.
+May touch: nothing.
+Invariants: a task that has not ended is in `state.tasks`; it holds its dependencies and borrowed
+refs until then, longer while it is lineage (a result of it lives in another node's arena only) or
+while a worker may still read them. Who owns a task alone decides whether it is tried again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, final
+
+from poolray.exceptions import (
+    InternalError,
+    NodeDiedError,
+    ObjectLostError,
+    ObjectReconstructionFailedError,
+    PoolrayError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
+from poolray.ids import (
+    ClientId,
+    GroupId,
+    NodeId,
+    ObjectId,
+    TaskId,
+    WorkerId,
+    return_id,
+    task_of,
+)
+from poolray.node.effects import Reply, UnhandledError
+from poolray.node.functions import Functions
+from poolray.node.objects import Objects
+from poolray.node.state import NodeState
+from poolray.node.workers import Group, GroupState, Packet, WorkerRecord
+from poolray.objects.directory import READY, ObjectRecord
+from poolray.protocol.client import CallResults
+from poolray.protocol.node import WorkerLost
+from poolray.protocol.values import Delivery, Outcome, TaskSpec, Value
+from poolray.protocol.worker import TasksFinished
+from poolray.tasks.lifecycle import (
+    FAILED,
+    FORWARDED,
+    QUEUED,
+    RUNNING,
+    SUCCEEDED,
+    WAITING,
+    TaskRecord,
+)
+
+if TYPE_CHECKING:
+    from poolray.node.dispatch import Dispatcher
+    from poolray.node.groups import Groups
+    from poolray.node.peers import Peers
+
+_CALLER = Delivery.CALLER
+_OPEN = GroupState.OPEN
+_FAILED_GROUP = GroupState.FAILED
+
+
+@final
+class Tasks:
+    """The task side of a node."""
+
+    __slots__ = (
+        "_lineage",
+        "_parts",
+        "_state",
+        "dispatcher",
+        "functions",
+        "groups",
+        "objects",
+        "peers",
+    )
+
+    def __init__(self, state: NodeState, functions: Functions) -> None:
+        self._state = state
+        self.functions = functions
+        self.objects: Objects
+        self.dispatcher: Dispatcher
+        self.groups: Groups
+        self.peers: Peers
+        #: Ended tasks whose results live elsewhere only: they can be made again.
+        self._lineage: dict[TaskId, TaskRecord] = {}
+        #: task id -> ids of the parts split off it that have not ended.
+        self._parts: dict[TaskId, dict[TaskId, None]] = {}
+
+    # ---- submission ------------------------------------------------------------------------------
+
+    def submit(self, client_id: ClientId, specs: list[TaskSpec]) -> None:
+        """A client's tasks: record them, and queue those that are ready."""
+        state = self._state
+        tasks, groups = state.tasks, state.groups
+        objects = self.objects
+        records = state.objects
+        client = state.clients.get(client_id) or objects.client(client_id)
+        touched: Group | None = None
+        refused: TaskSpec | None = None
+        for spec in specs:
+            class_id = spec.class_id
+            task_id = spec.task_id
+            queue = state.classes.get(class_id)
+            if queue is None or not spec.calls:
+                refused = spec
+                break
+            task_class = queue.task_class
+            record = TaskRecord(task_id, task_id, client_id, queue, spec.calls, 0, 0)
+            tasks[task_id] = record
+            queue.tasks += 1
+            group = groups.get(task_class.group_id)
+            if group is not None:
+                group.unfinished += 1
+            if task_class.delivery is not _CALLER:
+                for index in range(task_class.num_returns):
+                    object_id = return_id(task_id, index)
+                    records[object_id] = ObjectRecord(1)
+                    client.held[object_id] = None
+            if spec.dependencies or spec.borrows:
+                self._hold_inputs(record, spec)
+            if group is None or group.state >= _FAILED_GROUP:
+                self.fail_encoded(record, self._no_group_error(record, group))
+            elif record.missing == 0:
+                record.move(QUEUED)
+                queue.push(record)
+                group.ready[class_id] = queue
+                if touched is not group and touched is not None:
+                    self.dispatcher.dispatch(touched)
+                touched = group
+        if touched is not None:
+            self.dispatcher.dispatch(touched)
+        if refused is not None:
+            known = refused.class_id in state.classes
+            reason = "it has no calls" if known else "its class was never defined, or released"
+            raise InternalError(f"task {refused.task_id.hex()} cannot be taken: {reason}")
+
+    def submit_foreign(self, client_id: ClientId, spec: TaskSpec, attempts: int) -> None:
+        """A task that another node owns: its result goes there, no object is made here."""
+        queue = self._state.classes[spec.class_id]
+        record = TaskRecord(spec.task_id, spec.task_id, client_id, queue, spec.calls, 0, attempts)
+        record.is_foreign = True
+        self._state.tasks[spec.task_id] = record
+        queue.tasks += 1
+        group = self._state.groups.get(queue.task_class.group_id)
+        if group is not None:
+            group.unfinished += 1
+        self._hold_inputs(record, spec)
+        if self._usable_group(record) is None:
+            self.fail_encoded(record, self._no_group_error(record, group))
+        elif record.missing == 0:
+            self.enqueue(record)
+
+    def _hold_inputs(self, record: TaskRecord, spec: TaskSpec) -> None:
+        record.dependencies = spec.dependencies
+        record.slots = spec.slots
+        record.borrows = spec.borrows
+        self._pin(record)
+        for object_id in spec.dependencies:
+            self._state.objects[object_id].seen = True  # an error among them is this task's now
+        self._wait_for_dependencies(record)
+
+    def _pin(self, record: TaskRecord) -> None:
+        if not record.owner_pins and (record.dependencies or record.borrows):
+            record.owner_pins = True
+            for object_id in record.dependencies:
+                self.objects.hold(object_id)
+            for object_id in record.borrows:
+                self.objects.hold(object_id)
+
+    def _unpin(self, record: TaskRecord) -> None:
+        if record.owner_pins:
+            record.owner_pins = False
+            self.objects.release_all(record.dependencies)
+            self.objects.release_all(record.borrows)
+
+    def _wait_for_dependencies(self, record: TaskRecord) -> None:
+        """Count the dependencies that are not here, and be told of each that comes."""
+        record.missing = 0
+        for object_id in record.dependencies:
+            target = self._state.objects[object_id]
+            location = target.location() if target.state is READY else None
+            if target.state is READY and location is None:
+                continue
+            record.missing += 1
+            if target.dependents is None:
+                target.dependents = [record.task_id]
+            else:
+                target.dependents.append(record.task_id)
+            if location is not None:
+                self.peers.pull(object_id, location)
+
+    def on_dependency_ready(self, task_id: TaskId) -> None:
+        """One dependency of a waiting task is here, or known to be elsewhere."""
+        record = self._state.tasks.get(task_id)
+        if record is None or record.state is not WAITING:
+            return
+        record.missing -= 1
+        if record.missing <= 0:
+            # Ready may mean on another node, and what was ready may have been lost since.
+            self._wait_for_dependencies(record)
+            if record.missing == 0:
+                self.enqueue(record)
+
+    def enqueue(self, record: TaskRecord, front: bool = False) -> None:
+        """A task may run: queue it and see whether a worker is free for it."""
+        group = self._usable_group(record)
+        if group is None:
+            known = self._state.groups.get(record.class_queue.task_class.group_id)
+            self.fail_encoded(record, self._no_group_error(record, known))
+            return
+        if front:
+            self.requeue(record)
+        else:
+            record.move(QUEUED)
+            record.class_queue.push(record)
+            group.ready[record.class_queue.task_class.class_id] = record.class_queue
+        self.dispatcher.dispatch(group)
+
+    def _usable_group(self, record: TaskRecord) -> Group | None:
+        """The workers that may run a task; None when they are gone, or do not start."""
+        group = self._state.groups.get(record.class_queue.task_class.group_id)
+        return group if group is not None and group.state < _FAILED_GROUP else None
+
+    def requeue(self, record: TaskRecord) -> None:
+        """A task that was sent comes back before the others; the caller dispatches afterwards."""
+        task_class = record.class_queue.task_class
+        record.move(QUEUED)
+        record.worker_id = None
+        record.node_id = None
+        record.sent_offset = record.offset
+        record.class_queue.push_front(record)
+        group = self._state.groups[task_class.group_id]
+        group.ready[task_class.class_id] = record.class_queue
+
+    def cut(self, record: TaskRecord, stop: int) -> TaskRecord:
+        """Split a task: it keeps its calls before `stop` (counted in the root task).
+
+        Returns
+        -------
+        TaskRecord
+            The rest, a task of its own in the same state.
+        """
+        # Unique: parts that live at one time are disjoint, and each was made at its first call.
+        rest = record.cut(stop, TaskId(record.root_id + stop.to_bytes(4, "little")))
+        self._state.tasks[rest.task_id] = rest
+        self._parts.setdefault(record.root_id, {})[rest.task_id] = None
+        record.class_queue.tasks += 1
+        if record.owner_pins:
+            self._pin(rest)
+        group = self._state.groups.get(record.class_queue.task_class.group_id)
+        if group is not None:
+            group.unfinished += 1
+        return rest
+
+    # ---- results ---------------------------------------------------------------------------------
+
+    def on_finished(self, worker: WorkerRecord, message: TasksFinished) -> int:
+        """A worker's results; gives the number of calls that they end."""
+        tasks = self._state.tasks
+        worker_id = worker.worker_id
+        calls = 0
+        for report in message.results:
+            results = report.results
+            calls += len(results)
+            record = tasks.get(report.task_id)
+            if record is None or record.worker_id != worker_id:
+                # Cancelled meanwhile: nobody wants it.
+                for result in results:
+                    self._discard(result, worker.client_id)
+            elif record.class_queue.task_class.delivery is _CALLER:
+                self._deliver(record, record.sent_offset + report.start, results, worker)
+            elif results:
+                self.finish(record, results[0], worker.client_id)
+        return calls
+
+    def _deliver(
+        self,
+        record: TaskRecord,
+        start: int,
+        results: list[bytes | Outcome],
+        worker: WorkerRecord,
+    ) -> None:
+        """Results of a batch go to the caller; with the last of its calls the task is over."""
+        if not results:
+            return
+        for result in results:
+            if not isinstance(result, bytes):
+                for value in result.values:
+                    self.objects.deliver(record.client_id, value, worker.client_id)
+        reply = CallResults(task_id=record.root_id, start=start, results=results)
+        self._state.effects.append(Reply(record.client_id, reply))
+        # Counted, not told: what a worker calls the end of a task may be the end of its share.
+        if len(results) >= len(record.calls):
+            record.move(SUCCEEDED)
+            self.end(record)
+        else:
+            record.calls = record.calls[len(results) :]
+            record.offset += len(results)
+
+    def _discard(self, result: bytes | Outcome, writer: ClientId) -> None:
+        if not isinstance(result, bytes):
+            for value in result.values:
+                self.objects.discard(value, writer)
+
+    def finish(self, record: TaskRecord, result: bytes | Outcome, writer: ClientId) -> None:
+        """The one call of a task with objects for results has run, here or elsewhere."""
+        if isinstance(result, bytes):
+            record.move(SUCCEEDED)
+            if record.is_foreign:
+                self.peers.send_result(record, result)
+            else:
+                self.objects.seal_small(return_id(record.root_id, 0), result)
+            self.end(record)
+            return
+        if record.is_foreign:
+            record.move(FAILED if result.is_error else SUCCEEDED)
+            for value in result.values:
+                self.objects.deliver(record.client_id, value, writer)
+            self.peers.send_result(record, result)
+        elif result.is_error and result.retriable and self._may_retry(record):
+            self._discard(result, writer)
+            record.attempts += 1
+            self._try_again(record)
+            return
+        else:
+            record.move(FAILED if result.is_error else SUCCEEDED)
+            self._store(record, result, writer)
+        self.end(record)
+
+    def _store(self, record: TaskRecord, result: Outcome, writer: ClientId) -> None:
+        """Seal each return value that somebody holds."""
+        if result.is_error:
+            self._store_error(record, result.values[0], writer)
+            return
+        remote = False
+        for index in range(record.class_queue.task_class.num_returns):
+            object_id = return_id(record.root_id, index)
+            value = result.values[index]
+            inner = result.contained[index] if index < len(result.contained) else []
+            target = self._state.objects.get(object_id)
+            if target is None or target.state is READY:
+                self.objects.discard(value, writer)
+                continue
+            self.objects.seal(object_id, target, value, False, inner, writer)
+            remote = remote or target.location() is not None
+        if remote:
+            self._lineage[record.root_id] = record
+
+    def _store_error(self, record: TaskRecord, error: Value, writer: ClientId) -> None:
+        """One error stands for all return values."""
+        count = record.class_queue.task_class.num_returns
+        ids = [return_id(record.root_id, index) for index in range(count)]
+        objects = self._state.objects
+        wanted = [i for i in ids if i in objects and objects[i].state is not READY]
+        if not wanted:
+            # (A large one is freed before it could be shown.)
+            if isinstance(error, bytes) and not any(i in objects for i in ids):
+                self._state.effects.append(UnhandledError(error))
+            self.objects.discard(error, writer)
+        elif isinstance(error, bytes):
+            for object_id in wanted:
+                target = objects.get(object_id)  # waking those who wait may let go of others
+                if target is not None:
+                    self.objects.seal(object_id, target, error, True, [], writer)
+        else:
+            # Its memory belongs to the first, which the others keep.
+            first = wanted[0]
+            self.objects.hold(first)
+            self.objects.seal(first, objects[first], error, True, [], writer)
+            for object_id in wanted[1:]:
+                target = objects.get(object_id)
+                if target is not None:
+                    self.objects.seal_alias(object_id, target, error, first)
+            self.objects.release_all([first])
+
+    def end(self, record: TaskRecord) -> None:
+        """A task is over: let go of what it held."""
+        del self._state.tasks[record.task_id]
+        queue = record.class_queue
+        if self._parts and record.root_id in self._parts:
+            self._end_part(record)
+        if not self._lineage or self._lineage.get(record.root_id) is not record:
+            if record.owner_pins:
+                self._unpin(record)
+            queue.tasks -= 1
+            if queue.released and not queue.tasks:
+                self.functions.forget_class(queue)
+        group = self._state.groups.get(queue.task_class.group_id)
+        if group is not None:
+            group.unfinished -= 1
+            if group.unfinished == 0 and group.state is not _OPEN:
+                self.groups.on_group_empty(group)
+
+    def _end_part(self, record: TaskRecord) -> None:
+        parts = self._parts[record.root_id]
+        parts.pop(record.task_id, None)
+        if not parts:
+            del self._parts[record.root_id]
+
+    # ---- failures --------------------------------------------------------------------------------
+
+    def _may_retry(self, record: TaskRecord) -> bool:
+        """Whether one more attempt is allowed."""
+        limit = record.class_queue.task_class.max_retries
+        return limit < 0 or record.attempts < limit
+
+    def _try_again(self, record: TaskRecord) -> None:
+        """A task that ran here or elsewhere runs again, once its arguments are here."""
+        if record.dependencies:
+            self._wait_for_dependencies(record)
+            if record.missing:
+                record.move(WAITING)
+                record.node_id = None
+                return
+        self.enqueue(record, front=True)
+
+    def fail(self, record: TaskRecord, error: PoolrayError, retriable: bool = False) -> None:
+        """A task is given up: its error becomes its result."""
+        self.fail_encoded(record, self._state.encode_error(error), retriable)
+
+    def fail_encoded(self, record: TaskRecord, error: bytes, retriable: bool = False) -> None:
+        """The same, for an error that is serialized already."""
+        outcome = Outcome(values=[error], is_error=True, retriable=retriable)
+        record.move(FAILED)
+        if record.class_queue.task_class.delivery is _CALLER:
+            reply = CallResults(
+                task_id=record.root_id, start=record.offset, results=[outcome] * len(record.calls)
+            )
+            self._state.effects.append(Reply(record.client_id, reply))
+        elif record.is_foreign:
+            self.peers.send_result(record, outcome)
+        else:
+            self._store(record, outcome, record.client_id)
+        self.end(record)
+
+    def give_up(self, record: TaskRecord, error: bytes) -> None:
+        """A task fails wherever it is, and whatever becomes of the call that runs."""
+        self._withdraw(record)
+        self.fail_encoded(record, error)
+
+    def on_lost_with_worker(self, record: TaskRecord, begun: int, message: WorkerLost) -> None:
+        """The worker that had a task died; the caller dispatches afterwards.
+
+        Parameters
+        ----------
+        begun : int
+            How many of the record's calls had begun (the results of all but the last of them are
+            lost with the worker, so they count as tried); the others were never touched.
+        """
+        group = self._state.groups[record.class_queue.task_class.group_id]
+        again: list[TaskRecord] = []
+        for _ in range(begun):
+            # Each call that had begun goes on alone: the one that kills must not take the
+            # attempts of its neighbours.
+            rest = self.cut(record, record.offset + 1) if len(record.calls) > 1 else None
+            may_retry = self._may_retry(record) and not group.break_on_death
+            record.attempts += 1
+            if may_retry and not record.is_foreign:
+                again.append(record)
+            else:
+                # Of another node's task the owner decides, who has counted all attempts.
+                self.fail(record, self._crash_error(record, message), record.is_foreign)
+            if rest is None:
+                break
+            record = rest
+        else:
+            again.append(record)
+        for record in reversed(again):
+            self.requeue(record)
+
+    def _crash_error(self, record: TaskRecord, message: WorkerLost) -> WorkerCrashedError:
+        return WorkerCrashedError(
+            task_name=record.class_queue.task_class.name,
+            task_id=record.root_id.hex(),
+            pid=message.pid,
+            exit_code=message.exit_code,
+            signal=message.signal,
+            attempts=record.attempts,
+        )
+
+    def on_lost_with_node(self, record: TaskRecord, node_id: NodeId) -> None:
+        """The node that a task was forwarded to died: it counts as tried."""
+        may_retry = self._may_retry(record)
+        record.attempts += 1
+        if may_retry:
+            self._try_again(record)
+            return
+        self.fail(
+            record,
+            NodeDiedError(
+                task_name=record.class_queue.task_class.name,
+                task_id=record.root_id.hex(),
+                node_id=node_id.hex(),
+                attempts=record.attempts,
+            ),
+        )
+
+    def on_returned(self, record: TaskRecord) -> None:
+        """The node that a task was forwarded to could not begin it."""
+        self._try_again(record)
+
+    def cancel(self, task_ids: Iterable[TaskId], reason: str = "") -> None:
+        """Drop tasks with all their parts.
+
+        What has not begun never runs. To their caller nothing of them is delivered any more;
+        return values that are objects become errors.
+        """
+        tasks = self._state.tasks
+        touched: dict[TaskId, None] = {}
+        for root_id in dict.fromkeys(task_ids):
+            touched[root_id] = None
+            touched.update(self._parts.get(root_id, {}))
+        sent: dict[WorkerId, list[int]] = {}
+        for task_id in touched:
+            record = tasks.get(task_id)
+            if record is None:
+                continue
+            if record.state is RUNNING and record.worker_id is not None:
+                sent.setdefault(record.worker_id, []).append(record.sequence)
+            self._withdraw(record)
+            record.move(FAILED)
+            if record.class_queue.task_class.delivery is not _CALLER and not record.is_foreign:
+                error = TaskCancelledError(task_id=record.root_id.hex(), reason=reason)
+                outcome = Outcome(values=[self._state.encode_error(error)], is_error=True)
+                self._store(record, outcome, record.client_id)
+            self.end(record)
+        for worker_id, sequences in sent.items():
+            self.dispatcher.on_cancelled(worker_id, sequences)
+
+    def _withdraw(self, record: TaskRecord) -> None:
+        """Take a task from where it is, before it ends."""
+        if record.state is QUEUED:
+            queue = record.class_queue
+            queue.remove(record)
+            if not queue.queued_calls:
+                queue.clear()
+                group = self._state.groups[queue.task_class.group_id]
+                group.ready.pop(queue.task_class.class_id, None)
+        elif record.state is RUNNING and record.owner_pins:
+            # The worker may be reading its arguments: they stay until it is done with the packet.
+            assert record.worker_id is not None
+            for packet in self._state.workers[record.worker_id].packets:
+                if packet.sequence == record.sequence:
+                    packet.cancelled = packet.cancelled or []
+                    packet.cancelled.append(record)
+                    record.owner_pins = False
+
+    def unpin_cancelled(self, packet: Packet) -> None:
+        """A worker is done with a packet of which tasks were cancelled."""
+        records, packet.cancelled = packet.cancelled or [], None
+        for record in records:
+            self.objects.release_all(record.dependencies)
+            self.objects.release_all(record.borrows)
+
+    def _no_group_error(self, record: TaskRecord, group: Group | None) -> bytes:
+        if group is not None and group.state is _FAILED_GROUP:
+            return group.error
+        return self._state.encode_error(
+            PoolrayError(
+                f"Task {record.class_queue.task_class.name} ({record.task_id.hex()[:12]}) was "
+                "submitted to workers that have been shut down: make a new Pool or Executor."
+            )
+        )
+
+    # ---- clients and groups that leave -----------------------------------------------------------
+
+    def drop_client(self, client_id: ClientId) -> None:
+        """A client is gone: all it held is let go, functions included."""
+        self.functions.drop_client(client_id)
+        self.objects.drop_client(client_id)
+
+    def release_classes_of(self, group_id: GroupId) -> None:
+        """A group has ended: nobody will name its classes again."""
+        self.functions.release_classes(group_id)
+
+    # ---- lineage ---------------------------------------------------------------------------------
+
+    def on_object_lost(self, object_id: ObjectId, record: ObjectRecord, reason: str) -> None:
+        """The only copy of an object's value is gone: make it again, or say that it is lost."""
+        self.objects.lose(object_id, record)
+        for task_id in list(record.dependents or ()):
+            waiting = self._state.tasks.get(TaskId(task_id))
+            if waiting is not None and waiting.state is WAITING and waiting.is_foreign:
+                self.give_back(waiting)  # its owner may know another way to the argument
+        if object_id not in self._state.objects:
+            return
+        task_id = task_of(object_id)
+        maker = self._lineage.pop(task_id, None)
+        if maker is None and task_id in self._state.tasks:
+            return  # lost together with another return value, for which it runs again already
+        if maker is not None and self._may_retry(maker) and self._usable_group(maker) is not None:
+            self._run_again(maker)
+            return
+        error: ObjectLostError = ObjectLostError(object_id=object_id.hex(), reason=reason)
+        if maker is not None:
+            error = ObjectReconstructionFailedError(
+                object_id=object_id.hex(),
+                reason=f"{reason}, and its task was tried {maker.attempts + 1} time(s)",
+            )
+            self._drop_lineage(maker)
+        encoded = self._state.encode_error(error)
+        self.objects.seal(object_id, record, encoded, True, [], ClientId(b""))
+
+    def give_back(self, record: TaskRecord) -> None:
+        """Another node's task cannot run here: its owner decides again."""
+        self.peers.send_back(record)
+        record.move(FAILED)
+        self.end(record)
+
+    def _run_again(self, maker: TaskRecord) -> None:
+        """An ended task makes its objects once more."""
+        maker.attempts += 1
+        self._state.tasks[maker.task_id] = maker
+        group = self._state.groups.get(maker.class_queue.task_class.group_id)
+        if group is not None:
+            group.unfinished += 1
+        maker.move(WAITING)
+        maker.node_id = None
+        self._wait_for_dependencies(maker)
+        if maker.missing == 0:
+            self.enqueue(maker, front=True)
+
+    def on_object_local(self, object_id: ObjectId) -> None:
+        """An object that was elsewhere, or was held by somebody, is not any more."""
+        maker = self._lineage.get(task_of(object_id)) if self._lineage else None
+        if maker is None:
+            return
+        for index in range(maker.class_queue.task_class.num_returns):
+            record = self._state.objects.get(return_id(maker.root_id, index))
+            if record is not None and record.location() is not None:
+                return
+        del self._lineage[maker.root_id]
+        self._drop_lineage(maker)
+
+    def _drop_lineage(self, maker: TaskRecord) -> None:
+        """What a task made can no longer be lost, or can no longer be made again."""
+        self._unpin(maker)
+        queue = maker.class_queue
+        queue.tasks -= 1
+        if queue.released and not queue.tasks:
+            self.functions.forget_class(queue)
+
+    # ---- what others need to know ----------------------------------------------------------------
+
+    def forward(self, record: TaskRecord, node_id: NodeId) -> None:
+        """A queued task goes to another node."""
+        record.move(FORWARDED)
+        record.node_id = node_id
+
+    def arguments_of(self, record: TaskRecord) -> tuple[list[Value], list[int]]:
+        """Values of a task's dependencies, and which of them are errors."""
+        values: list[Value] = []
+        errors: list[int] = []
+        for index, object_id in enumerate(record.dependencies):
+            target = self._state.objects[object_id]
+            values.append(target.value)
+            if target.is_error:
+                errors.append(index)
+        return values, errors
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when records of tasks, parts, lineage and classes do not agree."""
+        state = self._state
+        counts = dict.fromkeys(state.classes, 0)
+        for task_id, record in state.tasks.items():
+            assert task_id == record.task_id
+            assert record.calls, "a task without calls has not ended"
+            assert record.state <= FORWARDED, f"a task that {record.state.name} is kept"
+            assert (record.state is RUNNING) == (record.worker_id is not None)
+            assert (record.state is FORWARDED) == (record.node_id is not None)
+            assert (record.missing > 0) == (record.state is WAITING)
+            if task_id != record.root_id:
+                assert task_id in self._parts[record.root_id]
+            counts[record.class_queue.task_class.class_id] += 1
+        for root_id, record in self._lineage.items():
+            assert record.state is SUCCEEDED, "lineage that runs"
+            assert root_id not in state.tasks
+            counts[record.class_queue.task_class.class_id] += 1
+        for parts in self._parts.values():
+            assert parts
+            assert all(task_id in state.tasks for task_id in parts)
+        for class_id, queue in state.classes.items():
+            assert queue.tasks == counts[class_id], (
+                f"{queue.task_class.name} counts its tasks wrong"
+            )
+
+    def lineage(self) -> Iterable[TaskRecord]:
+        """Ended tasks that are kept to be run again."""
+        return self._lineage.values()

@@ -1,0 +1,1 @@
+"""Objects: values, where they are, who holds them, and how they become bytes."""

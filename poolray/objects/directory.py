@@ -1,0 +1,130 @@
+"""The objects that a node owns: their values, who holds them, who waits for them.
+
+    PENDING ──seal──▶ READY          (value or error)
+       ▲                │
+       └──── lost ──────┘            (its node died, lineage runs again)
+
+What: records of objects, counts of holders, and the requests that wait.
+Who calls: the node machine.
+May touch: nothing.
+Invariants: an object is kept while `holders > 0`; each holder is a client, a task that has not
+ended, or another object that contains it; a client counts once however many handles it has.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import final
+
+from poolray.exceptions import IllegalTransition
+from poolray.ids import ClientId, FunctionId, NodeId, ObjectId
+from poolray.protocol.values import InArena, InFile
+
+
+class ObjectState(enum.IntEnum):
+    """Whether an object's value exists."""
+
+    PENDING = 0
+    READY = 1
+
+
+PENDING = ObjectState.PENDING
+READY = ObjectState.READY
+
+
+@final
+class Request:
+    """A `GetObjects` or `WaitObjects` that is not answered yet."""
+
+    __slots__ = ("client_id", "count", "is_get", "object_ids", "remaining", "request_id")
+
+    def __init__(
+        self,
+        client_id: ClientId,
+        request_id: int,
+        object_ids: list[ObjectId],
+        count: int,
+        is_get: bool,
+    ) -> None:
+        self.client_id = client_id
+        self.request_id = request_id
+        self.object_ids = object_ids
+        #: How many more objects must become ready before it is answered.
+        self.remaining = count
+        #: How many ready objects a `wait` asks for.
+        self.count = count
+        self.is_get = is_get
+
+
+@final
+class ObjectRecord:
+    """One object that this node owns or has a copy of."""
+
+    __slots__ = (
+        "contained",
+        "dependents",
+        "holders",
+        "is_error",
+        "seen",
+        "state",
+        "value",
+        "waiters",
+    )
+
+    def __init__(self, holders: int = 0) -> None:
+        self.state = PENDING
+        self.holders = holders
+        self.value: bytes | InArena | InFile = b""
+        self.is_error = False
+        #: Somebody got it, waited for it or passed it on: an error that dies unseen is shown.
+        self.seen = False
+        #: Objects that the value refers to; this one holds each of them once.
+        self.contained: list[ObjectId] = []
+        #: Request to count down when the object becomes ready -> how often it names the object;
+        #: None: none, the usual case.
+        self.waiters: dict[Request, int] | None = None
+        #: Ids of tasks that wait for the object; None: none.
+        self.dependents: list[bytes] | None = None
+
+    def seal(
+        self, value: bytes | InArena | InFile, is_error: bool, contained: list[ObjectId]
+    ) -> None:
+        """The value is there."""
+        if self.state is READY:
+            raise IllegalTransition(what="object", state="READY", event="seal")
+        self.state = READY
+        self.value = value
+        self.is_error = is_error
+        self.contained = contained
+
+    def lose(self) -> None:
+        """The value is gone and will be made again."""
+        if self.state is PENDING:
+            raise IllegalTransition(what="object", state="PENDING", event="lose")
+        self.state = PENDING
+        self.value = b""
+        self.contained = []
+
+    def location(self) -> NodeId | None:
+        """The other node that has the value, or None when it is here."""
+        value = self.value
+        if type(value) is InArena and value.node_id:
+            return value.node_id
+        return None
+
+
+@final
+class ClientRecord:
+    """A process that uses the API: what it holds and what it waits for."""
+
+    __slots__ = ("functions", "held", "ranges", "requests")
+
+    def __init__(self) -> None:
+        #: Objects that the client holds; the values mean nothing, the order is that of holding.
+        self.held: dict[ObjectId, None] = {}
+        #: request id -> request not answered yet.
+        self.requests: dict[int, Request] = {}
+        #: object id -> offset of ranges handed out and not sealed.
+        self.ranges: dict[ObjectId, int] = {}
+        #: Functions that it defined and may name.
+        self.functions: dict[FunctionId, None] = {}

@@ -1,0 +1,210 @@
+"""The arena's memory: one unnamed file, mapped once per process in two ways.
+
+What: creates, maps, reads and writes. The file has no name (a memfd; elsewhere an unlinked
+temporary file), so that nothing can be left behind however a process ends, and the size of
+/dev/shm, 64 MB in most containers, does not matter.
+Who calls: the runtime creates it, clients and workers map it.
+May touch: files and memory mappings.
+Invariants: a range is written only between its allocation and its sealing, and only through the
+shared mapping. Reading for writing goes through a private mapping of the whole arena: pages that a
+reader changes become its own, and are dropped when its last view dies.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any, final
+
+from poolray.objects.allocator import PAGE_BYTES
+from poolray.objects.serialization import deserialize, is_frame, split_frame
+
+#: Bytes at the start of the file for the workers' progress words, one cache line each.
+CONTROL_BYTES = 64 * 1024
+_SLOT_BYTES = 64
+SLOTS = CONTROL_BYTES // _SLOT_BYTES
+
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+def create_arena_file(capacity_bytes: int) -> int:
+    """A descriptor of a new sparse file for the control page and the arena.
+
+    Raises
+    ------
+    OSError
+        No file of that size can be made.
+    """
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("poolray-arena", os.MFD_CLOEXEC)
+    else:
+        descriptor, path = tempfile.mkstemp(prefix="poolray-arena-")
+        os.unlink(path)
+    try:
+        os.ftruncate(descriptor, CONTROL_BYTES + capacity_bytes)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@final
+class Arena:
+    """One process's view of the arena.
+
+    Parameters
+    ----------
+    descriptor : int
+        The file; this object owns it from now on.
+    capacity_bytes : int
+        Bytes of the arena proper.
+    """
+
+    def __init__(self, descriptor: int, capacity_bytes: int) -> None:
+        self.descriptor = descriptor
+        self.capacity_bytes = capacity_bytes
+        self._control = mmap.mmap(descriptor, CONTROL_BYTES)
+        #: Progress words: two unsigned 64-bit numbers per slot would need two writes, so one
+        #: word holds both the packet's sequence number and the index of the call begun.
+        self.progress = memoryview(self._control).cast("Q")
+        self._shared: mmap.mmap | None = None
+        self._private: mmap.mmap | None = None
+        #: id(view base) -> weak reference that reports the base's death.
+        self._views: dict[int, weakref.ref[Any]] = {}
+        #: Starts of ranges that a writable view of this process exists of.
+        self._writable: dict[int, None] = {}
+
+    def write(self, offset: int, size_bytes: int) -> memoryview:
+        """The range for writing, before it is sealed."""
+        start = CONTROL_BYTES + offset
+        return memoryview(self._map_shared())[start : start + size_bytes]
+
+    def load(
+        self, offset: int, size_bytes: int, *, writable: bool, on_release: Callable[[], None]
+    ) -> Any:
+        """The value of a sealed range; `on_release` is called when nobody can see it any more.
+
+        Notes
+        -----
+        `on_release` runs in finalizers: it may only append to a deque. A value without
+        out-of-band buffers is copied out by pickle, and `on_release` is called at once.
+        """
+        start = CONTROL_BYTES + offset
+        mapping = self._map_private() if writable else self._map_shared()
+        whole = memoryview(mapping)[start : start + size_bytes]
+        if not is_frame(whole):
+            value = deserialize(whole)
+            on_release()
+            return value
+        if writable and start in self._writable:
+            # A second writable value of the same object must not share the first one's changes.
+            value = deserialize(
+                bytes(memoryview(self._map_shared())[start : start + size_bytes]), True
+            )
+            on_release()
+            return value
+        import numpy
+
+        # Only an object with a weak reference can report its death, and of the buffer types only
+        # numpy's arrays have both; every view of the value keeps this one alive.
+        base: Any = numpy.frombuffer(whole, dtype=numpy.uint8)
+        if not writable:
+            base.flags.writeable = False
+        key = id(base)
+        views = self._views
+        writable_starts = self._writable if writable else None
+        if writable_starts is not None:
+            writable_starts[start] = None
+        # Worked out now: the interpreter's end may have cleared this module before the base dies.
+        length = (size_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
+        forget_changes = partial(mapping.madvise, mmap.MADV_DONTNEED, start, length)
+
+        def report(_: Any) -> None:
+            views.pop(key, None)
+            if writable_starts is not None:
+                # Forget what this process wrote there: the range will hold another value.
+                writable_starts.pop(start, None)
+                forget_changes()
+            on_release()
+
+        views[key] = weakref.ref(base, report)
+        import pickle
+
+        stream, buffers = split_frame(memoryview(base))
+        return pickle.loads(stream, buffers=buffers)
+
+    def forget_parent(self) -> None:
+        """In a forked child: what the parent changed in its private mapping stays visible in the
+        values that were inherited, but must not show in values that are read from now on.
+        """
+        self._private = None
+        self._writable = {}
+        self._views.clear()  # their ends are the parent's affair
+
+    def _map_shared(self) -> mmap.mmap:
+        if self._shared is None:
+            self._shared = mmap.mmap(self.descriptor, CONTROL_BYTES + self.capacity_bytes)
+        return self._shared
+
+    def _map_private(self) -> mmap.mmap:
+        if self._private is None:
+            self._private = mmap.mmap(
+                self.descriptor,
+                CONTROL_BYTES + self.capacity_bytes,
+                # Not reserved: most pages are only read, and a strict overcommit policy would
+                # refuse a private mapping of the whole capacity.
+                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+        return self._private
+
+    def set_progress(self, slot: int, sequence: int, index: int) -> None:
+        """Say which call of which packet begins now."""
+        self.progress[slot * 8] = sequence << 24 | index
+
+    def get_progress(self, slot: int) -> tuple[int, int]:
+        """The packet and the call that a worker began last."""
+        word = self.progress[slot * 8]
+        return word >> 24, word & 0xFFFFFF
+
+    def close(self) -> None:
+        """Release what nobody looks at; a mapping that has views goes with its last view."""
+        self.progress.release()
+        self._control.close()
+        for mapping in (self._shared, self._private):
+            if mapping is not None:
+                try:
+                    mapping.close()
+                except BufferError:
+                    # A user still holds an array in it: it stays mapped until that dies.
+                    pass
+        self._shared = self._private = None
+        os.close(self.descriptor)
+
+
+def write_value_file(path: str, write: Callable[[memoryview], None], size_bytes: int) -> None:
+    """Write a value to a file of its own (no room in the arena)."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, size_bytes)
+        with mmap.mmap(descriptor, size_bytes) as mapping:
+            view = memoryview(mapping)
+            write(view)
+            view.release()
+    except BaseException:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def load_value_file(path: str, size_bytes: int, *, writable: bool) -> Any:
+    """The value in a file; its buffers are views of a mapping that outlives the file's name."""
+    with open(path, "rb") as file:
+        access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
+        mapping = mmap.mmap(file.fileno(), size_bytes, access=access)
+    return deserialize(memoryview(mapping))

@@ -1,0 +1,485 @@
+"""`Pool`: `multiprocessing.Pool`, without its limits.
+
+What: the whole interface of the standard Pool on a group of forked workers; lambdas and closures
+work, tiny calls are fast without a chunksize, large arrays travel through shared memory, a worker
+that dies costs a retry.
+Who calls: users.
+May touch: nothing by itself; processes belong to the runtime.
+Invariants: the standard library is the contract (its documentation and tests); each result is set
+exactly once; input is read only as far ahead as the window allows.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.pool
+import os
+import types
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+from poolray.exceptions import NotSupportedError, PoolrayError
+from poolray.local import runtime as local_runtime
+from poolray.local.calls import CallGroup
+from poolray.local.feed import PASSIVE, Feed, chunks_of
+from poolray.local.fork_server import WorkerSetup
+from poolray.local.pool_results import (
+    ApplyResult,
+    IMapIterator,
+    IMapUnorderedIterator,
+    MapResult,
+)
+from poolray.local.reactor import Waitable
+from poolray.local.standard_view import (
+    WorkerView,
+    start_method,
+    streams_are_replaced,
+    workers_are_daemons,
+)
+from poolray.protocol.values import CallKind
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+__all__ = [
+    "ApplyResult",
+    "AsyncResult",
+    "IMapIterator",
+    "IMapUnorderedIterator",
+    "MapResult",
+    "Pool",
+]
+
+AsyncResult = ApplyResult
+
+_RUN, _CLOSE, _TERMINATE = "RUN", "CLOSE", "TERMINATE"
+
+
+class Pool:
+    """A pool of worker processes; replaces `multiprocessing.Pool`.
+
+    Parameters
+    ----------
+    processes : int, default: CPUs that this process may run on
+        Workers.
+    initializer : callable, optional
+        Run once in each worker as it starts, with `initargs`. If it raises in each of them, calls
+        fail with its error, as a `TaskError` (the standard Pool starts workers for ever).
+    initargs : tuple
+    maxtasksperchild : int, optional
+        Replace a worker after so many calls (chunks, of a map).
+    context : multiprocessing context, optional
+        Its start method is used: "fork" (default: workers have the modules and globals of this
+        moment), "spawn" or "forkserver" (a fresh interpreter that imports `__main__`).
+    max_retries : int, default 3
+        Further attempts of a call whose worker was killed.
+    address : str, optional
+        For clusters; not supported by this version.
+
+    Raises
+    ------
+    ValueError
+        `processes` below 1; a bad `maxtasksperchild`.
+    TypeError
+        The initializer is not callable.
+
+    Notes
+    -----
+    Lambdas, closures and functions of notebooks work. A function that can be imported, or that
+    `__main__` had when the pool was made, goes by reference; any other by value, captured at its
+    first use.
+
+    Examples
+    --------
+    >>> from poolray import Pool
+    >>> with Pool(2) as pool:
+    ...     pool.map(lambda x: x * x, range(5))
+    [0, 1, 4, 9, 16]
+    """
+
+    #: For objects whose making failed.
+    _state = "INIT"
+
+    def __init__(
+        self,
+        processes: int | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: Iterable[Any] = (),
+        maxtasksperchild: int | None = None,
+        context: Any = None,
+        *,
+        max_retries: int | None = None,
+        address: str | None = None,
+    ) -> None:
+        if address is not None:
+            raise NotSupportedError(
+                f"address={address!r}: clusters are not supported by this version of poolray; "
+                "leave the address out to run on this machine."
+            )
+        if processes is None:
+            processes = local_runtime.usable_cpus()
+        if not isinstance(processes, int):
+            raise TypeError(f"processes must be an integer, not {type(processes).__name__}")
+        if processes < 1:
+            raise ValueError("Number of processes must be at least 1")
+        if maxtasksperchild is not None and (
+            not isinstance(maxtasksperchild, int) or maxtasksperchild <= 0
+        ):
+            raise ValueError("maxtasksperchild must be a positive int or None")
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        if max_retries is not None and max_retries < -1:
+            raise ValueError("max_retries must be -1 (for ever), 0 or a positive int")
+        self._processes = processes
+        self._initializer = initializer
+        self._initargs = tuple(initargs)
+        self._maxtasksperchild = maxtasksperchild
+        self._ctx = context or multiprocessing.get_context()
+        #: id -> result or iterator that has not ended.
+        self._cache: dict[int, Any] = {}
+        self._start(start_method(context), max_retries)
+
+    def _start(self, method: str, max_retries: int | None) -> None:
+        runtime = local_runtime.ensure()
+        self._runtime = runtime
+        setup = WorkerSetup(
+            config=runtime.config,
+            initializer=self._initializer,
+            initargs=self._initargs,
+            name_prefix="ForkPoolWorker" if method == "fork" else "SpawnPoolWorker",
+            daemon=workers_are_daemons(self._ctx),
+            forward_output=streams_are_replaced(),
+            shared_globals=f"pool-{id(self)}",
+        )
+        handle = runtime.create_group(
+            size=self._processes,
+            start_now=True,
+            setup=setup,
+            start_method=method,
+            max_tasks_per_worker=self._maxtasksperchild or 0,
+        )
+        retries = runtime.config.max_retries if max_retries is None else max_retries
+        self._group = CallGroup(runtime, handle, retries)
+        cache = self._cache
+
+        def on_failed(error: bytes) -> None:
+            import pickle
+
+            _fail_all(cache, pickle.loads(error))
+
+        handle.on_failed = on_failed
+        self._handle = handle
+        self._state = _RUN
+
+    # ---- calls -----------------------------------------------------------------------------------
+
+    def apply(
+        self, func: Callable[..., R], args: Iterable[Any] = (), kwds: Mapping[str, Any] = {}
+    ) -> R:
+        """Call `func(*args, **kwds)` in a worker and wait for the value."""
+        return self.apply_async(func, args, kwds).get()
+
+    def apply_async(
+        self,
+        func: Callable[..., R],
+        args: Iterable[Any] = (),
+        kwds: Mapping[str, Any] = {},
+        callback: Callable[[R], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+    ) -> ApplyResult[R]:
+        """Call `func(*args, **kwds)` in a worker.
+
+        Parameters
+        ----------
+        callback, error_callback : callable, optional
+            Called with the value or the exception, in a thread of the pool, before `get` returns.
+
+        Raises
+        ------
+        ValueError
+            The pool is not running.
+
+        Examples
+        --------
+        >>> from poolray import Pool
+        >>> with Pool(1) as pool:
+        ...     pool.apply_async(pow, (2, 5)).get(timeout=10)
+        32
+        """
+        self._check_running()
+        result: ApplyResult[R] = ApplyResult(self, callback, error_callback)
+        group = self._group
+        try:
+            if type(func) is types.FunctionType or type(func) is types.BuiltinFunctionType:
+                stream = group.stream(func, CallKind.CALL)
+                payload = group.dumps((tuple(args), kwds))
+            else:
+                stream = group.apply_stream()
+                payload = group.dumps((func, tuple(args), kwds))
+            group.submit(stream, payload, result)
+        except Exception as error:  # as in the standard Pool, `get` raises it
+            result._set(False, error)
+        except BaseException:
+            self._abandon(result)
+            raise
+        return result
+
+    def map(
+        self, func: Callable[[T], R], iterable: Iterable[T], chunksize: int | None = None
+    ) -> list[R]:
+        """`[func(item) for item in iterable]`, in workers.
+
+        Parameters
+        ----------
+        chunksize : int, optional
+            Items that a worker takes as one task; by default a quarter of its share.
+
+        Examples
+        --------
+        >>> from poolray import Pool
+        >>> with Pool(2) as pool:
+        ...     pool.map(str, [1, 2])
+        ['1', '2']
+        """
+        return self._map(func, iterable, CallKind.MAP, chunksize, None, None).get()
+
+    def map_async(
+        self,
+        func: Callable[[T], R],
+        iterable: Iterable[T],
+        chunksize: int | None = None,
+        callback: Callable[[list[R]], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+    ) -> ApplyResult[list[R]]:
+        """`map` without waiting."""
+        return self._map(func, iterable, CallKind.MAP, chunksize, callback, error_callback)
+
+    def starmap(
+        self,
+        func: Callable[..., R],
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = None,
+    ) -> list[R]:
+        """`[func(*arguments) for arguments in iterable]`, in workers."""
+        return self._map(func, iterable, CallKind.STARMAP, chunksize, None, None).get()
+
+    def starmap_async(
+        self,
+        func: Callable[..., R],
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = None,
+        callback: Callable[[list[R]], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+    ) -> ApplyResult[list[R]]:
+        """`starmap` without waiting."""
+        return self._map(func, iterable, CallKind.STARMAP, chunksize, callback, error_callback)
+
+    def _map(
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Any],
+        kind: CallKind,
+        chunksize: int | None,
+        callback: Callable[[Any], object] | None,
+        error_callback: Callable[[BaseException], object] | None,
+    ) -> MapResult:
+        self._check_running()
+        items = iterable if hasattr(iterable, "__len__") else list(iterable)
+        length = len(items)  # type: ignore[arg-type]
+        if chunksize is None:
+            chunksize, extra = divmod(length, self._processes * 4)
+            if extra:
+                chunksize += 1
+        elif not isinstance(chunksize, int):
+            raise TypeError(f"chunksize must be an integer, not {type(chunksize).__name__}")
+        elif chunksize < 1:
+            raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
+        if length == 0:
+            chunksize = 0
+        result = MapResult(self, chunksize, length, callback, error_callback)
+        if result._left == 0:
+            if length == 0 and callback is not None:
+                self._runtime.callbacks.run(partial(callback, []))
+            return result
+        try:
+            stream = self._group.stream(func, kind)
+        except Exception as error:
+            result._set(False, error)
+            return result
+        feed = Feed(self, stream, chunks_of(items, chunksize), True)
+
+        def on_chunk(index: int, success: bool, value: Any) -> None:
+            result.on_chunk(index, success, value)
+            feed.consumed(index)
+            if result._left == 0:
+                feed.detach()
+
+        feed.on_chunk = on_chunk
+        try:
+            feed.start()
+        except BaseException:
+            feed.stop()
+            self._abandon(result)
+            raise
+        return result
+
+    def imap(
+        self, func: Callable[[T], R], iterable: Iterable[T], chunksize: int = 1
+    ) -> IMapIterator[R]:
+        """An iterator over `func(item)` in order; reads its input lazily.
+
+        Parameters
+        ----------
+        chunksize : int, default 1
+            Items that a worker takes as one task. Short calls are fast with 1 as well.
+
+        Raises
+        ------
+        ValueError
+            `chunksize` below 1; the pool is not running.
+
+        Notes
+        -----
+        Reads ahead by a bounded number of items and bytes (`Config.imap_window_items`,
+        `Config.imap_window_bytes`), results that were not taken included.
+        """
+        return self._imap(IMapIterator, func, iterable, chunksize)
+
+    def imap_unordered(
+        self, func: Callable[[T], R], iterable: Iterable[T], chunksize: int = 1
+    ) -> IMapIterator[R]:
+        """`imap`, with results as they come."""
+        return self._imap(IMapUnorderedIterator, func, iterable, chunksize)
+
+    def _imap(
+        self,
+        kind: type[IMapIterator[Any]],
+        func: Callable[[Any], Any],
+        iterable: Iterable[Any],
+        chunksize: int,
+    ) -> IMapIterator[Any]:
+        self._check_running()
+        if chunksize < 1:
+            raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
+        passive = type(iterable) in PASSIVE
+        failure: BaseException | None = None
+        try:
+            stream = self._group.stream(func, CallKind.MAP)
+        except Exception as error:  # as in the standard Pool, each item fails with it
+            stream, failure = self._group.apply_stream(), error
+        try:
+            chunks = chunks_of(iterable, chunksize)
+        except TypeError as error:  # not iterable: told at the first `next`
+            chunks, failure = iter([[]]), error
+        feed = Feed(self, stream, chunks, passive, chunksize, failure)
+        return kind(self, feed, chunksize > 1)
+
+    # ---- waiting ---------------------------------------------------------------------------------
+
+    def _wait(self, waited: Waitable, timeout: float | None) -> None:
+        runtime = self._runtime
+        if runtime.open_batches:
+            runtime.flush_batches()
+        runtime.interrupts.install()
+        runtime.reactor.wait(waited, timeout)
+
+    def _abandon(self, result: Any) -> None:
+        """Ctrl-C came before the caller was given the result: nobody will ask for it."""
+        self._cache.pop(id(result), None)
+
+    def _on_idle(self) -> None:
+        """A result is complete: a closed pool whose last one it was lets its workers go."""
+        if self._state == _CLOSE and not self._cache:
+            self._runtime.close_group(self._handle)
+
+    def _check_running(self) -> None:
+        if self._state != _RUN:
+            raise ValueError("Pool not running")
+        if self._runtime.closed:
+            raise ValueError(
+                "Pool not running: poolray.shutdown() ended it, or it belongs to another process"
+            )
+
+    # ---- end -------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Take no more calls; workers end after those that were submitted."""
+        if self._state == _RUN:
+            self._state = _CLOSE
+            self._on_idle()
+
+    def terminate(self) -> None:
+        """Kill the workers now; results that have not come raise `PoolrayError`."""
+        if self._state in ("INIT", _TERMINATE):
+            return
+        self._state = _TERMINATE
+        self._runtime.terminate_group(self._handle)
+        _fail_all(self._cache, PoolrayError("The pool was terminated before this call had ended."))
+
+    def join(self) -> None:
+        """Wait for the workers' end; after `close` or `terminate`.
+
+        Raises
+        ------
+        ValueError
+            The pool is still running.
+        """
+        if self._state == _RUN:
+            raise ValueError("Pool is still running")
+        if self._state not in (_CLOSE, _TERMINATE):
+            raise ValueError("In unknown state")
+        if self._runtime.closed:
+            return
+        if self._state == _CLOSE:
+            for result in list(self._cache.values()):
+                if isinstance(result, IMapIterator):
+                    result.lift_window()  # nobody may come to take its results
+        self._runtime.wait_group_ended(self._handle)
+        self._runtime.callbacks.flush()
+
+    def __enter__(self) -> Pool:
+        self._check_running()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.terminate()
+
+    def __del__(self) -> None:
+        if self._state == _RUN:
+            warnings.warn(
+                f"unclosed running multiprocessing pool {self!r}",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+        if self._state in (_RUN, _CLOSE):
+            runtime = self._runtime
+            if runtime.pid == os.getpid() and not runtime.closed:
+                runtime.later.append(partial(runtime.terminate_group, self._handle))
+                runtime.reactor.ensure_background()
+
+    def __reduce__(self) -> NoReturn:
+        raise NotImplementedError("pool objects cannot be passed between processes or pickled")
+
+    def __repr__(self) -> str:
+        cls = type(self)
+        return (
+            f"<{cls.__module__}.{cls.__qualname__} state={self._state} "
+            f"pool_size={len(self._handle.host.workers) if self._state != 'INIT' else 0}>"
+        )
+
+    @property
+    def _pool(self) -> list[WorkerView]:
+        """The workers, as programs that look into the standard Pool expect them."""
+        return [
+            WorkerView(pid, f"ForkPoolWorker-{number}")
+            for number, pid in enumerate(self._runtime.worker_pids(self._handle), 1)
+        ]
+
+
+def _fail_all(cache: dict[int, Any], error: BaseException) -> None:
+    for result in list(cache.values()):
+        result._set(False, error)

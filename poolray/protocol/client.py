@@ -1,0 +1,154 @@
+"""The client protocol: a process that uses the API and the node it lives on.
+
+What: requests (submit, put, get, wait, references, ranges) and their replies.
+Who calls: `Client` in drivers and workers sends requests, the node machine answers.
+May touch: nothing.
+Invariants: ids are made by the client, so a submission needs no reply; a reply names its request.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from poolray.ids import FunctionId, ObjectId, TaskId
+from poolray.protocol.values import (
+    FunctionDefinition,
+    InArena,
+    InFile,
+    Outcome,
+    TaskClass,
+    TaskSpec,
+)
+
+
+class DefineFunction(msgspec.Struct, frozen=True, array_like=True, tag=101, kw_only=True):
+    """A function that calls may name from now on."""
+
+    definition: FunctionDefinition
+
+
+class DefineClass(msgspec.Struct, frozen=True, array_like=True, tag=102, kw_only=True):
+    """A task class that tasks may name from now on."""
+
+    task_class: TaskClass
+
+
+class ReleaseFunction(msgspec.Struct, frozen=True, array_like=True, tag=103, kw_only=True):
+    """The client will not use this function again."""
+
+    function_id: FunctionId
+
+
+class SubmitTasks(msgspec.Struct, frozen=True, array_like=True, tag=104, kw_only=True):
+    """Run these. The client holds one reference to each return value from now on."""
+
+    tasks: list[TaskSpec]
+
+
+class PutObject(msgspec.Struct, frozen=True, array_like=True, tag=105, kw_only=True):
+    """Keep this value. The client holds one reference to it from now on."""
+
+    object_id: ObjectId
+    value: bytes | InArena | InFile
+    contained: list[ObjectId] = []
+
+
+class GetObjects(msgspec.Struct, frozen=True, array_like=True, tag=106, kw_only=True):
+    """Answer with the values once all are ready."""
+
+    request_id: int
+    object_ids: list[ObjectId]
+
+
+class WaitObjects(msgspec.Struct, frozen=True, array_like=True, tag=107, kw_only=True):
+    """Answer once at least `count` of these are ready."""
+
+    request_id: int
+    object_ids: list[ObjectId]
+    count: int
+
+
+class CancelRequest(msgspec.Struct, frozen=True, array_like=True, tag=108, kw_only=True):
+    """Forget a `GetObjects` or `WaitObjects`; a `WaitObjects` is answered with what is ready."""
+
+    request_id: int
+
+
+class AddReferences(msgspec.Struct, frozen=True, array_like=True, tag=109, kw_only=True):
+    """The client now holds these (it had not before)."""
+
+    object_ids: list[ObjectId]
+
+
+class ReleaseReferences(msgspec.Struct, frozen=True, array_like=True, tag=110, kw_only=True):
+    """The client no longer holds these, neither as refs nor as views of their memory."""
+
+    object_ids: list[ObjectId]
+
+
+class AllocateRange(msgspec.Struct, frozen=True, array_like=True, tag=111, kw_only=True):
+    """The client wants to write a large object."""
+
+    request_id: int
+    object_id: ObjectId
+    size_bytes: int
+
+
+class CancelTasks(msgspec.Struct, frozen=True, array_like=True, tag=112, kw_only=True):
+    """Drop these caller-delivered tasks: what has not begun never runs, results are not sent."""
+
+    task_ids: list[TaskId]
+
+
+class ObjectValues(msgspec.Struct, frozen=True, array_like=True, tag=151, kw_only=True):
+    """The values asked for, or a part of them.
+
+    A reply too large for one packet comes in parts; `more` is true for all but the last.
+    """
+
+    request_id: int
+    values: list[bytes | InArena | InFile]
+    errors: list[int] = []  #: which of `values` are errors
+    more: bool = False
+
+
+class WaitReply(msgspec.Struct, frozen=True, array_like=True, tag=152, kw_only=True):
+    """Which of the objects asked for are ready, by index, ascending."""
+
+    request_id: int
+    ready: list[int]
+
+
+class RangeGranted(msgspec.Struct, frozen=True, array_like=True, tag=153, kw_only=True):
+    """Write here, then name the place in a `PutObject` or a result. Offset -1: no room."""
+
+    request_id: int
+    offset: int
+
+
+class CallResults(msgspec.Struct, frozen=True, array_like=True, tag=154, kw_only=True):
+    """Results of calls with `Delivery.CALLER`, from the call with index `start` on."""
+
+    task_id: TaskId
+    start: int
+    results: list[bytes | Outcome]
+
+
+ClientRequest: TypeAlias = (
+    DefineFunction
+    | DefineClass
+    | ReleaseFunction
+    | SubmitTasks
+    | PutObject
+    | GetObjects
+    | WaitObjects
+    | CancelRequest
+    | AddReferences
+    | ReleaseReferences
+    | AllocateRange
+    | CancelTasks
+)
+
+ClientReply: TypeAlias = ObjectValues | WaitReply | RangeGranted | CallResults

@@ -1,0 +1,328 @@
+"""The node protocol: what a shell tells its node, nodes tell each other, and head and nodes say.
+
+What: messages of three conversations that all end at a node.
+Who calls: shells, the node machine, the head machine.
+May touch: nothing.
+Invariants: peers and head speak over links that deliver once and in order while both ends live
+(`node/peer_link.py` makes such a link of one that loses).
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from poolray.ids import FunctionId, GroupId, NodeId, ObjectId, TaskId, WorkerId
+from poolray.protocol.values import (
+    FunctionDefinition,
+    InArena,
+    InFile,
+    Outcome,
+    TaskClass,
+    TaskSpec,
+)
+
+# ---- shell to node -------------------------------------------------------------------------------
+
+
+class CreateGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """Workers of one kind: a Pool's, an Executor's, or those of plain tasks."""
+
+    group_id: GroupId
+    #: Workers to keep alive; 0: as many as the resources of waiting tasks allow.
+    size: int = 0
+    #: Start all `size` workers now rather than as calls need them.
+    start_now: bool = False
+    max_tasks_per_worker: int = 0  #: calls after which a worker is replaced; 0: never
+    #: A worker's death fails all tasks of the group and ends it, as the standard executor does.
+    break_on_death: bool = False
+
+
+class CloseGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """No more tasks will come: stop the workers once those in the queue are done."""
+
+    group_id: GroupId
+
+
+class TerminateGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """Drop the tasks, kill the workers."""
+
+    group_id: GroupId
+
+
+class FailGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """The group's fork server is gone: its tasks fail with this error."""
+
+    group_id: GroupId
+    error: bytes
+
+
+class ResizeGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """Keep this many workers from now on (more start at once, surplus ones end when idle)."""
+
+    group_id: GroupId
+    size: int
+
+
+class PacketsTakenBack(msgspec.Struct, frozen=True, kw_only=True):
+    """These packets were in the worker's queue, unread; they are not any more."""
+
+    worker_id: WorkerId
+    sequences: list[int]
+
+
+class WorkerLost(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker's process has ended; its queue has been taken back already."""
+
+    worker_id: WorkerId
+    pid: int
+    exit_code: int | None
+    signal: int | None
+    #: The packet and the call in it that the worker began last (0, 0 when none).
+    sequence: int
+    index: int
+
+
+class ClientLeft(msgspec.Struct, frozen=True, kw_only=True):
+    """A client is gone: let go of all it held."""
+
+    client_id: bytes
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """Time has passed: `next_deadline` said when to say so."""
+
+
+# ---- node to node --------------------------------------------------------------------------------
+
+
+class ForwardedTask(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """A task with all that another node needs to run it."""
+
+    spec: TaskSpec
+    #: Values of the dependencies; what is in an arena says in which node's.
+    arguments: list[bytes | InArena | InFile]
+    attempts: int
+
+
+class ForwardTasks(msgspec.Struct, frozen=True, array_like=True, tag=201, kw_only=True):
+    """Run these for me."""
+
+    tasks: list[ForwardedTask]
+    classes: list[TaskClass]
+    functions: list[FunctionDefinition]
+
+
+class ForwardedResult(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """What came of one forwarded task."""
+
+    task_id: TaskId
+    result: bytes | Outcome
+    #: It could not begin there (an argument was lost on the way): its owner decides again.
+    returned: bool = False
+
+
+class ForwardedResults(msgspec.Struct, frozen=True, array_like=True, tag=202, kw_only=True):
+    """Results of forwarded tasks. The owner now holds what they name in the sender's arena."""
+
+    results: list[ForwardedResult]
+
+
+class PullObject(msgspec.Struct, frozen=True, array_like=True, tag=203, kw_only=True):
+    """Send me this object's bytes."""
+
+    object_id: ObjectId
+
+
+class ObjectData(msgspec.Struct, frozen=True, array_like=True, tag=204, kw_only=True):
+    """An object's bytes; empty with `missing` when it is not there any more."""
+
+    object_id: ObjectId
+    data: bytes
+    missing: bool = False
+
+
+class PeerReleases(msgspec.Struct, frozen=True, array_like=True, tag=205, kw_only=True):
+    """I no longer hold these objects in your arena."""
+
+    object_ids: list[ObjectId]
+
+
+PeerMessage: TypeAlias = ForwardTasks | ForwardedResults | PullObject | ObjectData | PeerReleases
+
+
+# ---- node to head --------------------------------------------------------------------------------
+
+
+class RegisterNode(msgspec.Struct, frozen=True, array_like=True, tag=301, kw_only=True):
+    """A node joins the cluster."""
+
+    node_id: NodeId
+    total: dict[str, int]
+    labels: dict[str, str] = {}
+    protocol_version: int = 1
+
+
+class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=302, kw_only=True):
+    """A node lives, and this much of it is free."""
+
+    node_id: NodeId
+    available: dict[str, int]
+    queued_tasks: int
+
+
+class HeadPutFunction(msgspec.Struct, frozen=True, array_like=True, tag=303, kw_only=True):
+    """Keep a function for every node to look up."""
+
+    definition: FunctionDefinition
+
+
+class HeadGetFunction(msgspec.Struct, frozen=True, array_like=True, tag=304, kw_only=True):
+    """Which function has this id?"""
+
+    function_id: FunctionId
+
+
+class KeyValuePut(msgspec.Struct, frozen=True, array_like=True, tag=305, kw_only=True):
+    """Store a value under a key."""
+
+    request_id: int
+    namespace: str
+    key: bytes
+    value: bytes
+    overwrite: bool = True
+
+
+class KeyValueGet(msgspec.Struct, frozen=True, array_like=True, tag=306, kw_only=True):
+    """Ask for the value of a key."""
+
+    request_id: int
+    namespace: str
+    key: bytes
+
+
+class KeyValueDelete(msgspec.Struct, frozen=True, array_like=True, tag=307, kw_only=True):
+    """Remove a key, or all keys that begin with it."""
+
+    request_id: int
+    namespace: str
+    key: bytes
+    by_prefix: bool = False
+
+
+class KeyValueList(msgspec.Struct, frozen=True, array_like=True, tag=308, kw_only=True):
+    """Ask for the keys that begin so."""
+
+    request_id: int
+    namespace: str
+    prefix: bytes
+
+
+class RegisterJob(msgspec.Struct, frozen=True, array_like=True, tag=309, kw_only=True):
+    """A driver has come."""
+
+    job_id: bytes
+    node_id: NodeId
+    entrypoint: str = ""
+
+
+class FinishJob(msgspec.Struct, frozen=True, array_like=True, tag=310, kw_only=True):
+    """A driver has gone."""
+
+    job_id: bytes
+
+
+class RegisterName(msgspec.Struct, frozen=True, array_like=True, tag=311, kw_only=True):
+    """Claim a name in a namespace for an id."""
+
+    request_id: int
+    namespace: str
+    name: str
+    target: bytes
+    node_id: NodeId
+
+
+class LookUpName(msgspec.Struct, frozen=True, array_like=True, tag=312, kw_only=True):
+    """Whose is this name?"""
+
+    request_id: int
+    namespace: str
+    name: str
+
+
+class ReleaseName(msgspec.Struct, frozen=True, array_like=True, tag=313, kw_only=True):
+    """Give a name up."""
+
+    namespace: str
+    name: str
+    target: bytes
+
+
+HeadRequest: TypeAlias = (
+    RegisterNode
+    | Heartbeat
+    | HeadPutFunction
+    | HeadGetFunction
+    | KeyValuePut
+    | KeyValueGet
+    | KeyValueDelete
+    | KeyValueList
+    | RegisterJob
+    | FinishJob
+    | RegisterName
+    | LookUpName
+    | ReleaseName
+)
+
+
+# ---- head to node --------------------------------------------------------------------------------
+
+
+class NodeView(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """One node as the head sees it."""
+
+    node_id: NodeId
+    total: dict[str, int]
+    available: dict[str, int]
+    queued_tasks: int
+
+
+class ClusterView(msgspec.Struct, frozen=True, array_like=True, tag=351, kw_only=True):
+    """Nodes that joined or changed since the last view."""
+
+    nodes: list[NodeView]
+
+
+class NodeDied(msgspec.Struct, frozen=True, array_like=True, tag=352, kw_only=True):
+    """A node is dead, for good: it would have to join again under a new id."""
+
+    node_id: NodeId
+
+
+class FunctionFound(msgspec.Struct, frozen=True, array_like=True, tag=353, kw_only=True):
+    """The function asked for, or None."""
+
+    function_id: FunctionId
+    definition: FunctionDefinition | None
+
+
+class HeadReply(msgspec.Struct, frozen=True, array_like=True, tag=354, kw_only=True):
+    """The answer to a numbered request.
+
+    `found` is the value, the keys, the target or None; `done` tells whether the request changed
+    something.
+    """
+
+    request_id: int
+    done: bool
+    found: bytes | list[bytes] | None = None
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag=355, kw_only=True):
+    """The node may not join: the reason in words."""
+
+    reason: str
+
+
+HeadMessage: TypeAlias = ClusterView | NodeDied | FunctionFound | HeadReply | Refused

@@ -1,0 +1,107 @@
+"""How a value travels, and how a call is described: shared by every conversation.
+
+What: `Value` (inline bytes, a place in the arena, a file), `Outcome` (value or error of one call),
+`TaskClass` (what calls of one function have in common) and `TaskSpec` (one call or batch).
+Who calls: clients make them, the machines pass them on, workers take them apart.
+May touch: nothing.
+Invariants: an inline value is plain `bytes`, so the common case costs no wrapper.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TypeAlias
+
+import msgspec
+
+from poolray.ids import ClassId, FunctionId, GroupId, NodeId, ObjectId, TaskId
+
+
+class CallKind(enum.IntEnum):
+    """What a worker does with one payload of a call."""
+
+    CALL = 0  #: payload is (args, kwargs); the result is the function's
+    MAP = 1  #: payload is a list of items; the result is the list of f(item)
+    STARMAP = 2  #: payload is a list of argument tuples; the result is the list of f(*item)
+    APPLY = 3  #: payload is (function, args, kwargs): for callables with state of their own
+
+
+class Delivery(enum.IntEnum):
+    """Where results go."""
+
+    OBJECTS = 0  #: each return value becomes an object, owned by the node
+    CALLER = 1  #: straight to the client that submitted, once; nothing is kept
+
+
+class InArena(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True):
+    """A value in a node's arena, sealed."""
+
+    object_id: ObjectId
+    offset: int  #: bytes from the start of the arena
+    size_bytes: int
+    node_id: NodeId = NodeId(b"")  #: whose arena; empty: this node's
+
+
+class InFile(msgspec.Struct, frozen=True, array_like=True, tag=2, kw_only=True):
+    """A value in a file of its own, for when the arena has no room."""
+
+    object_id: ObjectId
+    path: str
+    size_bytes: int
+
+
+#: A serialized value: the bytes themselves when small, else where they are.
+Value: TypeAlias = bytes | InArena | InFile
+
+
+class Outcome(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only=True):
+    """What one call came to, when it is more than one small plain value."""
+
+    values: list[bytes | InArena | InFile]  #: one per return value; one in all for an error
+    is_error: bool = False
+    retriable: bool = False  #: an error that the task's `retry_exceptions` names
+    #: Objects that the values refer to, per value: they live as long as the value does.
+    contained: list[list[ObjectId]] = []
+
+
+class TaskClass(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=True):
+    """What all calls of one function with the same options have in common: a scheduling class."""
+
+    class_id: ClassId
+    function_id: FunctionId
+    name: str
+    kind: CallKind = CallKind.CALL
+    delivery: Delivery = Delivery.OBJECTS
+    num_returns: int = 1
+    #: Resource name -> demand of one running call, in units of 1/10,000.
+    resources: dict[str, int] = {}
+    group_id: GroupId = GroupId(0)
+    max_retries: int = 3  #: further attempts after a worker's or node's death; -1: no limit
+    #: Pickled tuple of exception classes to retry; b"*" for all, b"" for none.
+    retry_exceptions: bytes = b""
+    max_calls: int = 0  #: calls of this function after which its worker is replaced; 0: never
+    #: Parent processes' arrays may be written to by the call (Pool and Executor promise it).
+    writable: bool = False
+
+
+class TaskSpec(msgspec.Struct, frozen=True, array_like=True, tag=5, kw_only=True):
+    """One task: a call, or a batch of calls of one class that may be split between workers."""
+
+    task_id: TaskId
+    class_id: ClassId
+    calls: list[bytes | InArena | InFile]  #: one payload per call
+    #: Objects that must be ready first; their values travel to the worker, in this order.
+    dependencies: list[ObjectId] = []
+    #: Where each dependency goes: a position, or the name of a keyword argument.
+    slots: list[int | str] = []
+    borrows: list[ObjectId] = []  #: refs inside the payload: kept alive until the task ends
+
+
+class FunctionDefinition(msgspec.Struct, frozen=True, array_like=True, tag=6, kw_only=True):
+    """A function's serialized form under its content hash."""
+
+    function_id: FunctionId
+    blob: bytes | InArena | InFile
+    name: str
+    #: Entries of `sys.path` that the worker may lack, in order.
+    sys_path: list[str] = []

@@ -1,0 +1,229 @@
+"""The worker protocol: a node and one of its workers.
+
+Two channels lead to a worker. Its *task queue* carries `RunTasks` and `StopWorker` and nothing
+else, so that the node can take unread packets back; its *control channel* carries replies. One
+channel, shared by a fork server and all its workers, leads back: each message names its worker,
+and because the fork server reports an exit on the same channel, nothing that a worker said before
+it died is ever read after the report of its death.
+
+What: the messages of both directions.
+Who calls: the node machine, `local/worker.py`, `local/fork_server.py`.
+May touch: nothing.
+Invariants: every message fits one `SOCK_SEQPACKET` packet (see `Config.packet_bytes_max`).
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from poolray.ids import FunctionId, GroupId, ObjectId, TaskId, WorkerId
+from poolray.protocol.client import (
+    AddReferences,
+    AllocateRange,
+    CancelRequest,
+    DefineClass,
+    DefineFunction,
+    GetObjects,
+    ObjectValues,
+    PutObject,
+    RangeGranted,
+    ReleaseReferences,
+    SubmitTasks,
+    WaitObjects,
+    WaitReply,
+)
+from poolray.protocol.values import FunctionDefinition, InArena, InFile, Outcome, TaskClass
+
+
+class TaskCall(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """One task in a packet: its calls from `start` on."""
+
+    task_id: TaskId
+    class_index: int  #: into the worker's table of classes, as `ClassDefinition.index` filled it
+    calls: list[bytes | InArena | InFile]
+    arguments: list[bytes | InArena | InFile] = []  #: values of the dependencies
+    slots: list[int | str] = []
+    error_arguments: list[int] = []  #: which arguments are errors (they fail the task)
+
+
+class ClassDefinition(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Tells a worker of a task class before its first call."""
+
+    index: int
+    task_class: TaskClass
+
+
+class RunTasks(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True):
+    """Node to worker, task queue: run these in order."""
+
+    sequence: int  #: counts packets to this worker, from 1
+    tasks: list[TaskCall]
+    classes: list[ClassDefinition] = []
+    functions: list[FunctionDefinition] = []
+    forget: list[FunctionId] = []  #: definitions that will not be used again
+
+
+class StopWorker(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """Node to worker, task queue: finish what was read, then exit."""
+
+
+ToWorkerQueue: TypeAlias = RunTasks | StopWorker
+
+
+class WorkerReady(msgspec.Struct, frozen=True, array_like=True, tag=10, kw_only=True):
+    """Worker to node: the initializer has run, packets are welcome."""
+
+    worker_id: WorkerId
+    pid: int
+
+
+class WorkerFailed(msgspec.Struct, frozen=True, array_like=True, tag=11, kw_only=True):
+    """Worker to node: the initializer raised; the worker exits."""
+
+    worker_id: WorkerId
+    error: bytes  #: the pickled exception
+    reason: str
+
+
+class TaskResult(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Results of consecutive calls of one task."""
+
+    task_id: TaskId
+    start: int  #: index of the first call in the task as it was sent
+    results: list[bytes | Outcome]
+    done: bool = True  #: False: the task's later calls are still to come
+
+
+class TasksFinished(msgspec.Struct, frozen=True, array_like=True, tag=12, kw_only=True):
+    """Worker to node: results, in order of execution."""
+
+    worker_id: WorkerId
+    results: list[TaskResult]
+    elapsed_ns: int  #: run time of the calls in `results`
+    #: Packets ended so far: the worker wants more when this equals the last one sent.
+    sequence: int
+    #: Objects from arguments that the worker goes on holding (views or refs that outlive the task).
+    kept: list[ObjectId] = []
+    released: list[ObjectId] = []
+
+
+class TasksHandedBack(msgspec.Struct, frozen=True, array_like=True, tag=13, kw_only=True):
+    """Worker to node: these were read but not begun and will not be."""
+
+    worker_id: WorkerId
+    #: (task, first call not begun) pairs.
+    tasks: list[tuple[TaskId, int]]
+
+
+class WorkerBlocked(msgspec.Struct, frozen=True, array_like=True, tag=14, kw_only=True):
+    """Worker to node: the running task waits in `get` or `wait`; its CPUs are free meanwhile."""
+
+    worker_id: WorkerId
+
+
+class WorkerUnblocked(msgspec.Struct, frozen=True, array_like=True, tag=15, kw_only=True):
+    """Worker to node: the running task goes on."""
+
+    worker_id: WorkerId
+
+
+class WorkerStopping(msgspec.Struct, frozen=True, array_like=True, tag=16, kw_only=True):
+    """Worker to node: it has run the number of tasks it was made for and exits."""
+
+    worker_id: WorkerId
+
+
+class WorkerExited(msgspec.Struct, frozen=True, array_like=True, tag=17, kw_only=True):
+    """Fork server to node: a worker process has ended."""
+
+    worker_id: WorkerId
+    pid: int
+    exit_code: int | None = None
+    signal: int | None = None
+
+
+class WorkerStarted(msgspec.Struct, frozen=True, array_like=True, tag=18, kw_only=True):
+    """Fork server to shell: the process is there (it may still run its initializer)."""
+
+    worker_id: WorkerId
+    pid: int
+
+
+class WorkerOutput(msgspec.Struct, frozen=True, array_like=True, tag=19, kw_only=True):
+    """Worker to shell: text for the driver's `sys.stdout` (1) or `sys.stderr` (2)."""
+
+    stream: int
+    text: str
+
+
+class ForkServerReady(msgspec.Struct, frozen=True, array_like=True, tag=20, kw_only=True):
+    """Fork server to shell: it serves; sent once by a spawned one, with what `__main__` offers."""
+
+    pid: int
+    main_names: list[str] = []
+
+
+class ForkServerFailed(msgspec.Struct, frozen=True, array_like=True, tag=21, kw_only=True):
+    """Fork server to shell: it could not prepare (a spawned one importing `__main__`)."""
+
+    reason: str
+
+
+class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_only=True):
+    """A worker speaking as a client: what it says to its node while user code runs."""
+
+    worker_id: WorkerId
+    message: (
+        SubmitTasks
+        | DefineClass
+        | DefineFunction
+        | PutObject
+        | GetObjects
+        | WaitObjects
+        | CancelRequest
+        | AddReferences
+        | ReleaseReferences
+        | AllocateRange
+    )
+
+
+FromWorkers: TypeAlias = (
+    WorkerReady
+    | WorkerFailed
+    | TasksFinished
+    | TasksHandedBack
+    | WorkerBlocked
+    | WorkerUnblocked
+    | WorkerStopping
+    | WorkerExited
+    | WorkerStarted
+    | WorkerOutput
+    | ForkServerReady
+    | ForkServerFailed
+    | ClientMessage
+)
+
+ToWorkerControl: TypeAlias = ObjectValues | WaitReply | RangeGranted
+
+
+class ForkWorker(msgspec.Struct, frozen=True, array_like=True, tag=40, kw_only=True):
+    """Shell to fork server, with two descriptors attached (task queue, control channel)."""
+
+    worker_id: WorkerId
+    group_id: GroupId
+    slot: int  #: index of the worker's progress word on the control page
+
+
+class StopForkServer(msgspec.Struct, frozen=True, array_like=True, tag=41):
+    """Shell to fork server: kill what is left and exit."""
+
+
+class KillWorker(msgspec.Struct, frozen=True, array_like=True, tag=42, kw_only=True):
+    """Shell to fork server: SIGKILL this worker, if it is still the same process."""
+
+    worker_id: WorkerId
+
+
+ToForkServer: TypeAlias = ForkWorker | StopForkServer | KillWorker

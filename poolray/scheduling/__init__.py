@@ -1,0 +1,1 @@
+"""Scheduling: resources, packets, and the choice of worker and node."""

@@ -1,0 +1,125 @@
+"""The queue of a task class, and how many of its calls travel together.
+
+What: a moving estimate of a class's run time, and from it the number of calls in a packet. Long
+calls go one at a time; calls of microseconds go in packets worth about a millisecond.
+Who calls: the node machine.
+May touch: nothing.
+Invariants: `queued_calls` is the sum over the queued tasks; an estimate comes from reports only.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, final
+
+from poolray.config import Config
+from poolray.ids import WorkerId
+from poolray.protocol.values import TaskClass
+
+if TYPE_CHECKING:
+    from poolray.tasks.lifecycle import TaskRecord
+
+#: Weight of a new report in the estimate: two slow reports in a row outweigh a long fast past.
+_NEW_WEIGHT = 0.4
+
+
+@final
+class ClassQueue:
+    """A task class: its queue and what is known of its run time."""
+
+    __slots__ = (
+        "estimate_s",
+        "hungry",
+        "passed_over",
+        "queue",
+        "queued_calls",
+        "released",
+        "removed",
+        "task_class",
+        "tasks",
+    )
+
+    def __init__(self, task_class: TaskClass) -> None:
+        self.task_class = task_class
+        #: Tasks that may run, in order; among them are removed ones, which `first` skips.
+        self.queue: deque[TaskRecord] = deque()
+        self.queued_calls = 0
+        #: Entries of `queue` that count no more (taking them out at once would cost a search).
+        self.removed: dict[TaskRecord, None] = {}
+        #: Tasks of this class that have not ended or are kept as lineage.
+        self.tasks = 0
+        #: Workers that run this class and have room for another packet, longest waiting first.
+        self.hungry: dict[WorkerId, None] = {}
+        #: Packets that other classes were served while this one waited for resources.
+        self.passed_over = 0
+        #: Nobody will name the class again: it goes with its last task.
+        self.released = False
+        #: Seconds per call, moving average; None until a first report.
+        self.estimate_s: float | None = None
+
+    def push(self, record: TaskRecord) -> None:
+        """Queue a task behind the others."""
+        self.queue.append(record)
+        self.queued_calls += len(record.calls)
+
+    def push_front(self, record: TaskRecord) -> None:
+        """Queue a task before the others (it was sent already, or it is tried again)."""
+        self.queue.appendleft(record)
+        self.queued_calls += len(record.calls)
+
+    def remove(self, record: TaskRecord) -> None:
+        """Take a task out of the queue, wherever in it it is."""
+        self.queued_calls -= len(record.calls)
+        self.removed[record] = None
+        if 2 * len(self.removed) > len(self.queue):
+            removed, self.removed = self.removed, {}
+            self.queue = deque(task for task in self.queue if task not in removed)
+
+    def first(self) -> TaskRecord:
+        """The task that is next; the queue has calls."""
+        queue, removed = self.queue, self.removed
+        while removed and queue[0] in removed:
+            del removed[queue.popleft()]
+        return queue[0]
+
+    def clear(self) -> None:
+        """Take all tasks out."""
+        self.queue.clear()
+        self.removed.clear()
+        self.queued_calls = 0
+
+    def report(self, calls: int, elapsed_s: float) -> None:
+        """Learn from calls that have run."""
+        new = elapsed_s / calls
+        old = self.estimate_s
+        self.estimate_s = new if old is None else old + _NEW_WEIGHT * (new - old)
+
+    def packet_calls(self, config: Config, workers: int) -> int:
+        """How many calls the next packet may hold.
+
+        Parameters
+        ----------
+        workers : int
+            Workers that share the queue: the end of a queue is spread over all of them.
+        """
+        estimate = self.estimate_s
+        if estimate is None or self.queued_calls == 1:
+            return 1
+        if estimate * config.packet_calls_max > config.packet_target_s:
+            count = int(config.packet_target_s / estimate)
+        else:
+            count = config.packet_calls_max
+        share = -(-self.queued_calls // (2 * workers or 1))
+        return max(1, min(count, share))
+
+    def may_prefetch(self, config: Config) -> bool:
+        """Whether a call may wait behind another one of this class in a worker's queue."""
+        return self.estimate_s is not None and self.estimate_s < config.prefetch_below_s
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when the count of calls is not that of the queue."""
+        live = [record for record in self.queue if record not in self.removed]
+        assert self.queued_calls == sum(len(record.calls) for record in live)
+        assert all(record.calls for record in live)
+        assert len(live) + len(self.removed) == len(self.queue)
+        assert self.tasks >= len(live)

@@ -1,0 +1,1 @@
+"""Real processes, signals and disks. A test leaves no process, descriptor or memory behind."""

@@ -1,0 +1,450 @@
+"""What is taken is given back: processes, descriptors, threads, memory, references, files."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+import poolray
+from poolray import Executor, Pool
+from tests.integration.support import (
+    DEADLINE_S,
+    Census,
+    Gate,
+    Script,
+    ScriptResult,
+    announce_and_hold,
+    assert_nothing_is_left_over,
+    census,
+    remote_successor,
+    statistics,
+    successor,
+    wait_until,
+)
+
+# --- again and again -----------------------------------------------------------------------------
+
+
+def init_and_shutdown() -> None:
+    poolray.init(num_cpus=2)
+    assert poolray.get(remote_successor.remote(1), timeout=DEADLINE_S) == 2
+    assert poolray.get(poolray.put(np.ones(50_000))).sum() == 50_000
+    poolray.shutdown()
+
+
+def pool_and_shutdown() -> None:
+    pool = Pool(2)
+    assert pool.map(successor, range(10)) == list(range(1, 11))
+    poolray.shutdown()
+
+
+def executor_and_shutdown() -> None:
+    with Executor(2) as executor:
+        assert list(executor.map(successor, range(10))) == list(range(1, 11))
+    poolray.shutdown()
+
+
+def all_faces_with_work_under_way() -> None:
+    poolray.init(num_cpus=2)
+    pool, executor = Pool(2), Executor(2)
+    results = [pool.apply_async(successor, (number,)) for number in range(300)]
+    futures = [executor.submit(successor, number) for number in range(300)]
+    refs = [remote_successor.remote(number) for number in range(300)]
+    poolray.shutdown()
+    del results, futures, refs
+
+
+def memory_bytes() -> int:
+    """What is this process's own, apart from pages that it shares."""
+    return int(psutil.Process().memory_full_info().uss)
+
+
+@contextlib.contextmanager
+def growth_limit(count: int) -> Iterator[None]:
+    """Fail if a repetition keeps more than a few kilobytes."""
+    gc.collect()
+    before, memory = census(), memory_bytes()
+    yield
+    gc.collect()
+    after = census()
+    assert_same(before, after)
+    assert memory_bytes() - memory < count * 30_000 + 2_000_000
+
+
+def assert_same(before: Census, after: Census) -> None:
+    assert after.children == before.children
+    assert after.descriptors == before.descriptors
+    assert after.threads == before.threads
+    assert after.arenas == before.arenas
+    assert after.shared_memory == before.shared_memory
+
+
+@pytest.mark.parametrize(
+    "once",
+    [
+        init_and_shutdown,
+        pool_and_shutdown,
+        executor_and_shutdown,
+        all_faces_with_work_under_way,
+    ],
+)
+def test_fifty_runtimes_one_after_another_leave_nothing(once: Callable[[], None]) -> None:
+    for _ in range(10):
+        once()  # caches and lazy imports fill
+    with growth_limit(50):
+        for _ in range(50):
+            once()
+
+
+def pool_that_is_terminated() -> None:
+    with Pool(2) as pool:
+        assert pool.map(successor, range(100), chunksize=1)[-1] == 100
+
+
+def pool_that_is_closed() -> None:
+    pool = Pool(2)
+    result = pool.map_async(successor, range(100), chunksize=1)
+    pool.close()
+    pool.join()
+    assert result.get(DEADLINE_S)[-1] == 100
+
+
+def pool_that_is_dropped() -> None:
+    pool = Pool(1)
+    assert pool.apply(successor, (1,)) == 2
+    with pytest.warns(ResourceWarning):
+        del pool
+        gc.collect()
+
+
+def executor_that_is_dropped() -> None:
+    executor = Executor(1)
+    assert executor.submit(successor, 1).result(DEADLINE_S) == 2
+    del executor
+    gc.collect()
+
+
+def executor_that_is_left() -> None:
+    with Executor(2) as executor:
+        executor.submit(successor, 1)
+
+
+@pytest.mark.parametrize(
+    "once",
+    [
+        pool_that_is_terminated,
+        pool_that_is_closed,
+        pool_that_is_dropped,
+        executor_that_is_dropped,
+        executor_that_is_left,
+    ],
+)
+def test_fifty_groups_in_one_runtime_leave_nothing(once: Callable[[], None]) -> None:
+    poolray.init(num_cpus=1)
+    assert poolray.get(remote_successor.remote(1), timeout=DEADLINE_S) == 2
+
+    def all_have_ended() -> bool:
+        return bool(statistics().groups == 1)
+
+    for _ in range(10):
+        once()
+    wait_until(all_have_ended)
+    before_statistics = statistics()
+    with growth_limit(50):
+        for _ in range(50):
+            once()
+        wait_until(all_have_ended)
+    after = statistics()
+    assert after.functions <= before_statistics.functions
+    assert after.workers <= before_statistics.workers
+    assert_nothing_is_left_over()
+
+
+def test_an_end_in_the_middle_of_calls_keeps_no_result_and_no_memory(
+    started: Gate, release: Gate
+) -> None:
+    """Values that arrive after a pool's end, or never, occupy nothing."""
+    poolray.init(num_cpus=1)
+    for _ in range(10):
+        pool = Pool(2)
+        large = pool.map_async(np.ones, [200_000] * 20, chunksize=1)
+        held = pool.apply_async(announce_and_hold, (started, release))
+        given = pool.map_async(np.sum, [np.ones(50_000)] * 20, chunksize=1)
+        pool.terminate()
+        pool.join()
+        del large, held, given
+    assert_nothing_is_left_over()
+
+
+# --- references ----------------------------------------------------------------------------------
+
+
+@poolray.remote
+def remote_ones(length: int) -> Any:
+    return np.ones(length)
+
+
+@poolray.remote
+def remote_sum(*arrays: Any) -> float:
+    return float(sum(array.sum() for array in arrays))
+
+
+@poolray.remote
+def remote_nested_refs(count: int) -> list[Any]:
+    return [poolray.put(np.full(30_000, number)) for number in range(count)]
+
+
+@poolray.remote(num_returns=3)
+def remote_three(length: int) -> tuple[Any, Any, Any]:
+    return np.ones(length), "small", [poolray.put(1)]
+
+
+@poolray.remote
+def remote_fail(array: Any) -> None:
+    raise ValueError("on purpose", array.sum())
+
+
+@poolray.remote
+def remote_keep(refs: list[Any], seconds: float) -> Any:
+    """A borrowed ref that is used after its owner has let go."""
+    poolray.wait([remote_successor.remote(1)], timeout=seconds)
+    return poolray.get(refs[0]).sum()
+
+
+def test_references_of_all_kinds_are_given_back() -> None:
+    poolray.init(num_cpus=2)
+    for _ in range(5):
+        array = poolray.put(np.ones(50_000))
+        first = remote_ones.remote(50_000)
+        total = remote_sum.remote(array, first, remote_ones.remote(50_000))
+        nested = poolray.get(remote_nested_refs.remote(5), timeout=DEADLINE_S)
+        assert [poolray.get(ref)[0] for ref in nested] == [0, 1, 2, 3, 4]
+        three = remote_three.remote(50_000)
+        failed = remote_fail.remote(array)
+        with pytest.raises(ValueError, match="on purpose"):
+            poolray.get(failed, timeout=DEADLINE_S)
+        kept = remote_keep.remote([poolray.put(np.ones(50_000))], 0.01)
+        assert poolray.get(total, timeout=DEADLINE_S) == 150_000
+        assert poolray.get(three, timeout=DEADLINE_S)[1] == "small"
+        assert poolray.get(kept, timeout=DEADLINE_S) == 50_000
+        never_read = [remote_ones.remote(50_000) for _ in range(10)]
+        del array, first, total, nested, three, failed, kept, never_read
+    sys.exc_info()
+    assert_nothing_is_left_over()
+
+
+def test_views_keep_their_memory_and_nothing_else_does() -> None:
+    poolray.init(num_cpus=1)
+    ref = remote_ones.remote(200_000)
+    array = poolray.get(ref, timeout=DEADLINE_S)
+    part = array[1000:2000]
+    del ref, array
+    gc.collect()
+    poolray.get(poolray.put(0))
+    assert statistics().arena.used_bytes >= 1_600_000
+    assert part.sum() == 1000
+    del part
+    assert_nothing_is_left_over()
+
+
+@pytest.mark.parametrize("face", ["Pool", "Executor", "tasks"])
+def test_large_results_give_their_memory_back_without_a_garbage_collection(face: str) -> None:
+    poolray.init(num_cpus=2)
+    gc.collect()
+    gc.disable()
+    try:
+        with Pool(2) as pool, Executor(2) as executor:
+            for _ in range(5):
+                if face == "Pool":
+                    results = pool.map(np.ones, [100_000] * 6, chunksize=1)
+                    results += list(pool.imap(np.ones, [100_000] * 6))
+                    results += [pool.apply(np.ones, (100_000,))]
+                elif face == "Executor":
+                    results = list(executor.map(np.ones, [100_000] * 6))
+                    results += [executor.submit(np.ones, 100_000).result(DEADLINE_S)]
+                else:
+                    results = poolray.get([remote_ones.remote(100_000) for _ in range(6)])
+                assert sum(result.sum() for result in results) == 100_000 * len(results)
+                results.clear()
+
+                def is_free() -> bool:
+                    poolray.get(poolray.put(0))
+                    return bool(statistics().arena.used_bytes == 0)
+
+                wait_until(is_free, timeout_s=5)
+    finally:
+        gc.enable()
+
+
+def test_small_calls_keep_nothing() -> None:
+    """Memory of a driver that makes many calls stays where it is."""
+    poolray.init(num_cpus=2)
+    with Pool(2) as pool, Executor(2) as executor:
+
+        def once() -> None:
+            assert pool.map(successor, range(5000), chunksize=1)[-1] == 5000
+            assert sum(1 for _ in pool.imap_unordered(successor, range(5000))) == 5000
+            assert [executor.submit(successor, n) for n in range(3000)][-1].result() == 3000
+            refs = [remote_successor.remote(number) for number in range(3000)]
+            assert poolray.get(refs)[-1] == 3000
+
+        for _ in range(3):
+            once()
+        gc.collect()
+        before = memory_bytes()
+        for _ in range(5):
+            once()
+        gc.collect()
+        assert memory_bytes() - before < 3_000_000
+
+
+def test_lambdas_without_end_do_not_fill_anything() -> None:
+    """Each is a function of its own: made known, used, forgotten."""
+    with Pool(1) as pool:
+        for number in range(700):
+            assert pool.apply(lambda x, number=number: x + number, (1,)) == number + 1
+        assert statistics().functions < 600
+    gc.collect()
+    with Pool(1) as pool:
+        assert pool.apply(successor, (1,)) == 2
+        assert statistics().functions < 300
+
+
+# --- programs that end ---------------------------------------------------------------------------
+
+ENDINGS = {
+    "falling off the end": "",
+    "sys.exit": "sys.exit(0)",
+    "shutdown": "poolray.shutdown()",
+    "exit in a thread": "threading.Thread(target=sys.exit).start()",
+    "os._exit": "sys.stdout.flush(); os._exit(0)",
+    "killed": "sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)",
+    "exec": "sys.stdout.flush(); os.execv('/bin/true', ['true'])",
+}
+STATES = {
+    "idle": "",
+    "results nobody took": "kept = [pool.apply_async(numpy.ones, (100_000,)) for _ in range(9)]",
+    "calls under way": "kept = [pool.apply_async(time.sleep, (60,)) for _ in range(9)]",
+    "objects": "kept = [poolray.put(numpy.ones(100_000)) for _ in range(9)]",
+    "a full store": "kept = [poolray.put(numpy.ones(3_000_000)) for _ in range(9)]",
+    "an iterator half read": "kept = pool.imap(successor, iter(range(10**6))); next(kept)",
+    "an unfinished executor": "kept = Executor(2).submit(successor, 1)",
+}
+
+PROGRAM = """
+    import numpy
+
+    if __name__ == "__main__":
+        poolray.init(num_cpus=1, object_store_memory=128 << 20)
+        pool = Pool(2)
+        pool.apply(successor, (1,))
+        poolray.get(remote_successor.remote(1))
+        {state}
+        print("end of the program", flush=True)
+        {ending}
+"""
+
+
+def processes_marked(mark: str) -> list[psutil.Process]:
+    """All living processes with this word in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if (
+                process.environ().get("POOLRAY_TEST_MARK") == mark
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
+                found.append(process)
+    return found
+
+
+def left_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("state", STATES)
+def test_a_program_that_ends_without_shutdown_leaves_nothing(
+    state: str, ending: str, tmp_path: Path
+) -> None:
+    if state == "a full store" and ending in ("killed", "os._exit", "exec"):
+        pytest.skip("files of values that memory had no room for stay: see the test below")
+    mark = uuid.uuid4().hex
+    shared_memory = census().shared_memory
+    body = PROGRAM.format(state=STATES[state], ending=ENDINGS[ending])
+    environment = {"POOLRAY_TEST_MARK": mark}
+    with Script(tmp_path / "script.py", body, environment=environment) as script:
+        assert script.read_line() == "end of the program"
+        wait_until(lambda: not processes_marked(mark), "the end of all processes", 10)
+        result = script.finish()
+    assert result.exit_code == (-signal.SIGKILL if ending == "killed" else 0), result
+    assert "Traceback" not in result.stderr
+    assert left_in(tmp_path) == {"script.py"}
+    assert census().shared_memory == shared_memory
+
+
+def test_files_of_a_killed_program_are_cleared_by_the_next_one(tmp_path: Path) -> None:
+    """A killed driver cannot remove its overflow files; whoever comes next does."""
+    body = PROGRAM.format(state=STATES["a full store"], ending=ENDINGS["killed"])
+    with Script(tmp_path / "script.py", body) as script:
+        script.finish()
+    body = PROGRAM.format(state=STATES["a full store"], ending="")
+    with Script(tmp_path / "script.py", body) as script:
+        assert script.finish().exit_code == 0
+    assert left_in(tmp_path) == {"script.py"}
+
+
+def test_warnings_about_resources_are_not_earned(script: Callable[..., ScriptResult]) -> None:
+    """With all warnings on: no unclosed socket or file, no finalizer that fails."""
+    result = script(
+        """
+        if __name__ == "__main__":
+            poolray.init(num_cpus=1)
+            with Pool(2) as pool, Executor(2) as executor:
+                pool.map(successor, range(10))
+                executor.submit(successor, 1).result()
+                poolray.get(remote_successor.remote(1))
+            poolray.shutdown()
+        """,
+        "-X",
+        "dev",
+        "-W",
+        "error",
+    )
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+
+
+def test_nothing_of_ours_is_open_in_programs_that_tasks_start() -> None:
+    """Descriptors are closed at exec: a daemon that a task starts holds no channel."""
+    with Pool(1) as pool:
+        found = pool.apply(descriptors_of_a_program)
+    assert set(found) <= {"0", "1", "2", "3"}, found
+
+
+def descriptors_of_a_program() -> list[str]:
+    import subprocess
+
+    code = "import os; print(*os.listdir('/proc/self/fd'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], close_fds=False, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+def test_nothing_of_ours_is_open_in_programs_that_the_driver_starts() -> None:
+    before = len(descriptors_of_a_program())
+    with Pool(2) as pool:
+        pool.map(successor, range(10))
+        assert len(descriptors_of_a_program()) == before

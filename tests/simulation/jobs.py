@@ -1,0 +1,232 @@
+"""What simulated tasks do, and what must come of them.
+
+What: `Job` describes one call and knows its right value; `Ledger` counts how often calls began and
+judges each value and each error that anybody gets.
+Who calls: drivers and simulated workers.
+May touch: nothing.
+Invariants: a job is submitted once; its value depends on its name and its arguments alone, not on
+how often or where it ran.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+from poolray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    ObjectReconstructionFailedError,
+    PoolrayError,
+    TaskCancelledError,
+    WorkerCrashedError,
+    WorkerStartError,
+)
+from poolray.ids import ClassId, FunctionId, GroupId, ObjectId, TaskId, return_id
+from poolray.protocol.values import Delivery, FunctionDefinition, TaskClass
+
+#: Values larger than this go to the arena (`Config.inline_max_bytes` of the simulation).
+INLINE_MAX_BYTES = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """A task class, in the words of the simulation."""
+
+    group_id: int = 0
+    caller: bool = False
+    max_retries: int = 3
+    retry_exceptions: bool = False
+    num_returns: int = 1
+    cpus: int = 1
+    max_calls: int = 0
+    fragile: bool = False  #: its group breaks at the first death
+    variant: int = 0  #: tells classes apart that are alike otherwise
+
+    @property
+    def name(self) -> str:
+        """A name of its own for each combination."""
+        return "-".join(str(field) for field in dataclasses.astuple(self))
+
+    def task_class(self) -> TaskClass:
+        """As the node knows it."""
+        name = self.name.encode()
+        return TaskClass(
+            class_id=ClassId(b"class " + name),
+            function_id=FunctionId(b"function " + name),
+            name=self.name,
+            delivery=Delivery.CALLER if self.caller else Delivery.OBJECTS,
+            num_returns=self.num_returns,
+            resources={} if self.caller else {"CPU": self.cpus * 10_000},
+            group_id=GroupId(self.group_id),
+            max_retries=self.max_retries,
+            retry_exceptions=b"*" if self.retry_exceptions else b"",
+            max_calls=self.max_calls,
+        )
+
+    def definition(self) -> FunctionDefinition:
+        """The function's code."""
+        name = self.name.encode()
+        return FunctionDefinition(
+            function_id=FunctionId(b"function " + name), blob=b"code", name=self.name
+        )
+
+
+@dataclasses.dataclass
+class Job:
+    """One call."""
+
+    key: bytes  #: its payload, unique
+    name: bytes  #: what its value depends on
+    options: Options
+    duration_s: float = 1e-5
+    large: bool = False
+    fails: bool = False  #: raises, each time
+    #: Raises, or kills its worker, at the first so many attempts.
+    raises_first: int = 0
+    crashes_first: int = 0
+    #: Tasks that it submits and waits for.
+    children: list[Job] = dataclasses.field(default_factory=list)
+    #: A task that it submits and whose ref it returns inside its value.
+    returned_child: Job | None = None
+    #: The object of the child that its last attempt returned.
+    returned_id: ObjectId | None = None
+    is_returned: bool = False  #: it is such a child
+    #: It puts a value and reads it again.
+    puts: bool = False
+    keeps_arguments: bool = False
+    #: Values of dependencies and borrowed refs, as they must be; filled in at submission.
+    inputs: list[tuple[Job, int]] = dataclasses.field(default_factory=list)
+    borrowed: list[tuple[Job, int]] = dataclasses.field(default_factory=list)
+    borrowed_ids: list[ObjectId] = dataclasses.field(default_factory=list)
+    # What has happened to it:
+    begun: int = 0
+    deaths: int = 0
+    cancelled: bool = False
+    spawned: list[Job] = dataclasses.field(default_factory=list)
+
+    def again(self, key: bytes) -> Job:
+        """The same job as a submission of its own."""
+        return dataclasses.replace(self, key=key, begun=0, deaths=0, spawned=[])
+
+    def value(self, index: int = 0) -> bytes:
+        """The right value."""
+        digest = hashlib.blake2b(digest_size=8)
+        for job, at in (*self.inputs, *self.borrowed):
+            digest.update(job.value(at))
+        for child in self.children:
+            digest.update(child.value())
+        value = b"=%s.%d.%s" % (self.name, index, digest.hexdigest().encode())
+        return value.ljust(INLINE_MAX_BYTES + 200, b".") if self.large else value
+
+    def error(self) -> bytes:
+        """What it raises, when it does."""
+        error = b"!raised " + self.name
+        return error.ljust(INLINE_MAX_BYTES + 100, b" ") if self.large else error
+
+    def sources(self) -> list[Job]:
+        """Jobs whose failure may become its own."""
+        return [*(job for job, _ in (*self.inputs, *self.borrowed)), *self.spawned]
+
+
+class Ledger:
+    """Judges from outside."""
+
+    def __init__(self, nodes: int) -> None:
+        self.jobs: dict[bytes, Job] = {}
+        #: Errors that machines made, in order; readers get `!E<index>`.
+        self.errors: list[PoolrayError] = []
+        self.job_by_task: dict[str, Job] = {}
+        self.job_by_object: dict[ObjectId, tuple[Job, int]] = {}
+        self.node_deaths = 0
+        self.start_failures = 0
+        #: Groups are being closed, while tasks that nobody waits for may still submit others.
+        self.ending = False
+        self.nodes = nodes
+        self.values_checked = 0
+        self.errors_checked = 0
+
+    def encode_error(self, error: PoolrayError) -> bytes:
+        """An error on the wire."""
+        self.errors.append(error)
+        return b"!E%d" % (len(self.errors) - 1)
+
+    def add(self, job: Job, task_id: bytes) -> None:
+        """A job was submitted."""
+        self.jobs[job.key] = job
+        self.job_by_task.setdefault(task_id.hex(), job)
+        for index in range(job.options.num_returns):
+            self.job_by_object[return_id(TaskId(task_id), index)] = (job, index)
+
+    def begin(self, key: bytes) -> Job:
+        """A worker begins a call."""
+        job = self.jobs[key]
+        job.begun += 1
+        limit = job.options.max_retries
+        assert limit < 0 or job.begun <= limit + 1, (
+            f"{key!r} began {job.begun} times, with max_retries={limit}"
+        )
+        return job
+
+    def judge(self, job: Job, index: int, value: bytes, is_error: bool) -> None:
+        """Somebody got this as the value of a job."""
+        if is_error:
+            self.errors_checked += 1
+            self._judge_error(job, value)
+        else:
+            self.values_checked += 1
+            assert value == job.value(index), (
+                f"{job.key!r} came to {value!r}, not {job.value(index)!r}"
+            )
+
+    def judge_object(self, object_id: ObjectId, value: bytes, is_error: bool) -> None:
+        """Somebody got this as the value of an object."""
+        job, index = self.job_by_object[object_id]
+        self.judge(job, index, value, is_error)
+
+    def _judge_error(self, job: Job, error: bytes) -> None:
+        if error.startswith(b"!raised "):
+            assert error == job.error(), f"{error!r} is not of {job.key!r}"
+            assert job.fails or job.raises_first, f"{job.key!r} raised and should not"
+            if not job.fails:
+                limit = job.options.max_retries if job.options.retry_exceptions else 0
+                assert job.raises_first + job.deaths > limit or self.node_deaths, (
+                    f"{job.key!r} was given up too early"
+                )
+        elif error.startswith(b"!because "):
+            rest = error[len(b"!because ") :]
+            for source in job.sources():
+                try:
+                    self._judge_error(source, rest)
+                except AssertionError:
+                    continue
+                return
+            raise AssertionError(f"{job.key!r} failed for no reason of its own: {error!r}")
+        else:
+            assert error.startswith(b"!E"), f"{error!r} is no error"
+            self._judge_ours(job, self.errors[int(error[2:])])
+
+    def _judge_ours(self, job: Job, error: PoolrayError) -> None:
+        match error:
+            case WorkerCrashedError():
+                assert job.deaths, f"{job.key!r} lost no worker: {error}"
+                limit = job.options.max_retries
+                if not job.options.fragile:
+                    assert limit >= 0, "without limit it never crashes for good"
+                    assert error.attempts == limit + 1, str(error)
+                assert self.job_by_task[error.task_id] is job or job.options.caller
+            case TaskCancelledError():
+                assert job.cancelled, f"{job.key!r} was not cancelled"
+            case NodeDiedError():
+                assert self.node_deaths
+                assert error.attempts == job.options.max_retries + 1
+            case ObjectReconstructionFailedError():
+                assert self.node_deaths
+            case ObjectLostError():
+                # A ref that another node's task returned means nothing to the task's owner (yet).
+                assert self.node_deaths or (self.nodes > 1 and job.is_returned), str(error)
+            case WorkerStartError():
+                assert self.start_failures
+            case _:
+                # Tasks of a group that has ended say so in plain words.
+                assert job.cancelled or job.options.group_id or self.ending, str(error)

@@ -1,0 +1,284 @@
+"""The shells of the simulation: they carry out what the machines decide.
+
+What: `SimNode` owns a `Node`, its workers and its memory; `SimHead` owns a `Head`.
+Who calls: the run, drivers, workers and the network.
+May touch: the machines.
+Invariants: invariants of a machine are checked after each event; what is read from the arena is
+allocated at that moment.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from poolray.config import Config
+from poolray.exceptions import WorkerStartError
+from poolray.head.head import Head
+from poolray.ids import ClientId, NodeId, ObjectId, TaskId, WorkerId
+from poolray.node import effects as fx
+from poolray.node.node import Node
+from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, WaitReply
+from poolray.protocol.node import NodeDied, ObjectData, PacketsTakenBack, RegisterNode, Tick
+from poolray.protocol.values import InArena, InFile, Value
+from poolray.protocol.worker import RunTasks
+from tests.simulation.jobs import Ledger
+from tests.simulation.network import HEAD, Endpoint, Network
+from tests.simulation.worker import SimWorker
+from tests.simulation.world import World
+
+ClientMessages = ObjectValues | WaitReply | RangeGranted | CallResults
+
+
+class Ids:
+    """Ids that never repeat in a run."""
+
+    def __init__(self) -> None:
+        self._count = itertools.count(1)
+
+    def next_task_id(self) -> TaskId:
+        return TaskId(b"T%023d" % next(self._count))
+
+    def next_worker_id(self) -> WorkerId:
+        return WorkerId(b"W%027d" % next(self._count))
+
+    def next_key(self) -> bytes:
+        return b"job %d" % next(self._count)
+
+
+class SimNode(Endpoint):
+    """A machine: a node, its workers, its memory."""
+
+    def __init__(
+        self,
+        world: World,
+        ledger: Ledger,
+        ids: Ids,
+        network: Network | None,
+        name: NodeId,
+        config: Config,
+        cpus: int,
+        arena_bytes: int,
+    ) -> None:
+        self.world = world
+        self.ledger = ledger
+        self.ids = ids
+        self.network = network
+        self.name = name
+        self.alive = True
+        self.workers: dict[WorkerId, SimWorker] = {}
+        self.driver_id = ClientId(b"driver of " + name)
+        self.on_driver_reply: Callable[[ClientMessages], None] = lambda message: None
+        self.on_group_event: Callable[[fx.GroupFailed | fx.GroupDrained], None]
+        self.start_fate: Callable[[int], str] = lambda group_id: ""
+        #: What is in memory and on disk.
+        self._arena: dict[int, bytes] = {}
+        self._files: dict[str, bytes] = {}
+        self.node = Node(
+            node_id=name,
+            config=config,
+            resources={"CPU": cpus * 10_000},
+            arena_bytes=arena_bytes,
+            encode_error=ledger.encode_error,
+            next_worker_id=ids.next_worker_id,
+            local_client=self.driver_id,
+            slots=256,
+            has_head=network is not None,
+        )
+        self._planned_tick: float | None = None
+        self._echoes: list[Any] = []
+        if network is not None:
+            network.join(name, self)
+            network.send(name, HEAD, self.node.register())
+
+    # ---- the machine -----------------------------------------------------------------------------
+
+    def tell(self, sender: bytes, message: Any) -> None:
+        """Give the machine a message and carry out what it wants."""
+        if not self.alive:
+            return
+        self._perform(self.node.handle(sender, message, self.world.now))
+        while self._echoes and self.alive:
+            echo = self._echoes.pop(0)
+            self._perform(self.node.handle(b"", echo, self.world.now))
+        if self.alive:
+            self._plan_tick()
+
+    def _perform(self, effects: list[fx.Effect]) -> None:
+        self.node.check_invariants()
+        for effect in effects:
+            if self.alive:
+                self._act(effect)
+
+    def _plan_tick(self) -> None:
+        deadline = self.node.next_deadline()
+        if deadline is None or (self._planned_tick is not None and self._planned_tick <= deadline):
+            return
+        self._planned_tick = deadline
+        self.world.at(deadline, self._tick)
+
+    def _tick(self) -> None:
+        if not self.alive:
+            return
+        self._planned_tick = None
+        deadline = self.node.next_deadline()
+        if deadline is not None and deadline <= self.world.now:
+            self.tell(b"", Tick())
+            again = self.node.next_deadline()
+            assert again is None or again > self.world.now, "a tick that changes nothing"
+        else:
+            self._plan_tick()
+
+    def _act(self, effect: fx.Effect) -> None:
+        world = self.world
+        match effect:
+            case fx.SendWorker(worker_id=worker_id, message=message):
+                worker = self.workers.get(worker_id)
+                if worker is not None:
+                    worker.queue.append(message)
+                    worker.wake()
+            case fx.Reply(client_id=client_id, message=reply):
+                self._reply(client_id, reply)
+            case fx.StartWorker(worker_id=worker_id, group_id=group_id):
+                fate = self.start_fate(group_id)
+                self.workers[worker_id] = SimWorker(self, worker_id, fate)
+            case fx.TerminateWorker(worker_id=worker_id):
+                if worker_id in self.workers:
+                    killed = self.workers[worker_id]
+                    world.after(world.between(1e-5, 1e-3), lambda: killed.die(signal=9))
+            case fx.TakeBack(worker_id=worker_id):
+                self._take_back(worker_id)
+            case fx.Nudge(worker_id=worker_id):
+                if worker_id in self.workers:
+                    world.after(world.between(1e-6, 1e-4), self.workers[worker_id].on_nudge)
+            case fx.GroupFailed() | fx.GroupDrained():
+                self.on_group_event(effect)
+            case fx.UnhandledError(value=value):
+                assert self.read(value).startswith(b"!")
+            case fx.DeleteFile(path=path):
+                del self._files[path]
+            case _:
+                self._act_on_network(effect)
+
+    def _act_on_network(self, effect: fx.Effect) -> None:
+        match effect:
+            case fx.SendPeer(node_id=node_id, message=message):
+                assert self.network is not None
+                self.network.send(self.name, node_id, message)
+            case fx.SendHead(message=message):
+                assert self.network is not None
+                self.network.send(self.name, HEAD, message)
+            case fx.SendObject(node_id=node_id, value=value):
+                assert self.network is not None
+                data = ObjectData(object_id=value.object_id, data=self.read(value))
+                self.network.send(self.name, node_id, data)
+            case fx.WriteObject(offset=offset, data=data):
+                self.node.state.allocator.size_of(offset)
+                self._arena[offset] = data
+            case fx.Warn(text=text):
+                if "refuses this node" in text:
+                    self.crash()  # the head has given it up: going on would do work twice
+            case _:
+                raise AssertionError(f"nobody acts on {effect}")
+
+    def _reply(self, client_id: ClientId, reply: ClientMessages) -> None:
+        if client_id == self.driver_id:
+            self.on_driver_reply(reply)
+            return
+        worker = self.workers.get(WorkerId(client_id))
+        if worker is not None:
+            self.world.after(1e-5, lambda: worker.on_reply(reply))
+
+    def _take_back(self, worker_id: WorkerId) -> None:
+        worker = self.workers.get(worker_id)
+        if worker is None:
+            return
+        sequences = [m.sequence for m in worker.queue if isinstance(m, RunTasks)]
+        worker.queue.clear()
+        self._echoes.append(PacketsTakenBack(worker_id=worker_id, sequences=sequences))
+
+    # ---- memory ----------------------------------------------------------------------------------
+
+    def read(self, value: Value) -> bytes:
+        """A value's bytes, from wherever they are."""
+        if isinstance(value, bytes):
+            return value
+        if isinstance(value, InFile):
+            return self._files[value.path]
+        assert value.node_id in (b"", self.name), "a value of another node"
+        self.node.state.allocator.size_of(value.offset)  # raises if it was freed
+        data = self._arena[value.offset]
+        assert len(data) == value.size_bytes
+        return data
+
+    def write(self, object_id: ObjectId, offset: int, data: bytes) -> InArena | InFile:
+        """A process writes a large value to the range it was given, or to a file."""
+        if offset < 0:
+            path = f"/overflow/{object_id.hex()}/{len(self._files)}"
+            self._files[path] = data
+            return InFile(object_id=object_id, path=path, size_bytes=len(data))
+        assert self.node.state.allocator.size_of(offset) >= len(data)
+        self._arena[offset] = data
+        return InArena(object_id=object_id, offset=offset, size_bytes=len(data))
+
+    def delete_files(self, paths: list[str]) -> None:
+        """Overflow files that a dead process left."""
+        for path in paths:
+            del self._files[path]
+
+    def start_error(self) -> bytes:
+        """What an initializer raises."""
+        return self.ledger.encode_error(WorkerStartError(reason="the initializer raised"))
+
+    # ---- the cluster -----------------------------------------------------------------------------
+
+    def on_network(self, sender: NodeId, message: object) -> None:
+        """A message of a peer or of the head."""
+        self.tell(sender, message)
+
+    def crash(self) -> None:
+        """The machine is gone, with all that is on it."""
+        self.alive = False
+        self.ledger.node_deaths += 1
+        for worker in self.workers.values():
+            worker.die()
+        if self.network is not None:
+            self.network.leave(self.name)
+
+    def files_left(self) -> int:
+        """Overflow files that were not deleted."""
+        return len(self._files)
+
+
+class SimHead(Endpoint):
+    """The head and its clock."""
+
+    def __init__(self, world: World, network: Network, config: Config, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.head = Head(config)
+        self._world = world
+        self._network = network
+        self._planned_tick: float | None = None
+        network.join(HEAD, self)
+
+    def on_network(self, sender: NodeId, message: object) -> None:
+        """A node says something."""
+        self._tell(sender, message)
+
+    def _tell(self, sender: bytes, message: Any) -> None:
+        if isinstance(message, RegisterNode):
+            assert message.node_id == sender
+        for effect in self.head.handle(sender, message, self._world.now):
+            # Also a node that lives may be declared dead, when too many frames get lost.
+            self._ledger.node_deaths += isinstance(effect.message, NodeDied)
+            self._network.send(HEAD, effect.node_id, effect.message)
+        self.head.check_invariants()
+        deadline = self.head.next_deadline()
+        if deadline is not None and (
+            self._planned_tick is None
+            or deadline < self._planned_tick
+            or self._planned_tick <= self._world.now
+        ):
+            self._planned_tick = deadline
+            self._world.at(deadline, lambda: self._tell(b"", Tick()))

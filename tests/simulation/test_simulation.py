@@ -1,0 +1,34 @@
+"""The simulator over many seeds. What it found is in `tests/unit`, as messages and effects."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulation.run import run
+
+#: Seeds per test, so that tests spread over processes.
+_CHUNK = 20
+
+
+@pytest.mark.parametrize("first", range(0, 240, _CHUNK))
+def test_one_node_keeps_its_promises(first: int) -> None:
+    for seed in range(first, first + _CHUNK):
+        run(seed, steps=60, nodes=1)
+
+
+@pytest.mark.parametrize("first", range(0, 80, _CHUNK))
+def test_three_nodes_keep_their_promises(first: int) -> None:
+    for seed in range(first, first + _CHUNK):
+        run(seed, steps=60, nodes=3)
+
+
+def test_a_seed_decides_everything() -> None:
+    for nodes in (1, 3):
+        assert run(7, steps=60, nodes=nodes) == run(7, steps=60, nodes=nodes)
+
+
+def test_values_errors_and_deaths_of_nodes_all_come_up() -> None:
+    reports = [run(seed, steps=60, nodes=3) for seed in range(500, 510)]
+    assert sum(report.values_checked for report in reports) > 100
+    assert sum(report.errors_checked for report in reports) > 100
+    assert sum(report.node_deaths for report in reports) > 0

@@ -1,0 +1,492 @@
+"""A simulated worker: the main loop of the real one, in virtual time.
+
+What: reads packets from its queue, runs jobs, reports, hands back, blocks, dies.
+Who calls: `SimNode`, which owns its queue and hears its reports.
+May touch: the node's arena, through `SimNode`.
+Invariants: as in the real worker, its progress word names the call that it began last, and what it
+sent before its death arrives before the news of its death.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
+
+from poolray.ids import ObjectId, TaskId, WorkerId, return_id
+from poolray.protocol.client import (
+    AllocateRange,
+    DefineClass,
+    DefineFunction,
+    GetObjects,
+    ObjectValues,
+    PutObject,
+    RangeGranted,
+    ReleaseReferences,
+    SubmitTasks,
+)
+from poolray.protocol.node import PacketsTakenBack, WorkerLost
+from poolray.protocol.values import InArena, InFile, Outcome, TaskClass, TaskSpec, Value
+from poolray.protocol.worker import (
+    ClientMessage,
+    RunTasks,
+    StopWorker,
+    TaskCall,
+    TaskResult,
+    TasksFinished,
+    TasksHandedBack,
+    WorkerBlocked,
+    WorkerFailed,
+    WorkerReady,
+    WorkerUnblocked,
+)
+from tests.simulation.jobs import INLINE_MAX_BYTES, Job, Options
+
+if TYPE_CHECKING:
+    from tests.simulation.machines import SimNode
+
+#: What the life of a worker yields: seconds to sleep, or None to wait until something comes.
+Life = Generator[float | None, None, Any]
+
+_RESULT_DELAY_S = 1e-3
+
+
+class _Raised(Exception):
+    """User code raised."""
+
+    def __init__(self, error: bytes, retriable: bool) -> None:
+        self.error = error
+        self.retriable = retriable
+
+
+class _Died(Exception):
+    """User code killed the process."""
+
+
+class SimWorker:
+    """One worker process."""
+
+    def __init__(self, node: SimNode, worker_id: WorkerId, fate: str) -> None:
+        self.node = node
+        self.world = node.world
+        self.worker_id = worker_id
+        self.alive = True
+        #: Messages in its socket.
+        self.queue: deque[RunTasks | StopWorker] = deque()
+        #: Its progress word: sequence and index of the call that it began last.
+        self.progress = (0, 0)
+        #: Jobs that have begun and of which nothing was reported; the last one may run.
+        self._unreported: list[Job] = []
+        self._replies: dict[int, list[Any]] = {}
+        self._requests = 0
+        self._last_arrival_s = 0.0
+        self._said_hello = False
+        #: Overflow files that nobody was told of; the shell deletes those of a dead worker.
+        self._unsent_files: list[str] = []
+        self._ticket = 0
+        self._waiting = False
+        self._classes: dict[int, TaskClass] = {}
+        self._functions: dict[bytes, None] = {}
+        self._defined: dict[str, None] = {}
+        #: Objects that it keeps beyond the tasks that brought them.
+        self._keeping: list[ObjectId] = []
+        self._kept: list[ObjectId] = []
+        self._released: list[ObjectId] = []
+        # The packet at hand:
+        self._packet: RunTasks | None = None
+        self._position = self._call_index = self._task_limit = self._call_limit = 0
+        self._in_user_code = self._nudged = False
+        self._finished: list[TaskResult] = []
+        self._partial: list[bytes | Outcome] = []
+        self._partial_start = 0
+        self._started_s = 0.0
+        self._life = self._live(fate)
+        self.world.after(0.0, self._resume(0))
+
+    # ---- being driven ----------------------------------------------------------------------------
+
+    def _resume(self, ticket: int) -> Callable[[], None]:
+        def act() -> None:
+            if not self.alive or ticket != self._ticket:
+                return
+            self._ticket += 1
+            self._waiting = False
+            try:
+                pause = next(self._life)
+            except StopIteration as end:
+                self.die(exit_code=int(end.value or 0))
+                return
+            except _Died:
+                self.die(signal=9)
+                return
+            if pause is None:
+                self._waiting = True
+            else:
+                self.world.after(pause, self._resume(self._ticket))
+
+        return act
+
+    def wake(self) -> None:
+        """Something has come."""
+        if self._waiting:
+            self._waiting = False
+            self.world.after(1e-5, self._resume(self._ticket))
+
+    def on_reply(self, message: Any) -> None:
+        """The node answers."""
+        if self.alive and message.request_id in self._replies:
+            self._replies[message.request_id].append(message)
+            self.wake()
+
+    def die(self, signal: int | None = None, exit_code: int | None = None) -> None:
+        """The process ends; the node hears of it after all that it has said."""
+        if not self.alive:
+            return
+        self.alive = False
+        self._life.close()
+        for job in self._unreported:
+            job.deaths += 1
+        if not self._said_hello:
+            self.node.ledger.start_failures += 1
+        self.node.delete_files(self._unsent_files)
+        arrival = max(self._last_arrival_s, self.world.now + self.world.between(1e-5, 1e-3))
+        self.world.at(arrival, lambda: self._report_death(signal, exit_code))
+
+    def _report_death(self, signal: int | None, exit_code: int | None) -> None:
+        if not self.node.alive:
+            return
+        unread = [m.sequence for m in self.queue if isinstance(m, RunTasks)]
+        self.node.workers.pop(self.worker_id, None)
+        if self.world.chance(0.5):
+            self.node.tell(b"", PacketsTakenBack(worker_id=self.worker_id, sequences=unread))
+        sequence, index = self.progress
+        self.node.tell(
+            b"",
+            WorkerLost(
+                worker_id=self.worker_id,
+                pid=1,
+                exit_code=exit_code,
+                signal=signal,
+                sequence=sequence,
+                index=index,
+            ),
+        )
+
+    def _send(self, message: Any) -> None:
+        """Reports arrive in order, a little later."""
+        self._last_arrival_s = max(
+            self._last_arrival_s, self.world.now + self.world.between(5e-6, 1e-4)
+        )
+        node = self.node
+        self.world.at(self._last_arrival_s, lambda: node.alive and node.tell(b"", message))
+
+    def _say(self, message: Any) -> None:
+        self._send(ClientMessage(worker_id=self.worker_id, message=message))
+
+    # ---- the main loop ---------------------------------------------------------------------------
+
+    def _live(self, fate: str) -> Life:
+        yield self.world.between(1e-3, 0.1)
+        if fate == "hangs":
+            yield 1e6
+        if fate == "dies":
+            return 1
+        if fate == "fails":
+            failure = WorkerFailed(worker_id=self.worker_id, error=b"!E0", reason="")
+            self._send(structs.replace(failure, error=self.node.start_error()))
+            return 1
+        self._said_hello = True
+        self._send(WorkerReady(worker_id=self.worker_id, pid=1))
+        while True:
+            while not self.queue:
+                yield None
+            yield self.world.between(1e-6, 2e-5)
+            if not self.queue:
+                continue  # taken back meanwhile
+            message = self.queue.popleft()
+            if isinstance(message, StopWorker):
+                return 0
+            yield from self._run_packet(message)
+
+    def _run_packet(self, message: RunTasks) -> Life:
+        for function_id in message.forget:
+            self._functions.pop(function_id, None)
+        for definition in message.functions:
+            self._functions[definition.function_id] = None
+        for known in message.classes:
+            self._classes[known.index] = known.task_class
+        self._packet = message
+        self._task_limit = len(message.tasks)
+        self._position = 0
+        self._nudged = False
+        self._started_s = self.world.now
+        index = 0
+        while self._position < self._task_limit:
+            task = message.tasks[self._position]
+            self._call_limit = len(task.calls)
+            self._call_index = 0
+            self._partial_start = 0
+            while self._call_index < self._call_limit:
+                self.progress = (message.sequence, index)
+                index += 1
+                yield from self._run_call(task)
+                self._call_index += 1
+                if self._nudged:
+                    self._hand_back()
+                    self._flush(False)
+                elif self.world.now - self._started_s > _RESULT_DELAY_S:
+                    self._flush(False)
+                if self.world.chance(0.2):
+                    yield 1e-6  # a signal may come between two calls
+            self._end_task(task)
+            self._position += 1
+        self._packet = None
+        self._flush(True, message)
+
+    def _end_task(self, task: TaskCall) -> None:
+        if self._partial:
+            self._finished.append(
+                TaskResult(task_id=task.task_id, start=self._partial_start, results=self._partial)
+            )
+            self._partial = []
+        elif self._call_limit:
+            self._finished.append(
+                TaskResult(task_id=task.task_id, start=self._call_limit, results=[])
+            )
+
+    def _flush(self, ended: bool, packet: RunTasks | None = None) -> None:
+        message = packet or self._packet
+        assert message is not None
+        if self._partial:
+            self._finished.append(
+                TaskResult(
+                    task_id=message.tasks[self._position].task_id,
+                    start=self._partial_start,
+                    results=self._partial,
+                    done=False,
+                )
+            )
+            self._partial_start += len(self._partial)
+            self._partial = []
+        report = TasksFinished(
+            worker_id=self.worker_id,
+            results=self._finished,
+            elapsed_ns=int((self.world.now - self._started_s) * 1e9),
+            sequence=message.sequence if ended else message.sequence - 1,
+            kept=self._kept,
+            released=self._released,
+        )
+        self._finished, self._kept, self._released = [], [], []
+        self._unreported = self._unreported[-1:] if self._in_user_code else []
+        self._unsent_files = []
+        self._started_s = self.world.now
+        self._send(report)
+
+    def on_nudge(self) -> None:
+        """The signal."""
+        if not self.alive:
+            return
+        if not self._in_user_code:
+            self._nudged = self._packet is not None
+            return
+        self._prepare_to_block()
+
+    def _prepare_to_block(self) -> None:
+        self._hand_back()
+        if self._finished or self._partial:
+            self._flush(False)
+
+    def _hand_back(self) -> None:
+        self._nudged = False
+        packet = self._packet
+        if packet is None:
+            return
+        begun = self._call_index + (1 if self._in_user_code else 0)
+        handed: list[tuple[TaskId, int]] = []
+        task = packet.tasks[self._position]
+        if begun < self._call_limit:
+            handed.append((task.task_id, begun))
+            self._call_limit = begun
+        for later in packet.tasks[self._position + 1 : self._task_limit]:
+            handed.append((later.task_id, 0))
+        self._task_limit = self._position + 1
+        if handed:
+            self._send(TasksHandedBack(worker_id=self.worker_id, tasks=handed))
+
+    # ---- one call --------------------------------------------------------------------------------
+
+    def _run_call(self, task: TaskCall) -> Life:
+        task_class = self._classes[task.class_index]
+        assert task_class.function_id in self._functions, "the function was never sent"
+        payload = task.calls[self._call_index]
+        assert isinstance(payload, bytes)
+        job = self.node.ledger.begin(payload)
+        self._unreported.append(job)
+        try:
+            arguments = [self.node.read(value) for value in task.arguments]
+            for index in task.error_arguments:
+                raise _Raised(b"!because " + arguments[index], False)
+            self._check_arguments(job, arguments)
+            if job.keeps_arguments:
+                self._keep(task.arguments)
+            self._in_user_code = True
+            contained = yield from self._user_code(job)
+            self._in_user_code = False
+            outcome = yield from self._returned(job, task, contained)
+        except _Raised as raised:
+            self._in_user_code = False
+            error: Value = raised.error
+            if len(raised.error) > INLINE_MAX_BYTES:
+                error = yield from self._store(self._new_name(), raised.error)
+            outcome = Outcome(values=[error], is_error=True, retriable=raised.retriable)
+        self._partial.append(outcome)
+
+    def _check_arguments(self, job: Job, arguments: list[bytes]) -> None:
+        expected = [source.value(index) for source, index in job.inputs]
+        assert arguments == expected, f"{job.key!r} was given {arguments}, not {expected}"
+
+    def _keep(self, arguments: list[Value]) -> None:
+        for value in arguments:
+            if isinstance(value, InArena) and value.object_id not in self._keeping:
+                self._keeping.append(value.object_id)
+                self._kept.append(value.object_id)
+
+    def _user_code(self, job: Job) -> Generator[float | None, None, list[ObjectId]]:
+        world = self.world
+        if job.begun <= job.crashes_first:
+            yield job.duration_s / 2
+            raise _Died
+        yield job.duration_s
+        if self._keeping and world.chance(0.3):
+            self._released.append(self._keeping.pop())
+        if job.fails or job.begun <= job.raises_first:
+            raise _Raised(job.error(), job.options.retry_exceptions)
+        if job.borrowed:
+            yield from self._get(job.borrowed_ids)
+        if job.children:
+            yield from self._run_children(job)
+        if job.puts:
+            yield from self._put(job)
+        contained: list[ObjectId] = []
+        if job.returned_child is not None:
+            contained.append(self._submit(job, job.returned_child))
+            job.returned_id = contained[0]
+        yield job.duration_s / 10
+        return contained
+
+    def _run_children(self, job: Job) -> Life:
+        ids = [self._submit(job, child) for child in job.children]
+        if self.world.chance(0.5):
+            yield self.world.between(1e-5, 1e-3)
+        try:
+            yield from self._get(ids)
+        finally:
+            if self.alive:
+                self._say(ReleaseReferences(object_ids=ids))
+
+    def _submit(self, parent: Job, child: Job) -> ObjectId:
+        # Each attempt of the parent submits anew: the same name, another payload.
+        again = child.again(self.node.ids.next_key())
+        parent.spawned.append(again)
+        if child.options.name not in self._defined:
+            self._defined[child.options.name] = None
+            self._say(DefineFunction(definition=child.options.definition()))
+            self._say(DefineClass(task_class=child.options.task_class()))
+        task_id = self.node.ids.next_task_id()
+        self.node.ledger.add(again, task_id)
+        spec = TaskSpec(
+            task_id=task_id, class_id=again.options.task_class().class_id, calls=[again.key]
+        )
+        self._say(SubmitTasks(tasks=[spec]))
+        return return_id(task_id, 0)
+
+    def _put(self, job: Job) -> Life:
+        object_id = return_id(self.node.ids.next_task_id(), 0)
+        data = b"put by " + job.name
+        value: Value = data
+        if job.large:
+            value = yield from self._store(object_id, data.ljust(INLINE_MAX_BYTES + 10, b"-"))
+        self._say(PutObject(object_id=object_id, value=value))
+        if isinstance(value, InFile):
+            self._unsent_files.remove(value.path)
+        reply = yield from self._request(GetObjects(request_id=0, object_ids=[object_id]))
+        assert self.node.read(reply[0].values[0]).startswith(data)
+        self._say(ReleaseReferences(object_ids=[object_id]))
+
+    def _get(self, ids: list[ObjectId]) -> Life:
+        """Get values and judge them; an error among them is raised."""
+        parts = yield from self._request(GetObjects(request_id=0, object_ids=ids), block=True)
+        values: list[Value] = []
+        errors: list[int] = []
+        for part in parts:
+            errors += [len(values) + index for index in part.errors]
+            values += part.values
+        ledger = self.node.ledger
+        if errors:
+            value = self.node.read(values[errors[0]])
+            ledger.judge_object(ids[errors[0]], value, True)
+            raise _Raised(b"!because " + value, False)
+        for object_id, value in zip(ids, values, strict=True):
+            ledger.judge_object(object_id, self.node.read(value), False)
+
+    def _request(self, message: Any, block: bool = False) -> Generator[Any, None, list[Any]]:
+        self._requests += 1
+        number = self._requests
+        self._replies[number] = []
+        self._say(structs.replace(message, request_id=number))
+        told = False
+        while True:
+            replies = self._replies[number]
+            if replies and not getattr(replies[-1], "more", False):
+                break
+            if block and not told:
+                yield 2e-4
+                if not self._replies[number]:
+                    told = True
+                    self._prepare_to_block()
+                    self._send(WorkerBlocked(worker_id=self.worker_id))
+                continue
+            yield None
+        if told:
+            self._send(WorkerUnblocked(worker_id=self.worker_id))
+        del self._replies[number]
+        assert all(isinstance(reply, (ObjectValues, RangeGranted)) for reply in replies)
+        return replies
+
+    def _store(
+        self, object_id: ObjectId, data: bytes
+    ) -> Generator[float | None, None, InArena | InFile]:
+        (granted,) = yield from self._request(
+            AllocateRange(request_id=0, object_id=object_id, size_bytes=len(data))
+        )
+        place = self.node.write(object_id, granted.offset, data)
+        if isinstance(place, InFile):
+            self._unsent_files.append(place.path)
+        return place
+
+    def _new_name(self) -> ObjectId:
+        return return_id(self.node.ids.next_task_id(), 0)
+
+    def _returned(
+        self, job: Job, task: TaskCall, contained: list[ObjectId]
+    ) -> Generator[float | None, None, bytes | Outcome]:
+        options: Options = job.options
+        values: list[Value] = []
+        for index in range(options.num_returns):
+            data = job.value(index)
+            if len(data) <= INLINE_MAX_BYTES:
+                values.append(data)
+                continue
+            own = not options.caller and len(task.task_id) == 24
+            name = (
+                return_id(task.task_id, index)
+                if own
+                else return_id(self.node.ids.next_task_id(), 0)
+            )
+            values.append((yield from self._store(name, data)))
+        self._released.extend(contained)
+        if len(values) == 1 and isinstance(values[0], bytes) and not contained:
+            return values[0]
+        return Outcome(values=values, contained=[contained] if contained else [])

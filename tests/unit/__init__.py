@@ -1,0 +1,1 @@
+"""Machines fed with events, effects compared. No process, no thread, milliseconds."""

@@ -1,0 +1,303 @@
+"""What users may rely on: the names of each plain module, and errors that travel whole."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import importlib
+import inspect
+import itertools
+import pickle
+import re
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import cloudpickle
+import pytest
+
+import poolray
+from poolray import exceptions
+from poolray.exceptions import PoolrayError, TaskError
+
+# Changing one of these lists changes what users can write: it needs a changelog fragment.
+PUBLIC_NAMES = {
+    "poolray": [
+        "Executor",
+        "ObjectRef",
+        "Pool",
+        "__version__",
+        "exceptions",
+        "get",
+        "get_runtime_context",
+        "init",
+        "is_initialized",
+        "put",
+        "remote",
+        "shutdown",
+        "wait",
+    ],
+    "poolray.exceptions": [
+        "GetTimeoutError",
+        "IllegalTransition",
+        "InternalError",
+        "NodeDiedError",
+        "NotSupportedError",
+        "ObjectFreedError",
+        "ObjectLostError",
+        "ObjectReconstructionFailedError",
+        "ObjectStoreFullError",
+        "OwnerDiedError",
+        "PoolrayError",
+        "RayError",
+        "RaySystemError",
+        "RayTaskError",
+        "RuntimeEnvSetupError",
+        "TaskCancelledError",
+        "TaskError",
+        "TaskUnschedulableError",
+        "WorkerCrashedError",
+        "WorkerStartError",
+    ],
+    "poolray.pool": [
+        "ApplyResult",
+        "AsyncResult",
+        "IMapIterator",
+        "IMapUnorderedIterator",
+        "MapResult",
+        "Pool",
+    ],
+    "poolray.executor": ["Executor", "WorkerDiedError"],
+    "poolray.remote_function": ["OptionedFunction", "RemoteFunction", "check_options"],
+    "poolray.remote_signature": [
+        "DefinitionOptions",
+        "RemoteCall",
+        "RemoteSignature",
+        "TaskOptions",
+    ],
+    "poolray.runtime_context": ["RuntimeContext", "get_runtime_context"],
+    "poolray.multiprocessing.pool": [
+        "ApplyResult",
+        "AsyncResult",
+        "IMapIterator",
+        "IMapUnorderedIterator",
+        "MapResult",
+        "MaybeEncodingError",
+        "Pool",
+        "RemoteTraceback",
+        "ThreadPool",
+        "TimeoutError",
+    ],
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC_NAMES)
+def test_the_public_names_of_a_module_are_pinned(module: str) -> None:
+    imported = importlib.import_module(module)
+    assert sorted(imported.__all__) == sorted(PUBLIC_NAMES[module])
+    for name in imported.__all__:
+        assert getattr(imported, name) is not None
+
+
+def test_a_misspelt_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'poolray' has no attribute 'Pol'"):
+        _ = poolray.Pol  # type: ignore[attr-defined]
+
+
+def test_the_version_is_one_that_installers_can_read() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|a\d+|b\d+|rc\d+)?", poolray.__version__)
+
+
+# Errors
+
+ERROR_CLASSES = sorted(
+    {
+        value
+        for module in (exceptions, importlib.import_module("poolray.executor"))
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, PoolrayError) and value.__name__[0] != "_"
+    },
+    key=lambda cls: cls.__name__,
+)
+#: A value for each parameter that the constructors of errors have.
+SAMPLES: dict[str, Any] = {
+    "attempts": 4,
+    "cause": ValueError("inner", 3),
+    "event": "WorkerReady",
+    "exit_code": None,
+    "function_name": "resize",
+    "history": ("QUEUED", "RUNNING"),
+    "node_id": "b71d" * 8,
+    "object_id": "0a1b" * 14,
+    "pid": 4121,
+    "reason": "why it happened",
+    "signal": 9,
+    "state": "IDLE",
+    "task_id": "3f2a" * 12,
+    "task_name": "resize_images",
+    "traceback_str": "Traceback …",
+    "what": "worker 7",
+}
+
+
+def make(cls: type[PoolrayError]) -> PoolrayError:
+    """An error with every field set."""
+    names = parameters_of(cls)
+    return cls(**{name: SAMPLES[name] for name in names}) if names else cls("what happened")
+
+
+def parameters_of(cls: type[PoolrayError]) -> list[str]:
+    """Names of the constructor's parameters; none if it takes just a text."""
+    is_ours = isinstance(cls.__init__, types.FunctionType)
+    return list(inspect.signature(cls).parameters) if is_ours else []
+
+
+def copies(error: BaseException) -> Iterator[BaseException]:
+    """The error after each way to travel."""
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        yield pickle.loads(pickle.dumps(error, protocol))
+    yield pickle.loads(cloudpickle.dumps(error))
+    yield copy.copy(error)
+    yield copy.deepcopy(error)
+
+
+def fields(error: BaseException) -> dict[str, Any]:
+    """What an error carries; exceptions among it by their text, for they do not compare."""
+    return {
+        name: repr(value) if isinstance(value, BaseException) else value
+        for name, value in vars(error).items()
+    }
+
+
+@pytest.mark.parametrize("cls", ERROR_CLASSES, ids=lambda cls: cls.__name__)
+def test_every_error_travels_with_its_fields(cls: type[PoolrayError]) -> None:
+    error = make(cls)
+    for arrived in copies(error):
+        assert type(arrived) is cls
+        assert str(arrived) == str(error)
+        assert arrived.args == error.args
+        assert fields(arrived) == fields(error)
+
+
+@pytest.mark.parametrize("cls", ERROR_CLASSES, ids=lambda cls: cls.__name__)
+def test_every_error_keeps_what_it_was_made_of(cls: type[PoolrayError]) -> None:
+    error = make(cls)
+    for name in parameters_of(cls):
+        assert getattr(error, name) == SAMPLES[name]
+    assert str(error)
+
+
+class Refused(Exception):
+    """An exception with a constructor of its own."""
+
+    def __init__(self, code: int, *, path: str) -> None:
+        super().__init__(f"{path} refused with {code}")
+        self.code = code
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return _make_refused, (self.code, self.path)
+
+
+def _make_refused(code: int, path: str) -> Refused:
+    return Refused(code, path=path)
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        ValueError("inner", 3),
+        KeyError("name"),
+        MemoryError("none left"),
+        FileNotFoundError(2, "No such file", "a.txt"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        StopIteration(5),
+        Refused(3, path="/a"),
+    ],
+    ids=lambda cause: type(cause).__name__,
+)
+def test_a_task_error_is_of_its_causes_class_wherever_it_travels(cause: Exception) -> None:
+    error = TaskError(
+        function_name="f", traceback_str="Traceback …", cause=cause, pid=1
+    ).as_instanceof_cause()
+    for arrived in itertools.chain([error], copies(error)):
+        assert isinstance(arrived, TaskError)
+        assert isinstance(arrived, type(cause))
+        assert type(arrived.cause) is type(cause)
+        assert arrived.cause.args == cause.args
+        assert str(arrived) == "Traceback …"
+        for name, value in vars(cause).items():
+            assert getattr(arrived, name) == value
+
+
+def test_a_group_is_a_task_error_and_a_group() -> None:
+    group_class = getattr(builtins, "ExceptionGroup", None)
+    if group_class is None:
+        pytest.skip("this Python has no exception groups")
+    error = TaskError(
+        function_name="f",
+        traceback_str="…",
+        cause=group_class("two", [OSError(1), KeyError(2)]),
+        pid=1,
+    ).as_instanceof_cause()
+    for arrived in itertools.chain([error], copies(error)):
+        assert isinstance(arrived, group_class)
+        assert [type(part) for part in arrived.exceptions] == [OSError, KeyError]
+
+
+def test_a_task_error_whose_class_cannot_be_doubled_is_itself() -> None:
+    class Closed(type):
+        def __call__(cls, *args: Any) -> Any:
+            raise RuntimeError("no more of these")
+
+    cause = BaseException.__new__(Closed("Odd", (Exception,), {}))
+    error = TaskError(function_name="f", traceback_str="…", cause=cause, pid=1)
+    assert error.as_instanceof_cause() is error
+
+
+def test_an_error_of_ours_is_not_doubled() -> None:
+    inner = exceptions.GetTimeoutError("late")
+    error = TaskError(function_name="f", traceback_str="…", cause=inner, pid=1)
+    assert error.as_instanceof_cause() is error
+
+
+def test_the_tree_on_top_of_the_module_is_the_tree() -> None:
+    assert exceptions.__doc__ is not None
+    drawn: dict[str, str | None] = {}
+    path: list[str] = []
+    for line in exceptions.__doc__.splitlines():
+        if found := re.match(
+            r"^(    (?:[│ ] {3})*(?:[├└]── )?)(\w+Error|IllegalTransition)\b", line
+        ):
+            depth = len(found[1]) // 4 - 1
+            path[depth:] = [found[2]]
+            drawn[found[2]] = path[depth - 1] if depth else None
+    names = [name for name in exceptions.__all__ if not name.startswith("Ray")]
+    real = {
+        name: getattr(exceptions, name).__bases__[0].__name__ if name != "PoolrayError" else None
+        for name in names
+    }
+    assert drawn == real
+
+
+def test_the_references_names_are_the_same_classes() -> None:
+    assert exceptions.RayError is PoolrayError
+    assert exceptions.RayTaskError is TaskError
+    assert exceptions.RaySystemError is exceptions.InternalError
+
+
+def test_errors_of_time_and_options_are_caught_by_their_usual_classes() -> None:
+    assert issubclass(exceptions.GetTimeoutError, TimeoutError)
+    assert issubclass(exceptions.NotSupportedError, ValueError)
+
+
+def test_a_crash_says_how_the_worker_ended_and_what_to_do() -> None:
+    known = {name: SAMPLES[name] for name in ("task_name", "task_id", "pid", "attempts")}
+    killed = exceptions.WorkerCrashedError(**known, exit_code=None, signal=9)
+    for part in ("resize_images", "3f2a3f2a3f2a", "4121", "signal 9 (SIGKILL)", "4 time(s)"):
+        assert part in str(killed)
+    assert "max_retries=" in str(killed)
+    left = exceptions.WorkerCrashedError(**known, exit_code=3, signal=None)
+    assert "exited with code 3" in str(left)
+    strange = exceptions.WorkerCrashedError(**known, exit_code=None, signal=200)
+    assert "signal 200 (unknown signal)" in str(strange)
