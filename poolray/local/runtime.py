@@ -192,6 +192,8 @@ class LocalRuntime:
         self._sinks: dict[TaskId, Sink] = {}
         #: Results and other user-visible news, to be handed over outside of the guard.
         self._deliveries: deque[Any] = deque()
+        #: (source, stream) -> the parts of a text that is not complete.
+        self._unfinished_output: dict[tuple[int, int], list[str]] = {}
         #: The workers of plain tasks, made by `init`.
         self.default_group: GroupHandle | None = None
         #: Batches under construction, flushed before the machine hands out more work.
@@ -344,7 +346,7 @@ class LocalRuntime:
         """A worker's report."""
         message = self._decode(packet)
         if type(message) is WorkerOutput:
-            self._deliveries.append(message)
+            self._collect_output(message)
             return
         if self.default_group is None and type(message) is ClientMessage:
             self._prepare_plain_tasks(message.message)
@@ -362,6 +364,24 @@ class LocalRuntime:
             if self.open_batches:
                 # A call that was added meanwhile saw the worker busy that has just become idle.
                 self._flush_batches()
+
+    def _collect_output(self, message: WorkerOutput) -> None:
+        """Put the parts of one write together: workers share the channel."""
+        key = (message.source, message.stream)
+        if message.unfinished or key in self._unfinished_output:
+            self._unfinished_output.setdefault(key, []).append(message.text)
+        if message.unfinished:
+            return
+        if parts := self._unfinished_output.pop(key, None):
+            message = msgspec.structs.replace(message, text="".join(parts))
+        self._deliveries.append(message)
+
+    def _deliver_unfinished_output(self, source: int | None = None) -> None:
+        """Whoever was writing it (None: anybody) will not finish."""
+        for key in list(self._unfinished_output):
+            if source is None or key[0] == source:
+                text = "".join(self._unfinished_output.pop(key))
+                self._deliveries.append(WorkerOutput(stream=key[1], text=text, source=key[0]))
 
     def _prepare_plain_tasks(self, message: Any) -> None:
         """A worker of a Pool or Executor is the first to use plain tasks: they need workers too."""
@@ -405,6 +425,7 @@ class LocalRuntime:
             self.feed(_SHELL, PacketsTakenBack(worker_id=worker_id, sequences=sequences))
         sequence, index = self.arena.get_progress(handle.slot)
         self.arena.set_progress(handle.slot, 0, 0)
+        self._deliver_unfinished_output(handle.pid)
         host.forget(worker_id)
         self._host_by_worker.pop(worker_id, None)
         self.feed(
@@ -831,6 +852,7 @@ class LocalRuntime:
             if not self.wait_group_ended(handle, self.config.stop_timeout_s):
                 self._end_group(handle.group_id)
         self.reactor.stop()
+        self._deliver_unfinished_output()
         self.settle()
         self.reactor.wait_for_callers(self.config.stop_timeout_s)
         self.callbacks.stop()

@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from typing import TYPE_CHECKING, Any, final
 
 import msgspec
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 #: The standard library's module and the package that grew out of it, where a program uses it.
 _FAMILIES = ("multiprocessing", "multiprocess")
+
+#: Characters in a packet of forwarded text; four bytes each fit in any channel.
+_OUTPUT_PART = 16 * 1024
 
 
 def settle(setup: WorkerSetup, number: int, reports: socket.socket) -> None:
@@ -48,8 +52,6 @@ def settle(setup: WorkerSetup, number: int, reports: socket.socket) -> None:
 
 def leave() -> None:
     """What a process does at its end, apart from ending."""
-    import threading
-
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         for family in _FAMILIES:
@@ -130,15 +132,21 @@ class _ForwardedStream(io.TextIOBase):
     def write(self, text: str) -> int:
         """Keep text until its line is complete."""
         self._pending += text
-        if "\n" in text or len(self._pending) > 8192:
+        if "\n" in text or len(self._pending) > _OUTPUT_PART:
             self.flush()
         return len(text)
 
     def flush(self) -> None:
         """Send what there is."""
         text, self._pending = self._pending, ""
-        for start in range(0, len(text), 8192):
-            part = WorkerOutput(stream=self._number, text=text[start : start + 8192])
+        for start in range(0, len(text), _OUTPUT_PART):
+            end = start + _OUTPUT_PART
+            part = WorkerOutput(
+                stream=self._number,
+                text=text[start:end],
+                source=threading.get_native_id(),
+                unfinished=end < len(text),
+            )
             try:
                 self._reports.send(self._encode(part))
             except OSError:

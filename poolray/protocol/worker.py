@@ -156,6 +156,10 @@ class WorkerOutput(msgspec.Struct, frozen=True, array_like=True, tag=19, kw_only
 
     stream: int
     text: str
+    #: The system's number of the thread that wrote it.
+    source: int
+    #: The rest follows: one write arrives whole, not mixed with what others print.
+    unfinished: bool = False
 
 
 class ForkServerReady(msgspec.Struct, frozen=True, array_like=True, tag=20, kw_only=True):

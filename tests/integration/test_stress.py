@@ -11,9 +11,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 import pytest
 
 import poolray
@@ -34,7 +35,10 @@ def work(x: int) -> int:
 
 def fork_servers_and_workers() -> tuple[list[int], list[int]]:
     me = os.getpid()
-    family = {child.pid: child.ppid() for child in children_of(me)}
+    family = {}
+    for child in children_of(me):
+        with suppress(psutil.NoSuchProcess):
+            family[child.pid] = child.ppid()
     servers = [pid for pid, parent in family.items() if parent == me]
     return servers, [pid for pid, parent in family.items() if parent in servers]
 
