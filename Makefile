@@ -13,6 +13,8 @@ CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || e
 JOBS ?= $(shell n=$(CORES); [ $$n -ge 2 ] || n=2; [ $$n -le 8 ] || n=8; echo $$n)
 # Narrows a test run: make test TESTS="tests/unit -k layers"
 TESTS ?=
+# More for pytest: make test FLAGS="--reruns 1"
+FLAGS ?=
 
 .PHONY: help demo test simulate lint format types examples bench clean
 .DELETE_ON_ERROR:
@@ -40,7 +42,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/word_frequencies.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(FLAGS) $(TESTS)
 
 simulate: $(STAMP)
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED)) $(if $(STEPS),--steps $(STEPS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import signal
 import sys
 import uuid
@@ -123,7 +122,7 @@ def pool_that_is_closed() -> None:
 def pool_that_is_dropped() -> None:
     pool = Pool(1)
     assert pool.apply(successor, (1,)) == 2
-    with pytest.warns(ResourceWarning):
+    with pytest.warns(ResourceWarning):  # noqa: PT031 - the finalizer may need the collection
         del pool
         gc.collect()
 
