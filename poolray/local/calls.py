@@ -56,6 +56,20 @@ class _Batch(Sink):
 
 
 @final
+class _Single(Sink):
+    """The receiver of one call."""
+
+    __slots__ = ("_receiver",)
+
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+
+    def deliver(self, start: int, results: list[bytes | Outcome]) -> bool:
+        self._receiver.on_result(results[0])
+        return True
+
+
+@final
 class _Line:
     """Calls of one group that can still be cancelled, in the order in which they came.
 
@@ -63,21 +77,21 @@ class _Line:
     whether they are still wanted.
     """
 
-    __slots__ = ("__weakref__", "_group", "_runtime", "_waiting")
+    __slots__ = ("__weakref__", "_group", "_runtime", "waiting")
 
     def __init__(self, runtime: LocalRuntime, handle: GroupHandle) -> None:
         self._runtime = runtime
         self._group = runtime.node.state.groups.get(handle.group_id)
-        self._waiting: deque[tuple[CallStream, bytes, Any]] = deque()
+        self.waiting: deque[tuple[CallStream, bytes, Any]] = deque()
 
     def add(self, stream: CallStream, payload: bytes, receiver: Receiver) -> None:
         """One more call."""
-        self._waiting.append((stream, payload, receiver))
+        self.waiting.append((stream, payload, receiver))
         self._runtime.open_batches[self] = None
 
     def flush_guarded(self) -> None:
         """Give the machine what workers have room for; the caller holds the guard."""
-        waiting = self._waiting
+        waiting = self.waiting
         while waiting:
             stream = waiting[0][0]
             room = self._room(stream)
@@ -110,8 +124,8 @@ class _Line:
 
     def drain(self) -> list[Any]:
         """Receivers of the calls that wait here; they will not be sent."""
-        receivers = [receiver for _, _, receiver in self._waiting]
-        self._waiting.clear()
+        receivers = [receiver for _, _, receiver in self.waiting]
+        self.waiting.clear()
         return receivers
 
 
@@ -142,13 +156,17 @@ class CallStream:
         """One more call: goes out at once if a worker can take it, else with those after it."""
         runtime = self._runtime
         pending = self._pending
-        group = self._group
-        if self._line is not None:
-            self._line.add(self, payload, receiver)
-        elif group is not None and group.idle and not pending:
-            runtime.submit_calls(self.task_class, [payload], _Batch([receiver]))
+        group, line = self._group, self._line
+        if (
+            group is not None
+            and group.idle
+            and not (pending if line is None else line.waiting)
+            and self._give_to_idle(payload, receiver)
+        ):
             runtime.after_submit()
             return
+        if line is not None:
+            line.add(self, payload, receiver)
         else:
             pending.append((payload, receiver))
             runtime.open_batches[self] = None
@@ -158,10 +176,24 @@ class CallStream:
             or (group.hungry and not group.ready)
             or len(pending) >= _BATCH_MAX
             or len(group.workers) < group.size
-            or (group.starting and self._line is not None)
+            or (group.starting and line is not None)
         ):
             runtime.flush_batches()
         runtime.after_submit()
+
+    def _give_to_idle(self, payload: bytes, receiver: Any) -> bool:
+        """Send a call that no other is waiting before; False when no worker is idle any more."""
+        runtime, guard = self._runtime, self._runtime.guard
+        guard.enter()
+        try:
+            with guard.lock:
+                if self._group is None or not self._group.idle:
+                    return False
+                if self._line is None or receiver.begin():
+                    runtime.submit_calls_guarded(self.task_class, [payload], _Single(receiver))
+        finally:
+            guard.leave()
+        return True
 
     def flush_guarded(self) -> None:
         """Give the machine what has been collected; the caller holds the guard."""

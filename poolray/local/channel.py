@@ -109,33 +109,41 @@ class Spinner:
         elif self._credit > 0:
             self._credit -= 1
 
-    def receive(self, channel: socket.socket) -> bytes | None:
-        """Poll one channel; None when nothing came in time."""
-        receive = channel.recv
-        end = time.perf_counter() + self.spin_s
-        while True:
-            try:
-                packet = receive(RECEIVE_BYTES, _DONT_WAIT)
-            except BlockingIOError:
-                pass
-            except ConnectionResetError:
-                return b""
-            else:
-                self._credit = self._CREDIT_MAX
-                return packet
+
+@final
+class SpinningReader:
+    """Reads one channel, polling before it sleeps."""
+
+    __slots__ = ("_channel", "_poll", "_spinner")
+
+    def __init__(self, channel: socket.socket, spin_s: float) -> None:
+        self._channel = channel
+        self._spinner = Spinner(spin_s)
+        poller = select.poll()
+        poller.register(channel, select.POLLIN)
+        self._poll = poller.poll
+
+    def receive_soon(self) -> bytes | None:
+        """Poll; None when nothing came in time, b"" when the other side is gone."""
+        poll, spinner = self._poll, self._spinner
+        end = time.perf_counter() + spinner.spin_s
+        while not poll(0):
             if time.perf_counter() > end:
-                self.report(False)
+                spinner.report(False)
                 return None
             _YIELD()
+        spinner.report(True)
+        # Another process that reads the channel may have been faster: then nothing is there.
+        return receive_nowait(self._channel)
 
-    def receive_blocking(self, channel: socket.socket) -> bytes:
+    def receive(self) -> bytes:
         """The next packet: poll first if that is worth it, then sleep until it is there."""
-        if self.worth_it():
-            packet = self.receive(channel)
+        if self._spinner.worth_it():
+            packet = self.receive_soon()
             if packet is not None:
                 return packet
         try:
-            return channel.recv(RECEIVE_BYTES)
+            return self._channel.recv(RECEIVE_BYTES)
         except ConnectionResetError:
             return b""
 

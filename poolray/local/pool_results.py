@@ -77,7 +77,8 @@ class ApplyResult(Waitable, Generic[R]):
         callback: Callable[[Any], object] | None,
         error_callback: Callable[[BaseException], object] | None,
     ) -> None:
-        super().__init__()
+        self.done = False  # as `Waitable.__init__`, whose call is a part of the cost of a call
+        self.sleepers = None
         self._pool = pool
         self._callback = callback
         self._error_callback = error_callback

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, final
 
 from poolray.exceptions import PoolrayError
-from poolray.local.channel import RECEIVE_BYTES, Spinner
+from poolray.local.channel import RECEIVE_BYTES, Spinner, receive_nowait
 
 T = TypeVar("T")
 
@@ -38,6 +38,8 @@ _YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 #: Rounds without work before the background thread sleeps for good.
 _IDLE_ROUNDS = 20
+#: Polls of a thread that submits, at the most.
+_PUMP_MAX = 64
 #: The longest round of the background thread while others lead.
 _ROUND_MAX_S = 0.01
 
@@ -125,9 +127,6 @@ def _release(lock: Any) -> None:
 class Pumped(Protocol):
     """What the reactor drives."""
 
-    def sources(self) -> list[tuple[socket.socket, Any]]:
-        """Channels on which workers report, each with its host."""
-
     def on_packet(self, host: Any, packet: bytes) -> None:
         """A worker's report."""
 
@@ -135,7 +134,9 @@ class Pumped(Protocol):
         """A fork server's channel has something, or is closed."""
 
     def settle(self) -> None:
-        """After packets: hand results over, flush what waits; runs user code."""
+        """After packets: hand results over, flush what waits; runs user code. Ctrl-C is held back
+        by whoever calls this.
+        """
 
     def is_unsettled(self) -> bool:
         """Whether `settle` has something to hand over."""
@@ -158,10 +159,11 @@ class Guard:
     caller of the main thread begins to wait, except while it sleeps.
     """
 
-    __slots__ = ("_lock", "depth", "interrupted")
+    __slots__ = ("depth", "interrupted", "lock")
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        #: The runtime's lock alone, for who holds Ctrl-C back already.
+        self.lock = threading.Lock()
         #: Guarded sections that the main thread is in.
         self.depth = 0
         #: Ctrl-C came meanwhile.
@@ -170,10 +172,10 @@ class Guard:
     def __enter__(self) -> None:
         if threading.get_ident() == _MAIN:
             self.depth += 1
-        self._lock.acquire()
+        self.lock.acquire()
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self.lock.release()
         self.leave()
 
     def enter(self) -> None:
@@ -293,7 +295,6 @@ class Reactor:
         self._poller.register(self._bell.descriptor, select.POLLIN)
         #: file descriptor -> (channel or None for a server's channel, host).
         self._watched: dict[int, tuple[socket.socket | None, Any]] = {}
-        self._sources: list[tuple[socket.socket, Any]] = []
         self._background: threading.Thread | None = None
         #: Wakes the background thread; it sleeps on this and, while parked, on servers' news.
         self._park = _Doorbell()
@@ -310,13 +311,11 @@ class Reactor:
         self._watched[host.commands.fileno()] = (None, host)
         self._poller.register(host.reports, select.POLLIN)
         self._poller.register(host.commands, select.POLLIN)
-        self._sources = self._target.sources()
         self.wake()
 
     def unwatch(self, host: Any) -> None:
         """Stop polling a host's channels, before they are closed."""
         self.unwatch_server(host)
-        self._sources = self._target.sources()
         self.wake()
 
     def unwatch_server(self, host: Any) -> None:
@@ -427,10 +426,10 @@ class Reactor:
 
     def _run(self, waited: Waitable, deadline: float | None) -> None:
         """Lead until done or out of time."""
-        guard = self._guard
+        guard, target = self._guard, self._target
         while not waited.done:
-            if self._receive_spinning(waited) or self._target.is_unsettled():
-                self._target.settle()
+            if target.is_unsettled() or self._receive_spinning(waited):
+                target.settle()
                 if guard.interrupted:
                     guard.check()
                 continue
@@ -458,59 +457,48 @@ class Reactor:
         self._target.settle()
 
     def _handle_ready(self, ready: list[tuple[int, int]]) -> None:
-        if not ready:
-            return
+        if ready:
+            self._receive(ready)
+            self._target.settle()
+
+    def _receive(self, ready: list[tuple[int, int]]) -> bool:
+        """What the poller has found: a packet of each channel; False when there was nothing.
+
+        One packet, for what it brings is handed over before the next one is read, and a poll costs
+        less than a `recv` that finds nothing.
+        """
+        found = False
+        watched, target = self._watched, self._target
         for descriptor, _ in ready:
-            if descriptor == self._bell.descriptor:
-                self._bell.clear()
-                continue
-            channel, host = self._watched.get(descriptor, (None, None))
+            channel, host = watched.get(descriptor, (None, None))
             if host is None:
-                continue
-            if channel is None:
-                self._target.on_server_news(host)
+                if descriptor == self._bell.descriptor:
+                    self._bell.clear()
+                    found = True
+            elif channel is None:
+                target.on_server_news(host)
+                found = True
             else:
-                self._receive_all(channel, host)
+                try:
+                    packet = channel.recv(RECEIVE_BYTES, _DONT_WAIT)
+                except OSError:
+                    continue
+                if packet:  # else its workers are gone: the server's news are on their way
+                    target.on_packet(host, packet)
+                    found = True
         self._last_pump_s = time.monotonic()
-        self._target.settle()
+        return found
 
     def receive_all(self, host: Any) -> None:
         """All packets that a host's workers have sent; for the thread that leads."""
-        self._receive_all(host.reports, host)
-
-    def _receive_all(self, channel: socket.socket, host: Any) -> bool:
-        """All packets that a channel has; True when there were some."""
-        found = False
-        while True:
-            try:
-                packet = channel.recv(RECEIVE_BYTES, _DONT_WAIT)
-            except (BlockingIOError, OSError):
-                return found
-            if not packet:
-                return found
-            found = True
+        while packet := receive_nowait(host.reports):
             self._target.on_packet(host, packet)
 
     def _receive_spinning(self, waited: Waitable) -> bool:
         """Receive what is there; poll for a moment if that has paid lately."""
-        sources = self._sources
-        spinner = self._spinner
+        poll, spinner, guard = self._poller.poll, self._spinner, self._guard
         end = time.perf_counter() + spinner.spin_s if spinner.worth_it() else 0.0
-        guard = self._guard
-        while True:
-            for channel, host in sources:
-                try:
-                    packet = channel.recv(RECEIVE_BYTES, _DONT_WAIT)
-                except (BlockingIOError, OSError):
-                    continue
-                if not packet:
-                    continue
-                self._target.on_packet(host, packet)
-                if not waited.done:
-                    self._receive_all(channel, host)
-                spinner.report(True)
-                self._last_pump_s = time.monotonic()
-                return True
+        while not (ready := poll(0)):
             if waited.done or guard.interrupted:
                 return False
             if time.perf_counter() >= end:
@@ -518,6 +506,8 @@ class Reactor:
                     spinner.report(False)
                 return False
             _YIELD()
+        spinner.report(True)
+        return self._receive(ready)
 
     def pump(self) -> None:
         """Receive what is there without waiting, if nobody leads; called now and then by threads
@@ -546,11 +536,10 @@ class Reactor:
             self._guard.leave()
 
     def _pump(self) -> None:
-        found = False
-        for channel, host in self._sources:
-            found = self._receive_all(channel, host) or found
-        self._last_pump_s = time.monotonic()
-        if found:
+        for _ in range(_PUMP_MAX):
+            ready = self._poller.poll(0)
+            if not ready or not self._receive(ready):
+                break
             self._target.settle()
 
     def wake_if_other(self) -> None:

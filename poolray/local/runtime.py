@@ -24,7 +24,7 @@ import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, final
 
 import msgspec
@@ -90,6 +90,7 @@ from poolray.protocol.values import InArena, InFile, Outcome, TaskClass, TaskSpe
 from poolray.protocol.worker import (
     ClientMessage,
     FromWorkers,
+    TasksFinished,
     WorkerExited,
     WorkerOutput,
     WorkerReady,
@@ -97,6 +98,7 @@ from poolray.protocol.worker import (
 from poolray.scheduling.resources import to_fixed
 
 _LOCAL = ClientId(b"driver")
+_NOTHING: list[ObjectId] = []
 _SHELL = b""
 #: The group whose workers run plain tasks.
 _PLAIN_TASKS = GroupId(0)
@@ -338,29 +340,26 @@ class LocalRuntime:
 
     # ---- what the reactor drives (`Pumped`) ------------------------------------------------------
 
-    def sources(self) -> list[tuple[Any, Any]]:
-        """Channels on which workers report."""
-        return [(host.reports, host) for host in self._hosts.values()]
-
     def on_packet(self, host: WorkerHost, packet: bytes) -> None:
-        """A worker's report."""
+        """A worker's report; the reactor holds Ctrl-C back."""
         message = self._decode(packet)
-        if type(message) is WorkerOutput:
-            self._collect_output(message)
-            return
-        if self.default_group is None and type(message) is ClientMessage:
-            self._prepare_plain_tasks(message.message)
-        with self.guard:
-            if self.open_batches:
-                self._flush_batches()
-            if type(message) is WorkerReady:
+        sender = _SHELL
+        if type(message) is not TasksFinished:  # the one that comes once per task is not looked at
+            if type(message) is WorkerOutput:
+                self._collect_output(message)
+                return
+            if type(message) is ClientMessage:
+                if self.default_group is None:
+                    self._prepare_plain_tasks(message.message)
+                sender, message = message.worker_id, message.message
+            elif type(message) is WorkerReady:
                 handle = host.workers.get(message.worker_id)
                 if handle is not None:
                     handle.pid = message.pid
-            if type(message) is ClientMessage:
-                self.feed(message.worker_id, message.message)
-            else:
-                self.feed(_SHELL, message)
+        with self.guard.lock:
+            if self.open_batches:
+                self._flush_batches()
+            self.feed(sender, message)
             if self.open_batches:
                 # A call that was added meanwhile saw the worker busy that has just become idle.
                 self._flush_batches()
@@ -461,26 +460,31 @@ class LocalRuntime:
             logging.getLogger("poolray").error("%s", reason)
 
     def settle(self) -> None:
-        """Hand results over; outside of the guard, for this runs users' code."""
+        """Hand results over; outside of the guard, for this runs users' code.
+
+        Ctrl-C is held back by whoever calls this: what has been taken out of a queue must arrive.
+        """
         deliveries = self._deliveries
-        if not deliveries and not self.later and not self.client.dropped:
-            return
-        self.guard.enter()  # what has been taken out of a queue must arrive
+        while deliveries:
+            try:
+                item = deliveries.popleft()
+            except IndexError:
+                break  # another thread was faster
+            self._hand_over(item)
+        while self.later:
+            try:
+                call = self.later.popleft()
+            except IndexError:
+                break
+            call()
+        if self.client.dropped:
+            self.client.sync_references()
+
+    def _settle_at_once(self) -> None:
+        """`settle` for callers that do not hold Ctrl-C back."""
+        self.guard.enter()
         try:
-            while deliveries:
-                try:
-                    item = deliveries.popleft()
-                except IndexError:
-                    break  # another thread was faster
-                self._hand_over(item)
-            while self.later:
-                try:
-                    call = self.later.popleft()
-                except IndexError:
-                    break
-                call()
-            if self.client.dropped:
-                self.client.sync_references()
+            self.settle()
         finally:
             self.guard.leave()
 
@@ -605,7 +609,7 @@ class LocalRuntime:
         with self.guard:
             self.feed(_LOCAL, GetObjects(request_id=request_id, object_ids=[object_id]))
         if self._deliveries:
-            self.settle()
+            self._settle_at_once()
         self.reactor.ensure_background()
 
     def allocate(self, object_id: ObjectId, size_bytes: int) -> int:
@@ -737,7 +741,7 @@ class LocalRuntime:
 
     def settle_now(self) -> None:
         """Hand over what a request of this thread gave rise to."""
-        self.settle()
+        self._settle_at_once()
         self.reactor.ensure_background()
 
     def _end_group(self, group_id: GroupId) -> None:
@@ -786,13 +790,13 @@ class LocalRuntime:
         task_class: TaskClass,
         calls: list[bytes | InArena | InFile],
         sink: Sink,
-        borrows: Sequence[ObjectId] = (),
+        borrows: list[ObjectId] = _NOTHING,
     ) -> TaskId:
         """Submit a batch of calls whose results go to `sink`; under no lock."""
         with self.guard:
             task_id = self.submit_calls_guarded(task_class, calls, sink, borrows)
         if self._deliveries:
-            self.settle()  # it failed at once: the group has ended
+            self._settle_at_once()  # it failed at once: the group has ended
         return task_id
 
     def submit_calls_guarded(
@@ -800,14 +804,14 @@ class LocalRuntime:
         task_class: TaskClass,
         calls: list[bytes | InArena | InFile],
         sink: Sink,
-        borrows: Sequence[ObjectId] = (),
+        borrows: list[ObjectId] = _NOTHING,
     ) -> TaskId:
         """The same, for a caller that is under the guard already."""
         task_id = self.task_ids.next_task_id()
         self._sinks[task_id] = sink
         class_id = task_class.class_id
         if class_id in self.node.state.classes:
-            spec = TaskSpec(task_id=task_id, class_id=class_id, calls=calls, borrows=list(borrows))
+            spec = TaskSpec(task_id=task_id, class_id=class_id, calls=calls, borrows=borrows)
             self.feed(_LOCAL, SubmitTasks(tasks=[spec]))
         else:  # another thread has ended the group, and with it its classes
             refusal = Outcome(values=[pickle.dumps(group_has_ended())], is_error=True)
@@ -827,7 +831,7 @@ class LocalRuntime:
         with self.guard:
             self._flush_batches()
         if self._deliveries:
-            self.settle()  # some failed at once: the group has ended
+            self._settle_at_once()  # some failed at once: the group has ended
 
     # ---- end -------------------------------------------------------------------------------------
 
@@ -841,7 +845,7 @@ class LocalRuntime:
         if self._closed or self.pid != os.getpid():
             return
         self.client.sync_references()
-        self.settle()
+        self._settle_at_once()
         self._closed = True
         ended = pickle.dumps(PoolrayError("poolray.shutdown() ended this before it had a result."))
         for handle in list(self._groups.values()):
@@ -853,7 +857,7 @@ class LocalRuntime:
                 self._end_group(handle.group_id)
         self.reactor.stop()
         self._deliver_unfinished_output()
-        self.settle()
+        self._settle_at_once()
         self.reactor.wait_for_callers(self.config.stop_timeout_s)
         self.callbacks.stop()
         self.interrupts.restore()

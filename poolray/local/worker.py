@@ -28,7 +28,7 @@ from poolray.config import Config
 from poolray.exceptions import PoolrayError, TaskCancelledError, TaskError
 from poolray.ids import FunctionId, ObjectId, WorkerId, return_id
 from poolray.local import process_state, worker_process
-from poolray.local.channel import Spinner
+from poolray.local.channel import SpinningReader
 from poolray.local.worker_client import WorkerClient
 from poolray.local.worker_errors import UnpicklableResult
 from poolray.objects.serialization import Serialized, Serializer, deserialize
@@ -45,7 +45,6 @@ from poolray.protocol.values import (
 from poolray.protocol.worker import (
     ForkWorker,
     RunTasks,
-    StopWorker,
     TaskCall,
     TaskResult,
     TasksFinished,
@@ -62,6 +61,10 @@ if TYPE_CHECKING:
 
 #: Ignored unless handled, and of no use to programs otherwise: Go's runtime uses it to preempt.
 NUDGE_SIGNAL = signal.SIGURG
+
+# Names of the module are found faster than members of an enum.
+_CALL, _APPLY, _MAP = CallKind.CALL, CallKind.APPLY, CallKind.MAP
+_CALLER = Delivery.CALLER
 
 #: Results are sent early when they add up to this much.
 _FLUSH_BYTES = 64 * 1024
@@ -107,11 +110,17 @@ class _ToldToExit(BaseException):
 class _Function:
     """A task class as the worker knows it."""
 
-    __slots__ = ("call", "retry_exceptions", "task_class")
+    __slots__ = ("call", "for_caller", "kind", "retry_exceptions", "serializer", "task_class")
 
-    def __init__(self, task_class: TaskClass, call: Callable[..., Any] | None) -> None:
+    def __init__(self, task_class: TaskClass, serializer: Serializer) -> None:
         self.task_class = task_class
-        self.call = call
+        self.kind = task_class.kind
+        #: Its results go straight to the caller, and are no objects.
+        self.for_caller = task_class.delivery is _CALLER
+        #: For its results.
+        self.serializer = serializer
+        #: None: not loaded yet.
+        self.call: Callable[..., Any] | None = None
         #: None: not loaded yet.
         self.retry_exceptions: tuple[type[BaseException], ...] | None = None
 
@@ -131,11 +140,10 @@ class Worker:
         self.worker_id: WorkerId = command.worker_id
         self.client: WorkerClient
         self._slot = command.slot
-        self._tasks = tasks
         self._reports = reports
         self._arena = arena
         self._config = config
-        self._spinner = Spinner(config.spin_s)
+        self._reader = SpinningReader(tasks, config.spin_s)
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(ToWorkerQueue).decode
         #: Index of a task class -> what to call.
@@ -187,14 +195,14 @@ class Worker:
 
     def run(self) -> None:
         """Packets until told to stop or until the node is gone."""
-        spinner, tasks, decode = self._spinner, self._tasks, self._decode
+        receive, decode = self._reader.receive, self._decode
         while True:
-            packet = spinner.receive_blocking(tasks)
+            packet = receive()
             if not packet:
                 return
             message = decode(packet)
-            if isinstance(message, StopWorker):
-                return
+            if type(message) is not RunTasks:
+                return  # an order to stop
             self._run_packet(message)
             # A blocked worker must not keep the last call's values alive.
             packet = message = b""
@@ -212,11 +220,13 @@ class Worker:
             self._definitions[definition.function_id] = definition
             self._loaded.pop(definition.function_id, None)
         for known in message.classes:
-            self._classes[known.index] = _Function(known.task_class, None)
-        self._packet = message
+            serializer = self.client.serializer_for(known.task_class.delivery)
+            self._classes[known.index] = _Function(known.task_class, serializer)
         self._task_limit = len(message.tasks)
         self._position = 0
+        self._call_index = self._call_limit = 0
         self._nudged = False
+        self._packet = message  # from here on a nudge counts
         self._started_ns = time.perf_counter_ns()
         progress, slot = self._arena.progress, self._slot * 8
         word = message.sequence << 24
@@ -339,31 +349,30 @@ class Worker:
         payload = task.calls[self._call_index]
         function = self._classes[task.class_index]
         task_class = function.task_class
-        client = self.client
-        serializer = client.serializer_for(task_class.delivery)
+        for_caller = function.for_caller
         outcome: Outcome | bytes
         try:
             call = function.call or self._load_function(function)
-            kind = task_class.kind
-            if task_class.delivery is Delivery.OBJECTS:
+            kind = function.kind
+            if not for_caller:
                 process_state.begin_task(
                     task.task_id,
                     task_class.name,
                     self._definitions[task_class.function_id].name,
                     task_class.resources,
                 )
-            if kind is CallKind.CALL:
-                if task_class.delivery is Delivery.CALLER and type(payload) is bytes:
+            if kind is _CALL:
+                if for_caller and type(payload) is bytes:
                     args, kwargs = pickle.loads(payload)
                 else:
                     args, kwargs = self._arguments(task, payload, task_class)
                 self._in_user_code = True
                 result = call(*args, **kwargs)
-            elif kind is CallKind.APPLY:
+            elif kind is _APPLY:
                 call, args, kwargs = self._load(payload, True)
                 self._in_user_code = True
                 result = call(*args, **kwargs)
-            elif kind is CallKind.MAP:
+            elif kind is _MAP:
                 args = self._load(payload, True)
                 self._in_user_code = True
                 result = list(map(call, args))
@@ -375,9 +384,9 @@ class Worker:
                 result = [call(*arguments) for arguments in args]
             self._in_user_code = False
             args = kwargs = None
-            if task_class.delivery is Delivery.CALLER:
+            if for_caller:
                 try:
-                    data = serializer.dumps(result)
+                    data = function.serializer.dumps(result)
                 except Exception as error:
                     raise UnpicklableResult(error, repr(result)) from error
                 if type(data) is bytes and len(data) <= self._config.inline_max_bytes:
@@ -386,12 +395,12 @@ class Worker:
                     return
                 outcome = Outcome(values=[self._place(data, task, 0)])
             else:
-                outcome = self._returned(result, task, task_class, serializer)
+                outcome = self._returned(result, task, function)
         except _ToldToExit:
             raise
         except SystemExit as error:
             self._in_user_code = False
-            if task_class.delivery is Delivery.OBJECTS:
+            if not for_caller:
                 # As in the reference, a task that exits takes its worker along.
                 assert self._packet is not None
                 if self._finished or self._partial:
@@ -404,11 +413,10 @@ class Worker:
         self._partial.append(outcome)
         self._buffered_bytes += 256
 
-    def _returned(
-        self, result: Any, task: TaskCall, task_class: TaskClass, serializer: Serializer
-    ) -> Outcome | bytes:
+    def _returned(self, result: Any, task: TaskCall, function: _Function) -> Outcome | bytes:
         """A task's return values, serialized each on its own."""
-        count = task_class.num_returns
+        serializer = function.serializer
+        count = function.task_class.num_returns
         if count == 1:
             values = [result]
         elif count == 0:
@@ -489,7 +497,7 @@ class Worker:
         if isinstance(error, _DependencyFailed):
             encoded = worker_errors.encode_dependency_error(error.error, task_class.name)
             return Outcome(values=[encoded], is_error=True)
-        if task_class.delivery is Delivery.CALLER:
+        if function.for_caller:
             encoded = worker_errors.encode_plain(error)
         elif isinstance(error, KeyboardInterrupt):
             cancelled = TaskCancelledError(task_id=task.task_id.hex(), reason="interrupted")

@@ -21,7 +21,7 @@ import msgspec
 from poolray.client import Client, deadline_of
 from poolray.exceptions import PoolrayError
 from poolray.ids import ObjectId, TaskIdSource, WorkerId
-from poolray.local.channel import Spinner, receive_nowait, wait_readable
+from poolray.local.channel import SpinningReader, receive_nowait, wait_readable
 from poolray.objects.serialization import Serialized, Serializer
 from poolray.objects.shared_memory import Arena
 from poolray.protocol.client import (
@@ -61,7 +61,7 @@ class WorkerLink:
         self._worker_id = worker_id
         self._control = control
         self._reports = reports
-        self._spinner = Spinner(spin_s)
+        self._reader = SpinningReader(control, spin_s)
         self._overflow_folder = overflow_folder
         #: Gives back what waits behind the running call; only its own thread may call it.
         self._prepare_to_block = prepare_to_block
@@ -199,9 +199,7 @@ class WorkerLink:
                 self._reports.send(self._encode(WorkerUnblocked(worker_id=self._worker_id)))
 
     def _poll(self) -> bytes | None:
-        if self._spinner.spin_s > 0:
-            return self._spinner.receive(self._control)
-        return receive_nowait(self._control)
+        return self._reader.receive_soon()
 
     def _read(self, deadline: float | None) -> bytes | None:
         if not wait_readable(self._control, _remaining(deadline)):
