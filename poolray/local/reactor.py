@@ -284,6 +284,8 @@ class Reactor:
         #: Held by the thread that receives from the workers.
         self._lead = threading.Lock()
         self._leader: int | None = None  # its ident
+        #: It sleeps, or is about to: it looks around once more after setting this.
+        self._asleep = False
         #: Locks of threads that wait without leading, oldest first.
         self._followers: deque[Any] = deque()
         #: A caller wants to lead: the background thread makes way.
@@ -442,7 +444,10 @@ class Reactor:
                 self._tick()
                 continue
             timeout_ms = None if timeout is None else timeout * 1000.0 + 0.05
-            self._handle_ready(guard.sleep(self._poller.poll, timeout_ms))
+            self._asleep = True
+            if not waited.done and not target.is_unsettled():
+                self._handle_ready(guard.sleep(self._poller.poll, timeout_ms))
+            self._asleep = False
 
     def _timeout(self, deadline: float | None) -> float | None:
         timeout = self._target.next_timeout()
@@ -543,9 +548,9 @@ class Reactor:
             self._target.settle()
 
     def wake_if_other(self) -> None:
-        """Make the leader look around, unless that is the calling thread."""
-        leader = self._leader
-        if leader is not None and leader != threading.get_ident():
+        """Make the leader look around, if it sleeps and is not the calling thread."""
+        if self._asleep and self._leader != threading.get_ident():
+            self._asleep = False  # one ring is enough
             self.wake()
 
     # ---- the background thread -------------------------------------------------------------------
@@ -635,8 +640,11 @@ class Reactor:
                 if timeout is not None and timeout <= 0:
                     self._tick()
                     continue
-                ready = self._poller.poll(None if timeout is None else timeout * 1000.0 + 0.05)
-                self._handle_ready(ready)
+                timeout_ms = None if timeout is None else timeout * 1000.0 + 0.05
+                self._asleep = True
+                if not self._target.is_unsettled():
+                    self._handle_ready(self._poller.poll(timeout_ms))
+                self._asleep = False
         finally:
             self._leader = None
             self._lead.release()

@@ -11,7 +11,7 @@ workers that run something and are not blocked, one lease each; classes take tur
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import TYPE_CHECKING, final
 
 from poolray.ids import FunctionId, GroupId, WorkerId
@@ -68,7 +68,7 @@ class _News:
 class Dispatcher:
     """The worker side of a node: what is sent to workers and what they report."""
 
-    __slots__ = ("_short", "_state", "_tasks", "deadline_s", "groups", "try_forward")
+    __slots__ = ("_short", "_state", "_tasks", "deadline_s", "groups", "peers", "try_forward")
 
     def __init__(self, state: NodeState, tasks: Tasks) -> None:
         self._state = state
@@ -81,6 +81,8 @@ class Dispatcher:
         self.deadline_s: float | None = None
         #: Offers the head of a queue that cannot run here to other nodes; True when one took it.
         self.try_forward: Callable[[ClassQueue], bool] = lambda queue: False
+        #: The nodes that it may offer them to.
+        self.peers: Sized = ()
 
     # ---- whose turn it is ------------------------------------------------------------------------
 
@@ -128,6 +130,7 @@ class Dispatcher:
 
     def _send_next(self, group: Group, queue: ClassQueue, ahead: ClassQueue | None) -> bool:
         """One packet of a class to some worker; False when no worker can take one now."""
+        queue.stuck = False
         if group.idle:
             if (ahead is None or self._may_pass(queue, ahead)) and self._state.resources.acquire(
                 queue.task_class.resources
@@ -150,7 +153,11 @@ class Dispatcher:
             worker = self._state.workers[next(iter(queue.hungry))]
             self._send_packet(group, worker, queue)
             return True
-        return group.size == 0 and group.starting < queue.queued_calls and self.try_forward(queue)
+        if group.starting >= queue.queued_calls:
+            return False
+        # (Else the next task would want another worker.)
+        queue.stuck = not self.peers
+        return group.size == 0 and self.try_forward(queue)
 
     def _may_pass(self, queue: ClassQueue, ahead: ClassQueue) -> bool:
         """Whether a class may take resources although another one has waited longer for some."""

@@ -190,6 +190,7 @@ class Node:
         objects.pull, objects.on_local = peers.pull, tasks.on_object_local
         objects.is_dead = peers.dead.__contains__
         dispatcher.groups, dispatcher.try_forward = groups, peers.try_forward
+        dispatcher.peers = peers.views
         self._functions, self._tasks, self._objects = functions, tasks, objects
         self._dispatcher, self._groups, self._peers = dispatcher, groups, peers
         self._has_head = has_head

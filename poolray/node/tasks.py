@@ -128,6 +128,8 @@ class Tasks:
                 record.move(QUEUED)
                 queue.push(record)
                 group.ready[class_id] = queue
+                if queue.stuck and queue.queued_calls > 1:
+                    continue
                 if touched is not group and touched is not None:
                     self.dispatcher.dispatch(touched)
                 touched = group

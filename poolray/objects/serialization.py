@@ -18,6 +18,7 @@ import sys
 import types
 from collections import ChainMap
 from collections.abc import Callable, Mapping
+from functools import partial
 from threading import local as ThreadLocal
 from typing import Any, final
 
@@ -171,7 +172,7 @@ class Serializer:
         _context.refs = refs
         buffers: list[memoryview] = []
         try:
-            keep = self._collector(buffers)
+            keep = partial(_keep, buffers, 0 if self._out_of_band_all else OUT_OF_BAND_MIN_BYTES)
             try:
                 data = pickle.dumps(value, 5, buffer_callback=keep)
             except _NEEDS_CLOUDPICKLE:
@@ -227,27 +228,24 @@ class Serializer:
         except (ImportError, ValueError):
             return True
 
-    def _collector(self, buffers: list[memoryview]) -> Callable[[pickle.PickleBuffer], bool]:
-        minimum = 0 if self._out_of_band_all else OUT_OF_BAND_MIN_BYTES
-
-        def keep(buffer: pickle.PickleBuffer) -> bool:
-            try:
-                raw = buffer.raw()
-            except BufferError:  # not contiguous: pickle copies it into the stream
-                return True
-            if raw.nbytes < minimum:
-                return True
-            buffers.append(raw)
-            return False
-
-        return keep
-
     def _dumps_by_value(self, value: object, keep: Callable[[pickle.PickleBuffer], bool]) -> bytes:
         stream = io.BytesIO()
         _ByValuePickler(stream, keep, self._main_definitions or {}, self._shared_globals).dump(
             value
         )
         return stream.getvalue()
+
+
+def _keep(buffers: list[memoryview], minimum: int, buffer: pickle.PickleBuffer) -> bool:
+    """Take a buffer out of the pickle stream; True leaves it in there."""
+    try:
+        raw = buffer.raw()
+    except BufferError:  # not contiguous: pickle copies it into the stream
+        return True
+    if raw.nbytes < minimum:
+        return True
+    buffers.append(raw)
+    return False
 
 
 _INHERITED_REDUCERS: Any = cloudpickle.Pickler.dispatch_table.maps

@@ -35,6 +35,7 @@ class ClassQueue:
         "queued_calls",
         "released",
         "removed",
+        "stuck",
         "task_class",
         "tasks",
     )
@@ -52,6 +53,9 @@ class ClassQueue:
         self.hungry: dict[WorkerId, None] = {}
         #: Packets that other classes were served while this one waited for resources.
         self.passed_over = 0
+        #: It waits for something that a dispatch follows (a worker, resources): more tasks behind
+        #: it change nothing.
+        self.stuck = False
         #: Nobody will name the class again: it goes with its last task.
         self.released = False
         #: Seconds per call, moving average; None until a first report.
