@@ -3,8 +3,8 @@
 What: keeps definitions while a client that made them is there, or a task that needs them is.
 Who calls: `node/node.py` with clients' definitions, `node/tasks.py` when a class's last task ends.
 May touch: nothing.
-Invariants: a class is kept while it is not released or has tasks; a function while a client holds
-it or a class that is kept names it; workers are told what to forget.
+Invariants: a class is kept while somebody may name it or it has tasks; a function while a client
+holds it or a class that is kept names it; workers are told what to forget.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Functions:
         self._holders[function_id] -= 1
         if self._holders[function_id] == 0:
             del self._holders[function_id]
-            for queue in list(self._state.classes.values()):
-                if queue.task_class.function_id == function_id:
-                    self._release_class(queue)
-            self._forget_if_unused(function_id)
+        for queue in list(self._state.classes.values()):
+            if queue.task_class.function_id == function_id and not self._may_be_named(queue):
+                self._release_class(queue)
+        self._forget_if_unused(function_id)
 
     def drop_client(self, client_id: ClientId) -> None:
         """A client is gone."""
@@ -68,8 +68,20 @@ class Functions:
     def release_classes(self, group_id: GroupId) -> None:
         """A group has ended, and with it the use of its classes."""
         for queue in list(self._state.classes.values()):
-            if queue.task_class.group_id == group_id:
+            if queue.task_class.group_id == group_id and not self._may_be_named(queue):
                 self._release_class(queue)
+
+    def _may_be_named(self, queue: ClassQueue) -> bool:
+        """Whether a task of a class may come, be it too late for its group."""
+        state = self._state
+        function_id = queue.task_class.function_id
+        holders = self._holders.get(function_id, 0)
+        if queue.task_class.group_id not in state.groups:
+            # Our own process has ended the group and names it no more. Workers of other groups
+            # and other nodes do not know: their tasks are refused by name.
+            local = state.clients.get(state.local_client)
+            holders -= local is not None and function_id in local.functions
+        return holders > 0
 
     def _release_class(self, queue: ClassQueue) -> None:
         queue.released = True

@@ -564,7 +564,8 @@ class Tasks:
         return self._state.encode_error(
             PoolrayError(
                 f"Task {record.class_queue.task_class.name} ({record.task_id.hex()[:12]}) was "
-                "submitted to workers that have been shut down: make a new Pool or Executor."
+                "submitted to workers that have been shut down: make a new Pool or Executor, or "
+                "call init() again."
             )
         )
 

@@ -211,7 +211,15 @@ class Run:
                 raise AssertionError(f"waited in vain for {what}\n{detail}")
 
     def _is_empty(self, driver: Driver) -> bool:
+        state = driver.node.node.state
         statistics = driver.node.node.statistics()
+        # Other nodes may still send tasks; the driver has ended the groups of its own.
+        held = {
+            function_id
+            for client_id, client in state.clients.items()
+            if client_id != state.local_client
+            for function_id in client.functions
+        }
         return (
             statistics.tasks == 0
             and statistics.queued_calls == 0
@@ -221,6 +229,7 @@ class Run:
             and statistics.arena.used_bytes == 0
             and statistics.resources_available == statistics.resources_total
             and driver.node.files_left() == 0
+            and all(queue.task_class.function_id in held for queue in state.classes.values())
         )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from poolray.exceptions import InternalError
-from poolray.ids import ClassId, ObjectId, TaskId
-from poolray.protocol.client import SubmitTasks
-from poolray.protocol.values import Outcome, TaskSpec
-from tests.unit.node_harness import DRIVER, Bench, StartWorker, result_of
+from poolray.ids import ClassId, FunctionId, ObjectId, TaskId, WorkerId
+from poolray.protocol.client import DefineClass, DefineFunction, SubmitTasks
+from poolray.protocol.values import FunctionDefinition, Outcome, TaskClass, TaskSpec
+from tests.unit.node_harness import DRIVER, PLAIN, Bench, GroupDrained, StartWorker, result_of
 
 
 def test_a_task_goes_to_an_idle_worker_and_its_result_becomes_an_object() -> None:
@@ -244,6 +244,53 @@ def test_a_task_for_a_group_that_is_gone_fails_with_words() -> None:
     value = bench.value_of(result_of(task))
     assert isinstance(value, bytes)
     assert b"shut down" in value
+
+
+def test_a_worker_that_comes_too_late_with_a_task_is_told_that_its_group_is_gone() -> None:
+    bench = Bench()
+    bench.group()
+    bench.group(1, workers=1)
+    (worker,) = bench.node.state.workers
+    kind = _defined_by(bench, worker)
+    bench.close(PLAIN)
+    assert len(bench.take(GroupDrained)) == 1
+    task = bench.submit(kind, client=worker)
+    request = bench.get(result_of(task), client=worker)
+    reply = bench.values()[request]
+    assert reply.errors == [0]
+    assert b"have been shut down" in bytes(reply.values[0])  # type: ignore[arg-type]
+    bench.lose(worker)
+    bench.assert_empty()
+    assert bench.node.state.classes == bench.node.state.functions == {}
+
+
+def test_a_class_of_a_group_that_is_gone_goes_with_the_last_worker_that_may_name_it() -> None:
+    bench = Bench()
+    bench.group()
+    bench.group(1, workers=3)
+    first, second, third = bench.node.state.workers
+    kind = bench.task_class("f")  # by the driver too, which has ended the group itself
+    _defined_by(bench, first)
+    bench.close(PLAIN)
+    _defined_by(bench, second)
+    for worker in (first, second):
+        assert kind in bench.node.state.classes
+        bench.lose(worker)
+    assert bench.node.state.classes == {}
+    _defined_by(bench, third)  # it heard of the group and not of its end
+    assert b"shut down" in bytes(bench.value_of(result_of(bench.submit(kind, client=third))))  # type: ignore[arg-type]
+    bench.lose(third)
+    assert bench.node.state.classes == {}
+    assert list(bench.node.state.functions) == [b"f"], "the driver holds it"
+
+
+def _defined_by(bench: Bench, worker: WorkerId) -> ClassId:
+    """A class of plain tasks that a worker makes known; it is the one that the driver calls f."""
+    definition = FunctionDefinition(function_id=FunctionId(b"f"), blob=b"code", name="f")
+    known = TaskClass(class_id=ClassId(b"class-f"), function_id=FunctionId(b"f"), name="f")
+    bench.say(worker, DefineFunction(definition=definition))
+    bench.say(worker, DefineClass(task_class=known))
+    return known.class_id
 
 
 def test_a_task_of_an_unknown_class_is_refused() -> None:
