@@ -444,6 +444,8 @@ class LocalRuntime:
         be made again with the same globals, so its group ends with an error.
         """
         self.reactor.unwatch_server(host)
+        # Somebody may be waiting for our children to end, as a notebook's kernel that stops does.
+        host.reap(self.config.stop_timeout_s)
         self.reactor.receive_all(host)
         handle = self._groups.get(host.group_id)
         reason = host.failure or "the fork server of the group was killed"

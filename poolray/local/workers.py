@@ -259,11 +259,11 @@ class WorkerHost:
         for handle in self.workers.values():
             handle.close()
         self.workers.clear()
-        self._reap(timeout_s)
+        self.reap(timeout_s)
         self.commands.close()
         self.reports.close()
 
-    def _reap(self, timeout_s: float) -> None:
+    def reap(self, timeout_s: float) -> None:
         """Wait for the server's end; by force when it takes too long."""
         deadline = time.monotonic() + timeout_s
         while not self._try_reap():

@@ -384,6 +384,15 @@ def test_tasks_whose_fork_server_is_killed_fail_and_a_new_runtime_works(
     assert poolray.get(remote_successor.remote(1), timeout=DEADLINE_S) == 2
 
 
+def test_a_fork_server_that_is_killed_is_reaped_although_nobody_calls() -> None:
+    """Programs that end wait for their children; a notebook's kernel does so for half a minute."""
+    with Pool(1) as pool:
+        assert pool.apply(successor, (1,)) == 2
+        server = psutil.Process(fork_server_pids()[0])
+        server.terminate()
+        wait_until(lambda: not server.is_running(), "the end of the fork server")
+
+
 def test_an_idle_fork_server_that_is_killed_does_not_spin_or_hang() -> None:
     with Pool(1) as pool, Executor(1) as executor:
         assert pool.apply(successor, (1,)) == 2
