@@ -45,12 +45,15 @@ from poolray.protocol.client import (
     DefineFunction,
     ObjectValues,
     PutObject,
+    ReleaseFunction,
     ReleaseReferences,
     SubmitTasks,
 )
 from poolray.protocol.values import FunctionDefinition, InArena, InFile, TaskClass, TaskSpec
 
 _REF = ObjectRef
+#: Functions that nobody uses any more and the node still knows: the next use of one is free.
+_UNUSED_FUNCTIONS_MAX = 256
 
 
 class Link(Protocol):
@@ -79,6 +82,20 @@ class Link(Protocol):
 
     def when_ready(self, object_id: ObjectId, call: Callable[[ObjectValues], None]) -> None:
         """Call back once, from some thread, with the object's value."""
+
+
+@final
+class DefinedFunction:
+    """A function that the node knows for as long as this lives."""
+
+    __slots__ = ("_dropped", "function_id")
+
+    def __init__(self, function_id: FunctionId, dropped: deque[FunctionId]) -> None:
+        self.function_id = function_id
+        self._dropped = dropped
+
+    def __del__(self) -> None:
+        self._dropped.append(self.function_id)
 
 
 @final
@@ -111,9 +128,16 @@ class Client:
         self._released_early: list[ObjectId] = []
         #: Handles that went where nobody can follow: kept for good.
         self._pinned: dict[ObjectId, ObjectRef[Any]] = {}
-        #: Functions and classes that the node knows.
-        self._classes: dict[ClassId, None] = {}
-        self._functions: dict[FunctionId, None] = {}
+        #: Guards the three fields below, and the order of what the node is told of functions.
+        self._definitions_lock = threading.RLock()
+        #: Functions that the node knows -> `DefinedFunction`s of them that live.
+        self._functions: dict[FunctionId, int] = {}
+        #: Those of them that have none, longest unused first.
+        self._unused: dict[FunctionId, None] = {}
+        #: Functions that the node knows -> their classes that it knows.
+        self._classes: dict[FunctionId, dict[ClassId, None]] = {}
+        #: Functions of `DefinedFunction`s that died; drained by the next definition.
+        self._dropped_functions: deque[FunctionId] = deque()
 
     # ---- references ------------------------------------------------------------------------------
 
@@ -217,8 +241,8 @@ class Client:
 
     def define_function(
         self, function: Callable[..., Any], name: str, shared_globals: str | None = None
-    ) -> FunctionId:
-        """Serialize a function and make it known to the node; known by its content from now on.
+    ) -> DefinedFunction:
+        """Serialize a function and make it known to the node, by its content.
 
         Raises
         ------
@@ -237,21 +261,53 @@ class Client:
             ) from error
         return self.define_blob(blob, name)
 
-    def define_blob(self, blob: bytes, name: str) -> FunctionId:
+    def define_blob(self, blob: bytes, name: str) -> DefinedFunction:
         """Make a serialized function known to the node."""
-        function_id = FunctionId(hashlib.blake2b(blob, digest_size=16).digest())
-        if function_id in self._functions:
-            return function_id
+        function_id = function_id_of(blob)
+        self.link.enter()
+        try:
+            with self._definitions_lock:
+                self._release_functions()
+                if function_id not in self._functions:
+                    self._send_function(function_id, blob, name)
+                    self._functions[function_id] = 0
+                made = DefinedFunction(function_id, self._dropped_functions)
+                self._functions[function_id] += 1
+                self._unused.pop(function_id, None)
+                return made
+        finally:
+            self.link.leave()
+
+    def _send_function(self, function_id: FunctionId, blob: bytes, name: str) -> None:
         self._check_size(len(blob), name)
+        stored: bytes | InArena | InFile = blob
+        if len(blob) > self.config.inline_max_bytes // 2:
+            object_id = self.next_object_id()
+            stored = self.store(object_id, blob)
+            self.link.send(PutObject(object_id=object_id, value=stored))
         definition = FunctionDefinition(
             function_id=function_id,
-            blob=self._stored_forever(blob),
+            blob=stored,
             name=name,
             sys_path=[entry for entry in sys.path if entry],
         )
         self.link.send(DefineFunction(definition=definition))
-        self._functions[function_id] = None
-        return function_id
+        if not isinstance(stored, bytes):
+            self.link.send(ReleaseReferences(object_ids=[stored.object_id]))  # the function has it
+
+    def _release_functions(self) -> None:
+        """Let go of functions that have not been used for long; under the lock."""
+        dropped, unused = self._dropped_functions, self._unused
+        while dropped:
+            function_id = dropped.popleft()
+            self._functions[function_id] -= 1
+            if self._functions[function_id] == 0:
+                unused[function_id] = None
+        while len(unused) > _UNUSED_FUNCTIONS_MAX:
+            function_id = next(iter(unused))
+            del unused[function_id], self._functions[function_id]
+            self._classes.pop(function_id, None)
+            self.link.send(ReleaseFunction(function_id=function_id))
 
     def _check_size(self, size_bytes: int, name: str) -> None:
         config = self.config
@@ -268,22 +324,16 @@ class Client:
             warnings.warn(
                 f"The function {name} is large ({size_bytes / 2**20:.1f} MiB): it probably "
                 "captures a large object. put() the object once and pass the ref.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
-    def _stored_forever(self, blob: bytes) -> bytes | InArena | InFile:
-        if len(blob) <= self.config.inline_max_bytes // 2:
-            return blob
-        object_id = self.next_object_id()
-        value = self.store(object_id, blob)
-        self.link.send(PutObject(object_id=object_id, value=value))
-        return value
-
     def define_class(self, task_class: TaskClass) -> None:
-        """Make a task class known to the node."""
-        if task_class.class_id not in self._classes:
-            self.link.send(DefineClass(task_class=task_class))
-            self._classes[task_class.class_id] = None
+        """Make a task class of a defined function known to the node."""
+        with self._definitions_lock:
+            known = self._classes.setdefault(task_class.function_id, {})
+            if task_class.class_id not in known:
+                self.link.send(DefineClass(task_class=task_class))
+                known[task_class.class_id] = None
 
     def submit(
         self, task_class: TaskClass, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -521,6 +571,11 @@ class _Dropped(deque[ObjectId]):
         super().append(object_id)
         if self.ring is not None and len(self) == 1:
             self.ring()
+
+
+def function_id_of(blob: bytes) -> FunctionId:
+    """The id of a serialized function."""
+    return FunctionId(hashlib.blake2b(blob, digest_size=16).digest())
 
 
 _PICKLING_ERRORS = (TypeError, AttributeError, pickle.PicklingError)

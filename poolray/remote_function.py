@@ -208,8 +208,8 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
         self.__module__ = function.__module__
         self._signature: inspect.Signature | None = None
         #: Shared with the objects that `.options()` makes: the client that knows the function,
-        #: and the id under which it does.
-        self._export: list[Any] = [None, b""]
+        #: and what keeps it known there.
+        self._export: list[Any] = [None, None]
         #: The task class of the current client.
         self._prepared: tuple[Client, TaskClass] | None = None
         self._simple = _takes_anything_positional(function)
@@ -276,7 +276,7 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
         if self._export[0] is not client:
             self._export[1] = client.define_function(self._function, self._name)
             self._export[0] = client
-        task_class = self._make_class(self._export[1])
+        task_class = self._make_class(self._export[1].function_id)
         client.define_class(task_class)
         self._prepared = (client, task_class)
         return self._prepared

@@ -15,11 +15,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol, final
 
+from poolray.client import DefinedFunction, function_id_of
 from poolray.exceptions import InternalError
 from poolray.ids import ClassId, FunctionId
 from poolray.local.runtime import GroupHandle, LocalRuntime, Sink, group_has_ended
 from poolray.objects.serialization import Serialized, deserialize
-from poolray.protocol.client import PutObject, ReleaseReferences
+from poolray.protocol.client import DefineClass, PutObject, ReleaseReferences
 from poolray.protocol.values import CallKind, Delivery, InArena, InFile, Outcome, TaskClass
 
 #: Calls in a batch at the most: the machine cuts batches into packets, which copies what is left.
@@ -137,17 +138,34 @@ class CallStream:
     ----------
     line : _Line or None
         Where calls wait while they can be cancelled; None: they cannot be.
+    definition : DefinedFunction or None
+        Keeps the function known for as long as the stream lives; None: calls bring theirs.
     """
 
-    __slots__ = ("__weakref__", "_group", "_line", "_pending", "_runtime", "queue", "task_class")
+    __slots__ = (
+        "__weakref__",
+        "_definition",
+        "_group",
+        "_line",
+        "_pending",
+        "_runtime",
+        "queue",
+        "task_class",
+    )
 
     def __init__(
-        self, runtime: LocalRuntime, handle: GroupHandle, task_class: TaskClass, line: _Line | None
+        self,
+        runtime: LocalRuntime,
+        handle: GroupHandle,
+        task_class: TaskClass,
+        line: _Line | None,
+        definition: DefinedFunction | None,
     ) -> None:
         self._runtime = runtime
         self._group = runtime.node.state.groups.get(handle.group_id)
         self.queue = runtime.node.state.classes[task_class.class_id]
         self._line = line
+        self._definition = definition
         self.task_class = task_class
         #: (payload, receiver) of calls that the machine does not know yet.
         self._pending: deque[tuple[bytes, Any]] = deque()
@@ -296,10 +314,11 @@ class CallGroup:
         data, by_reference = self.handle.serializer.dumps_function(function)
         blob = data if isinstance(data, bytes) else data.to_bytes()
         name = getattr(function, "__qualname__", None) or type(function).__qualname__
-        function_id = self.runtime.client.define_blob(blob, name)
+        function_id = function_id_of(blob)
         known = self._by_function_id.get((function_id, kind))
         if known is None:
-            known = self._stream_of(function_id, name, kind)
+            definition = self.runtime.client.define_blob(blob, name)
+            known = self._stream_of(function_id, name, kind, definition)
             if len(self._by_function_id) >= _FUNCTIONS_MAX:
                 self._by_function_id.clear()
             self._by_function_id[function_id, kind] = known
@@ -313,10 +332,12 @@ class CallGroup:
     def apply_stream(self) -> CallStream:
         """Calls that bring their callable along."""
         if self._apply_stream is None:
-            self._apply_stream = self._stream_of(FunctionId(b""), "apply", CallKind.APPLY)
+            self._apply_stream = self._stream_of(FunctionId(b""), "apply", CallKind.APPLY, None)
         return self._apply_stream
 
-    def _stream_of(self, function_id: FunctionId, name: str, kind: CallKind) -> CallStream:
+    def _stream_of(
+        self, function_id: FunctionId, name: str, kind: CallKind, definition: DefinedFunction | None
+    ) -> CallStream:
         group_id = self.handle.group_id
         digest = hashlib.blake2b(
             b"%d %d " % (group_id, kind) + function_id + name.encode(), digest_size=16
@@ -332,9 +353,9 @@ class CallGroup:
             max_retries=self._max_retries,
             writable=True,
         )
-        self.runtime.client.define_class(task_class)
+        self.runtime.tell(DefineClass(task_class=task_class))
         try:
-            return CallStream(self.runtime, self.handle, task_class, self._line)
+            return CallStream(self.runtime, self.handle, task_class, self._line, definition)
         except KeyError:  # another thread has ended the group, and with it its classes
             raise group_has_ended() from None
 

@@ -216,6 +216,8 @@ class Worker:
     # ---- packets ---------------------------------------------------------------------------------
 
     def _run_packet(self, message: RunTasks) -> None:
+        if message.forget:
+            self._forget(message.forget)
         for definition in message.functions:
             self._definitions[definition.function_id] = definition
             self._loaded.pop(definition.function_id, None)
@@ -256,6 +258,16 @@ class Worker:
             self._position += 1
         self._packet = None
         self._flush(message, True)
+
+    def _forget(self, function_ids: list[FunctionId]) -> None:
+        """Nobody will call these any more."""
+        for function_id in function_ids:
+            self._definitions.pop(function_id, None)
+            self._loaded.pop(function_id, None)
+        gone = set(function_ids)
+        for index, known in list(self._classes.items()):
+            if known.task_class.function_id in gone:
+                del self._classes[index]
 
     def _end_task(self, task: TaskCall) -> None:
         if self._partial or not task.calls:

@@ -3,36 +3,44 @@
 What: keeps definitions while a client that made them is there, or a task that needs them is.
 Who calls: `node/node.py` with clients' definitions, `node/tasks.py` when a class's last task ends.
 May touch: nothing.
-Invariants: a class is kept while somebody may name it or it has tasks; a function while a client
-holds it or a class that is kept names it; workers are told what to forget.
+Invariants: a class is kept while somebody may name it or it has tasks; a function, and the object
+that its code is in, while a client holds it or a class that is kept names it; workers are told
+what to forget.
 """
 
 from __future__ import annotations
 
-from typing import final
+from typing import TYPE_CHECKING, final
 
-from poolray.ids import ClientId, FunctionId, GroupId
+from poolray.ids import ClientId, FunctionId, GroupId, ObjectId
 from poolray.node.state import NodeState
 from poolray.objects.directory import ClientRecord
 from poolray.protocol.values import FunctionDefinition, TaskClass
 from poolray.tasks.class_queue import ClassQueue
+
+if TYPE_CHECKING:
+    from poolray.node.objects import Objects
 
 
 @final
 class Functions:
     """Definitions of functions, and of the classes of tasks that call them."""
 
-    __slots__ = ("_holders", "_state")
+    __slots__ = ("_holders", "_state", "objects")
 
     def __init__(self, state: NodeState) -> None:
         self._state = state
+        self.objects: Objects
         #: function id -> clients that defined it and have not released it.
         self._holders: dict[FunctionId, int] = {}
 
     def define(self, client: ClientRecord, definition: FunctionDefinition) -> None:
         """A client will name this function."""
         function_id = definition.function_id
-        self._state.functions.setdefault(function_id, definition)
+        if function_id not in self._state.functions:
+            self._state.functions[function_id] = definition
+            if not isinstance(definition.blob, bytes):
+                self.objects.hold(definition.blob.object_id)
         if function_id not in client.functions:
             client.functions[function_id] = None
             self._holders[function_id] = self._holders.get(function_id, 0) + 1
@@ -103,11 +111,19 @@ class Functions:
             queue.task_class.function_id == function_id for queue in self._state.classes.values()
         ):
             return
-        if self._state.functions.pop(function_id, None) is None:
+        definition = self._state.functions.pop(function_id, None)
+        if definition is None:
             return
+        if not isinstance(definition.blob, bytes):
+            self.objects.release_all([definition.blob.object_id])
         for worker in self._state.workers.values():
             if worker.functions.pop(function_id, 0) is None:
                 worker.forget.append(function_id)
+
+    def blobs(self) -> list[ObjectId]:
+        """Objects that hold the code of large functions; each function holds its own once."""
+        definitions = self._state.functions.values()
+        return [d.blob.object_id for d in definitions if not isinstance(d.blob, bytes)]
 
     def check_invariants(self) -> None:
         """Raise AssertionError when a definition is missing, or kept for nobody."""

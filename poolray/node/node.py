@@ -176,7 +176,7 @@ class Node:
         self.state = state
         functions = Functions(state)
         tasks = Tasks(state, functions)
-        objects = Objects(state, tasks.on_dependency_ready)
+        functions.objects = objects = Objects(state, tasks.on_dependency_ready)
         dispatcher = Dispatcher(state, tasks)
         groups = Groups(state, tasks, dispatcher, next_worker_id, slots)
         peers = Peers(state, objects, tasks, functions)
@@ -437,9 +437,8 @@ class Node:
         for worker in state.workers.values():
             for packet in worker.packets:
                 records.extend(packet.cancelled or ())
-        self._objects.check_invariants(
-            object_id for record in records for object_id in (*record.dependencies, *record.borrows)
-        )
+        held = [i for record in records for i in (*record.dependencies, *record.borrows)]
+        self._objects.check_invariants([*held, *self._functions.blobs()])
 
 
 def _assert_never(message: NoReturn) -> NoReturn:  # typing's own is not in Python 3.10

@@ -29,6 +29,7 @@ from poolray.protocol.client import (
     ObjectValues,
     PutObject,
     RangeGranted,
+    ReleaseFunction,
     ReleaseReferences,
     SubmitTasks,
     WaitObjects,
@@ -183,6 +184,7 @@ class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_onl
         SubmitTasks
         | DefineClass
         | DefineFunction
+        | ReleaseFunction
         | PutObject
         | GetObjects
         | WaitObjects

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import itertools
 
-from poolray.ids import ObjectId, WorkerId
+from poolray.ids import FunctionId, ObjectId, WorkerId
 from poolray.node.effects import Reply
-from poolray.protocol.client import AllocateRange, CancelRequest, PutObject, RangeGranted
+from poolray.protocol.client import (
+    AllocateRange,
+    CancelRequest,
+    DefineFunction,
+    PutObject,
+    RangeGranted,
+    ReleaseFunction,
+)
 from poolray.protocol.node import ClientLeft
-from poolray.protocol.values import InArena, InFile, Outcome
+from poolray.protocol.values import FunctionDefinition, InArena, InFile, Outcome
 from tests.unit.node_harness import DRIVER, Bench, DeleteFile, result_of
 
 A, B, C = (ObjectId(name * 28) for name in (b"a", b"b", b"c"))
@@ -276,6 +283,23 @@ def test_the_range_of_a_failed_attempt_is_freed() -> None:
     assert bench.node.statistics().arena.used_bytes == 0
     bench.finish(worker, bench.read(worker), [b"well"])
     assert bench.value_of(result_of(task)) == b"well"
+
+
+def test_the_code_of_a_large_function_is_kept_as_long_as_the_function() -> None:
+    bench = Bench()
+    bench.group(workers=1)
+    put_large(bench, A)
+    blob = InArena(object_id=A, offset=0, size_bytes=PAGE)
+    definition = FunctionDefinition(function_id=FunctionId(b"f"), blob=blob, name="f")
+    bench.tell(DefineFunction(definition=definition), DRIVER)
+    bench.drop(A)
+    assert bench.value_of(A) == blob
+    task = bench.submit(bench.task_class("f"))
+    bench.tell(ReleaseFunction(function_id=FunctionId(b"f")), DRIVER)
+    assert bench.value_of(A) == blob, "a worker has yet to read it"
+    bench.run_all(task)
+    bench.drop(result_of(task))
+    bench.assert_empty()
 
 
 def test_requests_of_a_client_that_left_are_not_answered() -> None:
