@@ -461,7 +461,7 @@ class Client:
         """Store a value; see `poolray.put`."""
         self.sync_references()
         try:
-            data = self._serializer.dumps(value)
+            data = self._serializer.dumps_flat(value)
         except _PICKLING_ERRORS as error:
             raise TypeError(
                 f"Could not serialize the put value {value!r:.200}:\n"

@@ -31,7 +31,12 @@ from poolray.local import process_state, worker_process
 from poolray.local.channel import SpinningReader
 from poolray.local.worker_client import WorkerClient
 from poolray.local.worker_errors import UnpicklableResult
-from poolray.objects.serialization import Serialized, Serializer, deserialize
+from poolray.objects.serialization import (
+    PICKLE_FIRST_BYTE,
+    Serialized,
+    Serializer,
+    deserialize,
+)
 from poolray.objects.shared_memory import Arena
 from poolray.protocol.values import (
     CallKind,
@@ -374,7 +379,7 @@ class Worker:
                     task_class.resources,
                 )
             if kind is _CALL:
-                if for_caller and type(payload) is bytes:
+                if for_caller and type(payload) is bytes and payload[0] == PICKLE_FIRST_BYTE:
                     args, kwargs = pickle.loads(payload)
                 else:
                     args, kwargs = self._arguments(task, payload, task_class)
@@ -440,7 +445,7 @@ class Worker:
         placed: list[bytes | InArena | InFile] = []
         contained: list[list[ObjectId]] = []
         for index, value in enumerate(values):
-            data = serializer.dumps(value)
+            data = serializer.dumps_flat(value)
             placed.append(self._place(data, task, index))
             contained.append(data.refs if isinstance(data, Serialized) else [])
         if count == 1 and isinstance(placed[0], bytes) and not contained[0]:

@@ -9,6 +9,7 @@ Invariants: what is encoded has been loaded once here, so the reader's loading c
 
 from __future__ import annotations
 
+import builtins
 import pickle
 import traceback
 from typing import Any
@@ -43,6 +44,7 @@ def encode_task_error(error: BaseException, name: str, pid: int) -> bytes:
     # An error that was got in the task and let out: its cause stays what it was.
     cause = error.cause if isinstance(error, TaskError) else error
     made = TaskError(function_name=name, traceback_str=text, cause=_portable(cause), pid=pid)
+    made.cause = _with_chain(cause, made.cause)
     frames = _traceback_dict(error)
     if frames is not None:
         made._traceback_dict = frames  # type: ignore[attr-defined]
@@ -63,6 +65,7 @@ def encode_dependency_error(error: object, name: str) -> bytes:
             cause=cause,
             pid=error.pid,
         )
+        passed.cause = _with_chain(cause, cause)
         frames = getattr(error, "_traceback_dict", None)
         if frames is not None:
             passed._traceback_dict = frames  # type: ignore[attr-defined]
@@ -82,15 +85,16 @@ def encode_plain(error: BaseException) -> bytes:
     try:
         data = _dumps((error, text, None))
     except Exception as reason:
-        return pickle.dumps((_portable(reason), text, repr(error)[:1000]))
+        return pickle.dumps((_portable(reason), text, _safe_repr(error)))
+    travelling: Any = error
     try:
         pickle.loads(data)
     except Exception as reason:
-        rebuilt = _by_state(error)
-        if rebuilt is not None:
-            return pickle.dumps((rebuilt, text, None))
-        return pickle.dumps((_portable(reason), text, repr(error)[:1000]))
-    return data
+        travelling = _by_state(error)
+        if travelling is None:
+            return pickle.dumps((_portable(reason), text, _safe_repr(error)))
+    chained = _with_chain(error, travelling, cause_as_context=True)
+    return data if chained is error else _dumps((chained, text, None))
 
 
 def _user_frames(error: BaseException) -> Any:
@@ -126,33 +130,58 @@ def _dumps(value: object) -> bytes:
         return bytes(cloudpickle.dumps(value, 5))
 
 
-def _portable(error: BaseException) -> BaseException:
+def _portable(error: BaseException) -> Any:
     """The exception, if it survives the journey; else what comes closest."""
     try:
         pickle.loads(_dumps(error))
     except Exception:
-        rebuilt: BaseException | None = _by_state(error)
+        rebuilt = _by_state(error)
         if rebuilt is not None:
             return rebuilt
         return PoolrayError(
-            f"{type(error).__module__}.{type(error).__qualname__}: {error} (the exception itself "
-            "could not be pickled)"
+            f"{type(error).__module__}.{type(error).__qualname__}: {_safe_str(error)} (the "
+            "exception itself could not be pickled)"
         )
     return error
 
 
+def _safe_str(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as reason:
+        return f"<its text cannot be made: {type(reason).__name__}>"
+
+
+def _safe_repr(value: object) -> str:
+    try:
+        return repr(value)[:1000]
+    except Exception as reason:
+        return f"<{type(value).__qualname__}, whose repr raises {type(reason).__name__}>"
+
+
 class _ByState:
-    """Stands for an exception whose own pickling fails: its class, arguments and attributes."""
+    """Stands for an exception whose own pickling fails: its class, arguments and attributes.
+
+    Arguments that cannot travel are replaced by their text, attributes that cannot are left out,
+    and members of a group go the same way as the group.
+    """
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
+        members = getattr(error, "exceptions", None)
+        if _is_group(error) and members is not None:
+            self.args: tuple[Any, ...] = (error.message, [_portable(m) for m in members])  # type: ignore[attr-defined]
+        else:
+            self.args = tuple(a if _survives(a) else _safe_repr(a) for a in error.args)
+        self.state = {k: v for k, v in vars(error).items() if _survives(v)}
 
     def __reduce__(self) -> Any:
-        return _rebuild_by_state, (
-            type(self.error),
-            self.error.args,
-            {k: v for k, v in vars(self.error).items() if _survives(v)},
-        )
+        return _rebuild_by_state, (type(self.error), self.args, self.state)
+
+
+def _is_group(error: BaseException) -> bool:
+    kind = getattr(builtins, "BaseExceptionGroup", None)  # from Python 3.11 on
+    return kind is not None and isinstance(error, kind)
 
 
 def _rebuild_by_state(
@@ -174,10 +203,93 @@ def _survives(value: object) -> bool:
 
 def _by_state(error: BaseException) -> Any:
     """A stand-in that rebuilds the exception without calling its constructor, or None."""
-    stand_in = _ByState(error)
     try:
+        stand_in = _ByState(error)
         if not isinstance(pickle.loads(_dumps(stand_in)), type(error)):
             return None
     except Exception:
         return None
     return stand_in
+
+
+# ---- causes and contexts -------------------------------------------------------------------------
+
+#: Exceptions of one chain that travel; errors of retries in a loop can be chained without end.
+_CHAIN_MAX = 64
+
+
+class _Chained:
+    """Stands for an exception with the exceptions that it was raised from, or while handling.
+
+    pickle leaves `__cause__` and `__context__` out.
+    """
+
+    def __init__(self, portable: list[Any], links: list[tuple[int, int, int, bool]]) -> None:
+        self.portable = portable
+        self.links = links
+
+    def __reduce__(self) -> Any:
+        return _rebuild_chain, (self.portable, self.links)
+
+
+def _rebuild_chain(
+    errors: list[BaseException], links: list[tuple[int, int, int, bool]]
+) -> BaseException:
+    for index, cause, context, suppress in links:
+        error = errors[index]
+        if cause >= 0:
+            error.__cause__ = errors[cause]
+        if context >= 0:
+            error.__context__ = errors[context]
+        error.__suppress_context__ = suppress
+    return errors[0]
+
+
+def _is_linked(error: BaseException) -> bool:
+    return (
+        error.__cause__ is not None or error.__context__ is not None or error.__suppress_context__
+    )
+
+
+def _with_chain(error: BaseException, portable: Any, cause_as_context: bool = False) -> Any:
+    """What travels for an exception and for all that it is chained to.
+
+    Parameters
+    ----------
+    error : BaseException
+        The exception as it was raised.
+    portable : BaseException or a stand-in
+        What travels for the exception alone; returned as it is when there is no chain.
+    cause_as_context : bool
+        The reader will put another cause in the place of the first exception's: keep it as context.
+    """
+    if not (_is_linked(error) or _is_group(error)):
+        return portable
+    errors, stand_ins = [error], [portable]
+    known = {id(error): 0}
+
+    def index_of(other: BaseException | None) -> int:
+        if other is None:
+            return -1
+        if id(other) not in known:
+            if len(errors) >= _CHAIN_MAX:
+                return -1
+            known[id(other)] = len(errors)
+            errors.append(other)
+            stand_ins.append(_portable(other))
+        return known[id(other)]
+
+    links = []
+    for position, current in enumerate(errors):  # which grows meanwhile
+        cause, context = index_of(current.__cause__), index_of(current.__context__)
+        if position == 0 and cause_as_context and cause >= 0:
+            cause, context = -1, cause
+        links.append((position, cause, context, current.__suppress_context__))
+        if _is_group(current):
+            for member in current.exceptions:  # type: ignore[attr-defined]
+                index_of(member)
+    if not any(map(_is_linked, errors)):
+        return portable
+    chained = _Chained(stand_ins, links)
+    # Each part survives alone; if they do not together, the first one must arrive all the same.
+    return chained if _survives(chained) else portable

@@ -5,11 +5,13 @@ stream at 64-byte alignment, so that a reader maps instead of copying.
 Who calls: clients and workers. The machines never look inside a value.
 May touch: nothing but the objects it is given.
 Invariants: a frame that starts with pickle's own first byte is a bare pickle; any other starts
-with `_MAGIC`. What a value refers to (`ObjectRef`s inside) is reported, never guessed.
+with `_MAGIC` or `_MAGIC_FROZEN`. What a value refers to (`ObjectRef`s inside) is reported, never
+guessed.
 """
 
 from __future__ import annotations
 
+import copyreg
 import importlib.util
 import io
 import pickle
@@ -25,16 +27,18 @@ from typing import Any, final
 import cloudpickle
 
 from poolray.ids import ObjectId
+from poolray.objects import reducers
+from poolray.objects.reducers import OUT_OF_BAND_MIN_BYTES, ThawingUnpickler
 
 ALIGNMENT_BYTES = 64
-#: Buffers smaller than this go inside the pickle stream when the reader may write to them: a copy
-#: of them costs less than keeping track of a mapping.
-OUT_OF_BAND_MIN_BYTES = 32 * 1024
 
 _MAGIC = b"\x01PRF"
+#: The same, and some of the buffers were read-only where they were written.
+_MAGIC_FROZEN = b"\x02PRF"
 _HEADER = struct.Struct("<4sIQ")  # magic, number of buffers, bytes of pickle
 _LENGTH = struct.Struct("<Q")
-_PICKLE_FIRST_BYTE = 0x80
+#: No frame begins with it.
+PICKLE_FIRST_BYTE = 0x80
 _MAIN = b"__main__"
 #: multiprocessing's connections pickle into a number that means nothing elsewhere, without error.
 _CONNECTION = b".connection"
@@ -98,7 +102,8 @@ class Serialized:
         if not self.buffers:
             target[: len(self.data)] = self.data
             return
-        _HEADER.pack_into(target, 0, _MAGIC, len(self.buffers), len(self.data))
+        magic = _MAGIC_FROZEN if any(b.readonly for b in self.buffers) else _MAGIC
+        _HEADER.pack_into(target, 0, magic, len(self.buffers), len(self.data))
         position = _HEADER.size
         for buffer in self.buffers:
             _LENGTH.pack_into(target, position, buffer.nbytes)
@@ -173,8 +178,12 @@ class Serializer:
         buffers: list[memoryview] = []
         try:
             keep = partial(_keep, buffers, 0 if self._out_of_band_all else OUT_OF_BAND_MIN_BYTES)
+            by_table = bool(reducers.registered)
             try:
-                data = pickle.dumps(value, 5, buffer_callback=keep)
+                if by_table:
+                    data = _dumps_by_table(value, keep)
+                else:
+                    data = pickle.dumps(value, 5, buffer_callback=keep)
             except _NEEDS_CLOUDPICKLE:
                 by_value = True
             except RecursionError as error:
@@ -190,11 +199,22 @@ class Serializer:
                 refs.clear()
                 buffers.clear()
                 data = self._dumps_by_value(value, keep)
+            elif not by_table and reducers.may_shrink(data):
+                refs.clear()
+                buffers.clear()
+                data = _dumps_by_table(value, keep)
         finally:
             _context.refs = outer
         if not buffers and not refs:
             return data
         return Serialized(data, buffers, refs)
+
+    def dumps_flat(self, value: object) -> bytes | Serialized:
+        """The same for a value that is often nothing but many bytes: these are not copied."""
+        kind = type(value)
+        if (kind is bytes or kind is bytearray) and len(value) > OUT_OF_BAND_MIN_BYTES:  # type: ignore[arg-type]
+            return self.dumps(reducers.Flat(value))  # type: ignore[arg-type]
+        return self.dumps(value)
 
     def dumps_function(self, function: object) -> tuple[bytes | Serialized, bool]:
         """Serialize a callable; tells whether it went by reference.
@@ -242,10 +262,21 @@ def _keep(buffers: list[memoryview], minimum: int, buffer: pickle.PickleBuffer) 
         raw = buffer.raw()
     except BufferError:  # not contiguous: pickle copies it into the stream
         return True
-    if raw.nbytes < minimum:
+    if raw.nbytes < minimum and not raw.readonly:
         return True
+    # (Inside the stream a read-only buffer would arrive as one; beside it, it is up to the reader.)
     buffers.append(raw)
     return False
+
+
+def _dumps_by_table(value: object, keep: Callable[[pickle.PickleBuffer], bool]) -> bytes:
+    """pickle, with the reducers of `objects/reducers.py`."""
+    stream = io.BytesIO()
+    pickler = pickle.Pickler(stream, 5, buffer_callback=keep)
+    known: Any = copyreg.dispatch_table
+    pickler.dispatch_table = ChainMap(reducers.table(), known)
+    pickler.dump(value)
+    return stream.getvalue()
 
 
 _INHERITED_REDUCERS: Any = cloudpickle.Pickler.dispatch_table.maps
@@ -264,7 +295,8 @@ class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
     ) -> None:
         # Connections and sockets travel by handing over their descriptor, as in multiprocessing.
         # Set first: the C pickler looks at it once, in its __init__.
-        self.dispatch_table = ChainMap(descriptor_reducers(), *_INHERITED_REDUCERS)
+        table = {memoryview: reducers.reduce_memoryview, **reducers.table()}
+        self.dispatch_table = ChainMap(table, descriptor_reducers(), *_INHERITED_REDUCERS)
         super().__init__(stream, protocol=5, buffer_callback=keep)
         self._by_value_module = by_value
         self._main_definitions = main_definitions
@@ -418,7 +450,7 @@ def dumps_function(function: object, shared_globals: str | None = None) -> bytes
 
 def is_frame(data: bytes | memoryview) -> bool:
     """Whether these bytes have buffers beside their pickle stream."""
-    return len(data) > 0 and data[0] != _PICKLE_FIRST_BYTE
+    return len(data) > 0 and data[0] != PICKLE_FIRST_BYTE
 
 
 def deserialize(data: bytes | memoryview, writable: bool = False) -> Any:
@@ -430,22 +462,48 @@ def deserialize(data: bytes | memoryview, writable: bool = False) -> Any:
         The frame. Of a memoryview, the value's buffers are views: the caller keeps the memory
         valid until the views are gone.
     writable : bool
-        For `bytes` input: copy the buffers so that arrays can be written to.
+        The reader may write: arrays in `bytes` are copied for it, and those that were read-only
+        where they were written are writable here.
     """
-    if data[0] == _PICKLE_FIRST_BYTE:
+    if data[0] == PICKLE_FIRST_BYTE:
         return pickle.loads(data)
-    stream, buffers = split_frame(memoryview(data))
     if isinstance(data, bytes):
+        stream, buffers = split_frame(memoryview(data))
         # Inline: the offset inside a message has no alignment, and a copy this small is cheap.
         copy: Callable[[memoryview], Any] = bytearray if writable else bytes
-        return pickle.loads(stream, buffers=[copy(buffer) for buffer in buffers])
+        copies = [copy(buffer) for buffer in buffers]
+        if writable and data.startswith(_MAGIC_FROZEN):
+            return _loads_thawed(stream, copies)
+        return pickle.loads(stream, buffers=copies)
+    if writable and data[:4] == _MAGIC_FROZEN:
+        import numpy
+
+        return load_views(numpy.frombuffer(data, dtype=numpy.uint8), True)
+    stream, buffers = split_frame(data)
     return pickle.loads(stream, buffers=buffers)
+
+
+def load_views(base: Any, writable: bool) -> Any:
+    """The value of a frame in an array of bytes; the value's buffers are views of it."""
+    view = memoryview(base)
+    stream, buffers = split_frame(view)
+    if not writable or view[:4] != _MAGIC_FROZEN:
+        return pickle.loads(stream, buffers=buffers)
+    # Each buffer as an object of its own, for `thawed` to find.
+    import numpy
+
+    pieces = [numpy.frombuffer(buffer, dtype=numpy.uint8) for buffer in buffers]
+    return _loads_thawed(stream, pieces)
+
+
+def _loads_thawed(stream: memoryview, buffers: list[Any]) -> Any:
+    return ThawingUnpickler(io.BytesIO(stream), buffers=buffers).load()
 
 
 def split_frame(view: memoryview) -> tuple[memoryview, list[memoryview]]:
     """The pickle stream of a frame and its buffers, as views."""
     magic, count, data_bytes = _HEADER.unpack_from(view, 0)
-    if magic != _MAGIC:
+    if magic not in (_MAGIC, _MAGIC_FROZEN):
         raise pickle.UnpicklingError(f"not a poolray frame: it starts with {bytes(view[:4])!r}")
     position = _HEADER.size
     lengths = []

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any, final
 
 from poolray.objects.allocator import PAGE_BYTES
-from poolray.objects.serialization import deserialize, is_frame, split_frame
+from poolray.objects.serialization import deserialize, is_frame, load_views
 
 #: Bytes at the start of the file for the workers' progress words, one cache line each.
 CONTROL_BYTES = 64 * 1024
@@ -132,10 +132,7 @@ class Arena:
             on_release()
 
         views[key] = weakref.ref(base, report)
-        import pickle
-
-        stream, buffers = split_frame(memoryview(base))
-        return pickle.loads(stream, buffers=buffers)
+        return load_views(base, writable)
 
     def forget_parent(self) -> None:
         """In a forked child: what the parent changed in its private mapping stays visible in the
@@ -207,4 +204,4 @@ def load_value_file(path: str, size_bytes: int, *, writable: bool) -> Any:
     with open(path, "rb") as file:
         access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
         mapping = mmap.mmap(file.fileno(), size_bytes, access=access)
-    return deserialize(memoryview(mapping))
+    return deserialize(memoryview(mapping), writable)

@@ -66,7 +66,9 @@ IO_MODULES = (
 )
 # What packs a user's values, and what a user holds in the hand: they run in clients, on the threads
 # of users. Machines never see a value.
-VALUE_MODULES = ("poolray.objects.serialization", "poolray.objects.object_ref")
+VALUE_MODULES = (
+    *("poolray.objects.serialization", "poolray.objects.reducers", "poolray.objects.object_ref"),
+)
 
 # What a decider must not import -> what it would be doing.
 BANNED = {
