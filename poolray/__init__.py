@@ -11,6 +11,7 @@ from poolray.objects.object_ref import ObjectRef
 from poolray.runtime_context import get_runtime_context
 
 if TYPE_CHECKING:
+    from poolray import util
     from poolray.executor import Executor
     from poolray.pool import Pool
 
@@ -27,6 +28,7 @@ __all__ = [
     "put",
     "remote",
     "shutdown",
+    "util",
     "wait",
 ]
 
@@ -43,4 +45,8 @@ if not TYPE_CHECKING:  # checkers know the faces from the import above, and miss
             from poolray.executor import Executor
 
             return Executor
+        if name == "util":
+            import poolray.util
+
+            return poolray.util
         raise AttributeError(f"module 'poolray' has no attribute {name!r}")

@@ -10,12 +10,14 @@ last; `counts` tells how many there are. Finalizers only append to `dropped`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pickle
 import sys
 import threading
 import time
 import traceback
+import types
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
@@ -310,6 +312,7 @@ class Client:
             self.link.send(ReleaseFunction(function_id=function_id))
 
     def _check_size(self, size_bytes: int, name: str) -> None:
+        """Say so if a function has become large by what it captures, or refuse it."""
         config = self.config
         if size_bytes > config.function_max_bytes:
             raise ValueError(
@@ -324,8 +327,17 @@ class Client:
             warnings.warn(
                 f"The function {name} is large ({size_bytes / 2**20:.1f} MiB): it probably "
                 "captures a large object. put() the object once and pass the ref.",
-                stacklevel=5,
+                stacklevel=_level_of_caller(),
             )
+
+    def _check_captured(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The same for functions among the arguments of a call, which are not sent just once."""
+        for label, value in [*((str(i), a) for i, a in enumerate(args)), *kwargs.items()]:
+            if isinstance(value, _FUNCTIONS):
+                data = self._serializer.dumps(value)
+                size = len(data) if isinstance(data, bytes) else data.size_bytes
+                function = getattr(value, "__qualname__", type(value).__qualname__)
+                self._check_size(size, f"{function} (argument {label} of {name})")
 
     def define_class(self, task_class: TaskClass) -> None:
         """Make a task class of a defined function known to the node."""
@@ -344,6 +356,8 @@ class Client:
         ------
         TypeError
             An argument cannot be serialized.
+        ValueError
+            A function among the arguments captures more than `Config.function_max_bytes`.
         """
         if self.dropped or self._fresh:
             self.sync_references()
@@ -359,6 +373,9 @@ class Client:
             data = self._serializer.dumps((args, kwargs))
         except _PICKLING_ERRORS as error:
             raise self._argument_error(task_class.name, args, kwargs, error) from error
+        size = len(data) if type(data) is bytes else data.size_bytes  # type: ignore[union-attr]
+        if size > self.config.function_warn_bytes:
+            self._check_captured(task_class.name, args, kwargs)
         self.link.enter()
         try:
             payload, borrows, temporary = self._payload(data)
@@ -576,6 +593,18 @@ class _Dropped(deque[ObjectId]):
 def function_id_of(blob: bytes) -> FunctionId:
     """The id of a serialized function."""
     return FunctionId(hashlib.blake2b(blob, digest_size=16).digest())
+
+
+#: What captures variables or arguments.
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+
+
+def _level_of_caller() -> int:
+    """`stacklevel` of a warning, given where this is called, that is about the user's line."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("poolray."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 _PICKLING_ERRORS = (TypeError, AttributeError, pickle.PicklingError)

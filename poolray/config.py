@@ -80,9 +80,10 @@ class Config:
     history_max: int = 16
     #: Whether refs may be pickled outside of poolray (their objects are then kept for good).
     allow_out_of_band_object_ref_serialization: int = 1
-    #: A function or its captured values larger than this earns a warning.
+    #: A function, or a function among the arguments of a task, that is larger than this by what it
+    #: captures earns a warning.
     function_warn_bytes: int = 1024 * 1024
-    #: A function or its captured values larger than this is an error.
+    #: The same larger than this is an error.
     function_max_bytes: int = 100 * 1024 * 1024
     #: Unread items and results that `imap` keeps at the most.
     imap_window_items: int = 4096

@@ -188,7 +188,7 @@ def test_class_arguments_and_attributes_arrive(
     error = kind(*args, **options)
     raised = error_of_task(throw, kind, args, options)
     for arrived in (raised.cause, *errors_of_calls(pool, executor, throw, kind, args, options)):
-        assert type(arrived) is kind
+        assert type(arrived) is type(error)
         assert arrived.args == error.args
         for name, value in vars(error).items():
             assert getattr(arrived, name) == value

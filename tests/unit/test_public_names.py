@@ -35,6 +35,7 @@ PUBLIC_NAMES = {
         "put",
         "remote",
         "shutdown",
+        "util",
         "wait",
     ],
     "poolray.exceptions": [
@@ -76,6 +77,9 @@ PUBLIC_NAMES = {
         "TaskOptions",
     ],
     "poolray.runtime_context": ["RuntimeContext", "get_runtime_context"],
+    "poolray.util": ["deregister_serializer", "inspect_serializability", "register_serializer"],
+    "poolray.util.check_serialize": ["FailureTuple", "inspect_serializability"],
+    "poolray.util.serialization": ["deregister_serializer", "register_serializer"],
     "poolray.multiprocessing.pool": [
         "ApplyResult",
         "AsyncResult",
