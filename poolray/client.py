@@ -19,7 +19,7 @@ import time
 import traceback
 import types
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, final
 
@@ -45,6 +45,7 @@ from poolray.protocol.client import (
     AddReferences,
     DefineClass,
     DefineFunction,
+    NoteCallSite,
     ObjectValues,
     PutObject,
     ReleaseFunction,
@@ -124,6 +125,9 @@ class Client:
         self._lock = threading.Lock()
         #: object id -> handles and views in this process.
         self._counts: dict[ObjectId, int] = {}
+        #: object id -> how many of these are views; behind by `_dropped_views`.
+        self._views: dict[ObjectId, int] = {}
+        self._dropped_views: deque[ObjectId] = deque()
         #: Objects met while unpickling that the node does not count us for yet.
         self._fresh: dict[ObjectId, None] = {}
         #: Delivered objects whose views died before the node's count was taken over.
@@ -154,8 +158,10 @@ class Client:
         self._count(object_id)
         return make_ref(object_id, self)
 
-    def _count(self, object_id: ObjectId) -> None:
+    def _count(self, object_id: ObjectId, is_view: bool = False) -> None:
         with self._lock:
+            if is_view:
+                self._views[object_id] = self._views.get(object_id, 0) + 1
             count = self._counts.get(object_id, 0)
             self._counts[object_id] = count + 1
             if count == 0:
@@ -185,6 +191,7 @@ class Client:
         if not self.dropped and not self._fresh and not self._released_early:
             return [], []
         with self._lock:
+            self._forget_dropped_views()
             counts, fresh, released = self._counts, self._fresh, self._released_early
             self._released_early = []
             while True:
@@ -205,6 +212,24 @@ class Client:
             fresh.clear()
         return added, released
 
+    def _forget_dropped_views(self) -> None:
+        """Count views that have died; the caller holds the lock."""
+        views = self._views
+        while self._dropped_views:
+            object_id = self._dropped_views.popleft()
+            left = views.get(object_id, 0) - 1
+            if left > 0:
+                views[object_id] = left
+            else:
+                views.pop(object_id, None)
+
+    def viewed_only(self, object_ids: Iterable[ObjectId]) -> list[ObjectId]:
+        """Of these, the ones that this process has views of and no ref to."""
+        with self._lock:
+            self._forget_dropped_views()
+            counts, views = self._counts, self._views
+            return [o for o in object_ids if o in views and views[o] >= counts.get(o, 0)]
+
     def sync_references(self) -> None:
         """Tell the node what changed."""
         if not self.dropped and not self._fresh and not self._released_early:
@@ -213,7 +238,8 @@ class Client:
         try:
             added, released = self.take_reference_changes()
             if added:
-                self.link.send(AddReferences(object_ids=added))
+                viewed = self.viewed_only(added)
+                self.link.send(AddReferences(object_ids=added, viewed=viewed))
             if released:
                 self.link.send(ReleaseReferences(object_ids=released))
         finally:
@@ -390,6 +416,10 @@ class Client:
                 borrows=borrows,
             )
             self.link.send(SubmitTasks(tasks=[spec]))
+            if self.config.record_ref_creation_sites:
+                self._note_call_site([ref._id for ref in refs], "(task call)")
+                if temporary is not None:
+                    self._note_call_site([temporary], "(task argument)")
             if temporary is not None:
                 self.link.send(ReleaseReferences(object_ids=[temporary]))
         finally:
@@ -458,6 +488,16 @@ class Client:
             ) from error
         return InFile(object_id=object_id, path=path, size_bytes=size)
 
+    def _note_call_site(self, object_ids: list[ObjectId], what: str) -> None:
+        """Tell the node where the running call was made."""
+        lines = [what]
+        frame: types.FrameType | None = sys._getframe(_level_of_caller() - 1)
+        while frame is not None and len(lines) <= _CALL_SITE_FRAMES:
+            code = frame.f_code
+            lines.append(f"{code.co_filename}:{code.co_name}:{frame.f_lineno}")
+            frame = frame.f_back
+        self.link.send(NoteCallSite(object_ids=object_ids, call_site=" | ".join(lines)))
+
     def load(self, value: bytes | InArena | InFile, writable: bool) -> Any:
         """A value from where it is."""
         if isinstance(value, bytes):
@@ -465,13 +505,15 @@ class Client:
         if isinstance(value, InFile):
             return load_value_file(value.path, value.size_bytes, writable=writable)
         object_id = value.object_id
-        self._count(object_id)
-        dropped = self.dropped
+        self._count(object_id, is_view=True)
+        dropped, dropped_views = self.dropped, self._dropped_views
+
+        def on_release() -> None:
+            dropped_views.append(object_id)
+            dropped.append(object_id)
+
         return self._arena.load(
-            value.offset,
-            value.size_bytes,
-            writable=writable,
-            on_release=lambda: dropped.append(object_id),
+            value.offset, value.size_bytes, writable=writable, on_release=on_release
         )
 
     def put(self, value: Any) -> ObjectRef[Any]:
@@ -495,6 +537,8 @@ class Client:
             else:
                 stored = data if isinstance(data, bytes) else data.to_bytes()
             self.link.send(PutObject(object_id=object_id, value=stored, contained=contained))
+            if self.config.record_ref_creation_sites:
+                self._note_call_site([object_id], "(put object)")
             return self._own(object_id)
         finally:
             self.link.leave()
@@ -594,6 +638,9 @@ def function_id_of(blob: bytes) -> FunctionId:
     """The id of a serialized function."""
     return FunctionId(hashlib.blake2b(blob, digest_size=16).digest())
 
+
+#: Frames of the program that a call site consists of.
+_CALL_SITE_FRAMES = 3
 
 #: What captures variables or arguments.
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)

@@ -80,6 +80,8 @@ class Config:
     history_max: int = 16
     #: Whether refs may be pickled outside of poolray (their objects are then kept for good).
     allow_out_of_band_object_ref_serialization: int = 1
+    #: 1: remember where each ref was made, for `poolray memory`; costs some microseconds per call.
+    record_ref_creation_sites: int = 0
     #: A function, or a function among the arguments of a task, that is larger than this by what it
     #: captures earns a warning.
     function_warn_bytes: int = 1024 * 1024

@@ -77,6 +77,7 @@ from poolray.protocol.client import (
     WaitObjects,
     WaitReply,
 )
+from poolray.protocol.memory import HolderKind, MemoryTable, ObjectEntry, ObjectHolder
 from poolray.protocol.node import (
     CloseGroup,
     CreateGroup,
@@ -842,6 +843,18 @@ class LocalRuntime:
         with self.guard:
             return self.node.statistics()
 
+    def memory_table(self, limit: int | None = None) -> MemoryTable:
+        """Which objects there are, where, and who holds them: the `limit` largest, or all."""
+        self.client.sync_references()
+        with self.guard:
+            table = self.node.memory_table(self.pid, limit)
+        # Of this process it is known better than the node knows what is a ref and what a view.
+        viewed = dict.fromkeys(self.client.viewed_only(entry.object_id for entry in table.objects))
+        if not viewed:
+            return table
+        objects = [_pinned(e, self.pid) if e.object_id in viewed else e for e in table.objects]
+        return msgspec.structs.replace(table, objects=objects)
+
     def shutdown(self) -> None:
         """End everything that this runtime has started, and wait for its end."""
         if self._closed or self.pid != os.getpid():
@@ -891,6 +904,17 @@ def group_has_ended() -> PoolrayError:
         "The workers of this Pool or Executor were shut down before this call was submitted: make "
         "a new one."
     )
+
+
+def _pinned(entry: ObjectEntry, pid: int) -> ObjectEntry:
+    """An object that a process holds by views only."""
+    holders = [
+        ObjectHolder(kind=HolderKind.PINNED_IN_MEMORY, pid=pid)
+        if holder.pid == pid and holder.kind is HolderKind.LOCAL_REFERENCE
+        else holder
+        for holder in entry.holders
+    ]
+    return msgspec.structs.replace(entry, holders=holders)
 
 
 def _write_out(stream: Any, text: str) -> None:

@@ -307,6 +307,7 @@ class Worker:
             self._partial = []
         now = time.perf_counter_ns()
         kept, released = self.client.take_reference_changes()
+        viewed = self.client.viewed_only(kept) if kept else kept
         report = TasksFinished(
             worker_id=self.worker_id,
             results=finished,
@@ -314,6 +315,7 @@ class Worker:
             sequence=message.sequence if ended else message.sequence - 1,
             kept=kept,
             released=released,
+            viewed=viewed,
         )
         self._finished = []
         self._buffered_bytes = 0

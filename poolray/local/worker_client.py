@@ -259,6 +259,7 @@ class WorkerClient:
             self._object_serializer,
         )
         self.take_reference_changes = self.api.take_reference_changes
+        self.viewed_only = self.api.viewed_only
         self.next_object_id = self.api.next_object_id
         self.load = self.api.load
 

@@ -346,7 +346,7 @@ class Dispatcher:
         if worker is None:
             return
         if message.kept:
-            self._tasks.objects.add_references(worker.client_id, message.kept)
+            self._tasks.objects.add_references(worker.client_id, message.kept, message.viewed)
         calls = self._tasks.on_finished(worker, message)
         if message.released:
             self._tasks.objects.release_references(worker.client_id, message.released)

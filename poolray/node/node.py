@@ -25,6 +25,7 @@ from poolray.node.dispatch import Dispatcher
 from poolray.node.effects import Effect, SendHead, Warn
 from poolray.node.functions import Functions
 from poolray.node.groups import Groups
+from poolray.node.memory import memory_table
 from poolray.node.objects import Objects
 from poolray.node.peers import Peers
 from poolray.node.state import NodeState
@@ -39,12 +40,14 @@ from poolray.protocol.client import (
     DefineClass,
     DefineFunction,
     GetObjects,
+    NoteCallSite,
     PutObject,
     ReleaseFunction,
     ReleaseReferences,
     SubmitTasks,
     WaitObjects,
 )
+from poolray.protocol.memory import MemoryTable
 from poolray.protocol.node import (
     ClientLeft,
     CloseGroup,
@@ -260,7 +263,7 @@ class Node:
             case PutObject():
                 objects.on_put(client_id, message)
             case AddReferences():
-                objects.add_references(client_id, message.object_ids)
+                objects.add_references(client_id, message.object_ids, message.viewed)
             case AllocateRange():
                 objects.on_allocate(client_id, message)
             case CancelRequest():
@@ -271,6 +274,8 @@ class Node:
                 functions.define_class(message.task_class)
             case ReleaseFunction():
                 functions.release(objects.client(client_id), message.function_id)
+            case NoteCallSite():
+                objects.note_call_site(message.object_ids, message.call_site)
             case CancelTasks():
                 self._tasks.cancel(message.task_ids)
             case _:
@@ -423,6 +428,22 @@ class Node:
             resources_total=from_fixed(state.resources.total),
             resources_available=from_fixed(state.resources.available),
             arena=state.allocator.statistics(),
+        )
+
+    def memory_table(self, pid: int, limit: int | None = None) -> MemoryTable:
+        """Which objects there are, where, and who holds them; `pid` is the node's own process."""
+        state = self.state
+        tasks = [record for record in state.tasks.values() if record.owner_pins]
+        for worker in state.workers.values():
+            for packet in worker.packets:
+                tasks.extend(packet.cancelled or ())
+        return memory_table(
+            state,
+            pid=pid,
+            tasks=tasks,
+            lineage=[record for record in self._tasks.lineage() if record.owner_pins],
+            call_sites=self._objects.call_sites,
+            limit=limit,
         )
 
     def check_invariants(self) -> None:

@@ -47,6 +47,7 @@ class Objects:
         "_state",
         "_to_release",
         "_wake_task",
+        "call_sites",
         "is_dead",
         "on_local",
         "pull",
@@ -69,6 +70,8 @@ class Objects:
         #: object id -> (node, name there) of the original that another node keeps for us until the
         #: object is freed here, also after its bytes have come.
         self._remote: dict[ObjectId, tuple[NodeId, ObjectId]] = {}
+        #: object id -> where it was made, if that is recorded.
+        self.call_sites: dict[ObjectId, str] = {}
         #: Holds to let go of, and whether `release_all` is at work on them.
         self._to_release: list[ObjectId] = []
         self._releasing = False
@@ -97,15 +100,25 @@ class Objects:
         record.ranges.clear()
         held = list(record.held)
         record.held.clear()
+        record.viewed.clear()
         self.release_all(held)
 
-    def add_references(self, client_id: ClientId, object_ids: Iterable[ObjectId]) -> None:
-        """A client holds these from now on."""
-        held = self.client(client_id).held
+    def add_references(
+        self,
+        client_id: ClientId,
+        object_ids: Iterable[ObjectId],
+        viewed: Iterable[ObjectId] = (),
+    ) -> None:
+        """A client holds these from now on; of `viewed` it has views only."""
+        client = self.client(client_id)
+        held = client.held
         for object_id in object_ids:
             if object_id not in held:
                 held[object_id] = None
                 self.hold(object_id)
+        for object_id in viewed:
+            if object_id in held:
+                client.viewed[object_id] = None
 
     def release_references(self, client_id: ClientId, object_ids: Iterable[ObjectId]) -> None:
         """A client no longer holds these."""
@@ -118,6 +131,8 @@ class Objects:
             if object_id in held:
                 del held[object_id]
                 released.append(object_id)
+                if client.viewed:
+                    client.viewed.pop(object_id, None)
         self.release_all(released)
 
     def on_put(self, client_id: ClientId, message: PutObject) -> None:
@@ -314,6 +329,12 @@ class Objects:
             )
         )
 
+    def note_call_site(self, object_ids: Iterable[ObjectId], call_site: str) -> None:
+        """These objects were made there."""
+        for object_id in object_ids:
+            if object_id in self._state.objects:  # else it has come and gone
+                self.call_sites[object_id] = call_site
+
     # ---- values ----------------------------------------------------------------------------------
 
     def seal_small(self, object_id: ObjectId, value: bytes) -> None:
@@ -474,6 +495,8 @@ class Objects:
             path = self._files.pop(object_id, None)
             if path is not None:
                 self._state.effects.append(DeleteFile(path))
+        if self.call_sites:
+            self.call_sites.pop(object_id, None)
         if self._remote:
             original = self._remote.pop(object_id, None)
             if original is not None:
@@ -532,7 +555,9 @@ class Objects:
                 f"{counts[object_id]} in fact"
             )
             assert record.state is not READY or record.waiters is None or record.location()
-        for object_id in (*self._ranges, *self._files, *self._remote):
+        for client in state.clients.values():
+            assert client.viewed.keys() <= client.held.keys(), "a view of what is not held"
+        for object_id in (*self._ranges, *self._files, *self._remote, *self.call_sites):
             assert object_id in state.objects, f"memory of {object_id.hex()} leaks"
         offsets = list(self._ranges.values())
         for client in state.clients.values():

@@ -117,11 +117,14 @@ class ObjectRecord:
 class ClientRecord:
     """A process that uses the API: what it holds and what it waits for."""
 
-    __slots__ = ("functions", "held", "ranges", "requests")
+    __slots__ = ("functions", "held", "ranges", "requests", "viewed")
 
     def __init__(self) -> None:
         #: Objects that the client holds; the values mean nothing, the order is that of holding.
         self.held: dict[ObjectId, None] = {}
+        #: Of these, the ones that it had no ref to, only a view of, when it began to hold them;
+        #: for those who look into the node's memory.
+        self.viewed: dict[ObjectId, None] = {}
         #: request id -> request not answered yet.
         self.requests: dict[int, Request] = {}
         #: object id -> offset of ranges handed out and not sealed.

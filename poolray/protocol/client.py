@@ -80,6 +80,7 @@ class AddReferences(msgspec.Struct, frozen=True, array_like=True, tag=109, kw_on
     """The client now holds these (it had not before)."""
 
     object_ids: list[ObjectId]
+    viewed: list[ObjectId] = []  #: of these, those that it has no ref to, only views of
 
 
 class ReleaseReferences(msgspec.Struct, frozen=True, array_like=True, tag=110, kw_only=True):
@@ -94,6 +95,13 @@ class AllocateRange(msgspec.Struct, frozen=True, array_like=True, tag=111, kw_on
     request_id: int
     object_id: ObjectId
     size_bytes: int
+
+
+class NoteCallSite(msgspec.Struct, frozen=True, array_like=True, tag=113, kw_only=True):
+    """Where these objects were made; sent only if `Config.record_ref_creation_sites` is set."""
+
+    object_ids: list[ObjectId]
+    call_site: str
 
 
 class CancelTasks(msgspec.Struct, frozen=True, array_like=True, tag=112, kw_only=True):
@@ -148,6 +156,7 @@ ClientRequest: TypeAlias = (
     | AddReferences
     | ReleaseReferences
     | AllocateRange
+    | NoteCallSite
     | CancelTasks
 )
 

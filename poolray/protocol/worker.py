@@ -26,6 +26,7 @@ from poolray.protocol.client import (
     DefineClass,
     DefineFunction,
     GetObjects,
+    NoteCallSite,
     ObjectValues,
     PutObject,
     RangeGranted,
@@ -108,6 +109,7 @@ class TasksFinished(msgspec.Struct, frozen=True, array_like=True, tag=12, kw_onl
     #: Objects from arguments that the worker goes on holding (views or refs that outlive the task).
     kept: list[ObjectId] = []
     released: list[ObjectId] = []
+    viewed: list[ObjectId] = []  #: of `kept`, those that it has no ref to, only views of
 
 
 class TasksHandedBack(msgspec.Struct, frozen=True, array_like=True, tag=13, kw_only=True):
@@ -192,6 +194,7 @@ class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_onl
         | AddReferences
         | ReleaseReferences
         | AllocateRange
+        | NoteCallSite
     )
 
 

@@ -77,7 +77,13 @@ PUBLIC_NAMES = {
         "TaskOptions",
     ],
     "poolray.runtime_context": ["RuntimeContext", "get_runtime_context"],
-    "poolray.util": ["deregister_serializer", "inspect_serializability", "register_serializer"],
+    "poolray.util": [
+        "deregister_serializer",
+        "inspect_serializability",
+        "memory_summary",
+        "register_serializer",
+    ],
+    "poolray.util.memory": ["format_table", "memory_summary"],
     "poolray.util.check_serialize": ["FailureTuple", "inspect_serializability"],
     "poolray.util.serialization": ["deregister_serializer", "register_serializer"],
     "poolray.multiprocessing.pool": [

@@ -1,0 +1,161 @@
+"""A look at the node's memory: which objects there are, where they are, who holds them.
+
+What: makes a `MemoryTable` of the machine's tables.
+Who calls: `node/node.py`, when somebody asks.
+May touch: nothing; it changes nothing either.
+Invariants: each holder that the counts know appears; totals are over all objects.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping
+
+from poolray.ids import ClientId, ObjectId
+from poolray.node.state import NodeState
+from poolray.objects.directory import READY, ObjectRecord
+from poolray.protocol.memory import (
+    HolderKind,
+    MemoryTable,
+    ObjectEntry,
+    ObjectHolder,
+    Place,
+    PlaceUse,
+    SpillingUse,
+)
+from poolray.protocol.values import InArena, InFile
+from poolray.tasks.lifecycle import TaskRecord
+
+
+def memory_table(
+    state: NodeState,
+    *,
+    pid: int,
+    tasks: Iterable[TaskRecord],
+    lineage: Iterable[TaskRecord],
+    call_sites: Mapping[ObjectId, str],
+    limit: int | None,
+) -> MemoryTable:
+    """The table of a node.
+
+    Parameters
+    ----------
+    pid : int
+        The node's own process, where its local client lives.
+    tasks, lineage : iterables of TaskRecord
+        Those that hold their dependencies and borrowed refs: tasks that workers may still read
+        the arguments of, and ended ones that are kept to be run again.
+    limit : int or None
+        Objects to list: the largest ones.
+    """
+    objects = state.objects
+    places = dict.fromkeys(Place, (0, 0))
+    for record in objects.values():
+        place, size = _place_of(record)
+        count, total = places[place]
+        places[place] = count + 1, total + max(0, size)
+    ids = list(objects)
+    if limit is not None and limit < len(ids):
+        ids = heapq.nlargest(limit, ids, key=lambda o: _place_of(objects[o])[1])
+    else:
+        ids.sort(key=lambda o: -_place_of(objects[o])[1])
+    holders: dict[ObjectId, list[ObjectHolder]] = {object_id: [] for object_id in ids}
+    _add_clients(state, pid, holders)
+    _add_tasks(state, tasks, HolderKind.USED_BY_PENDING_TASK, holders)
+    _add_tasks(state, lineage, HolderKind.USED_BY_LINEAGE, holders)
+    _add_containers(objects, holders)
+    arena = state.allocator.statistics()
+    return MemoryTable(
+        node_id=state.node_id,
+        pid=pid,
+        objects=[_entry(o, objects[o], holders[o], call_sites.get(o, "")) for o in ids],
+        left_out=len(objects) - len(ids),
+        places={
+            place: PlaceUse(objects=count, size_bytes=size)
+            for place, (count, size) in places.items()
+        },
+        capacity_bytes=arena.capacity_bytes,
+        used_bytes=arena.used_bytes,
+        high_water_bytes=arena.high_water_bytes,
+        free_ranges=arena.free_ranges,
+        largest_free_bytes=arena.largest_free_bytes,
+        records_call_sites=bool(state.config.record_ref_creation_sites),
+        spilling=SpillingUse(),
+    )
+
+
+def _place_of(record: ObjectRecord) -> tuple[Place, int]:
+    """Where a value is, and its bytes."""
+    value = record.value
+    if record.state is not READY:
+        return Place.PENDING, -1
+    if isinstance(value, InArena):
+        return Place.ELSEWHERE if value.node_id else Place.ARENA, value.size_bytes
+    if isinstance(value, InFile):
+        return Place.FILE, value.size_bytes
+    return Place.INLINE, len(value)
+
+
+def _entry(
+    object_id: ObjectId, record: ObjectRecord, holders: list[ObjectHolder], call_site: str
+) -> ObjectEntry:
+    place, size = _place_of(record)
+    return ObjectEntry(
+        object_id=object_id,
+        size_bytes=size,
+        place=place,
+        is_error=record.is_error,
+        holders=holders,
+        call_site=call_site,
+    )
+
+
+def _add_clients(
+    state: NodeState, local_pid: int, holders: dict[ObjectId, list[ObjectHolder]]
+) -> None:
+    pid_by_client: dict[ClientId, int] = {w.client_id: w.pid for w in state.workers.values()}
+    pid_by_client[state.local_client] = local_pid
+    code = {
+        definition.blob.object_id: definition.name
+        for definition in state.functions.values()
+        if not isinstance(definition.blob, bytes)
+    }
+    for client_id, client in state.clients.items():
+        pid = pid_by_client.get(client_id, 0)
+        for object_id in client.held:
+            if (known := holders.get(object_id)) is None:
+                continue
+            if object_id in code:
+                kind = HolderKind.FUNCTION_DEFINITION
+            elif object_id in client.viewed:
+                kind = HolderKind.PINNED_IN_MEMORY
+            else:
+                kind = HolderKind.LOCAL_REFERENCE
+            known.append(ObjectHolder(kind=kind, pid=pid, name=code.get(object_id, "")))
+
+
+def _add_tasks(
+    state: NodeState,
+    records: Iterable[TaskRecord],
+    kind: HolderKind,
+    holders: dict[ObjectId, list[ObjectHolder]],
+) -> None:
+    for record in records:
+        worker = state.workers.get(record.worker_id) if record.worker_id is not None else None
+        holder = ObjectHolder(
+            kind=kind,
+            pid=worker.pid if worker is not None else 0,
+            name=record.class_queue.task_class.name,
+        )
+        for object_id in dict.fromkeys((*record.dependencies, *record.borrows)):
+            if (known := holders.get(object_id)) is not None:
+                known.append(holder)
+
+
+def _add_containers(
+    objects: Mapping[ObjectId, ObjectRecord], holders: dict[ObjectId, list[ObjectHolder]]
+) -> None:
+    for object_id, record in objects.items():
+        for inner in record.contained:
+            if (known := holders.get(inner)) is not None:
+                known.append(ObjectHolder(kind=HolderKind.CAPTURED_IN_OBJECT, name=object_id.hex()))
