@@ -131,7 +131,9 @@ class Pumped(Protocol):
         """A worker's report."""
 
     def on_server_news(self, host: Any) -> None:
-        """A fork server's channel has something, or is closed."""
+        """A channel that is not for reports (a fork server's, or another) has something, or is
+        closed.
+        """
 
     def settle(self) -> None:
         """After packets: hand results over, flush what waits; runs user code. Ctrl-C is held back
@@ -313,6 +315,18 @@ class Reactor:
         self._watched[host.commands.fileno()] = (None, host)
         self._poller.register(host.reports, select.POLLIN)
         self._poller.register(host.commands, select.POLLIN)
+        self.wake()
+
+    def watch_other(self, channel: socket.socket, owner: Any) -> None:
+        """Poll a channel that is no worker's; its owner's news goes where that of servers goes."""
+        self._watched[channel.fileno()] = (None, owner)
+        self._poller.register(channel, select.POLLIN)
+        self.wake()
+
+    def unwatch_other(self, channel: socket.socket) -> None:
+        """Stop polling a channel that `watch_other` was given, before it is closed."""
+        if self._watched.pop(channel.fileno(), None) is not None:
+            self._poller.unregister(channel)
         self.wake()
 
     def unwatch(self, host: Any) -> None:

@@ -43,7 +43,7 @@ from poolray.ids import (
     TaskIdSource,
     WorkerId,
 )
-from poolray.local import process_state
+from poolray.local import inspection, process_state
 from poolray.local.callbacks import CallbackThread
 from poolray.local.fork_server import WorkerSetup
 from poolray.local.reactor import Guard, Interrupts, Reactor, Waitable
@@ -235,6 +235,7 @@ class LocalRuntime:
         #: Messages to the machine that effects have given rise to.
         self._echoes: deque[Any] = deque()
         self.client.ring_when_dropped(self.reactor.ring_if_parked)
+        self._inspection = self._open_inspection()
         process_state.on_fork_in_child(self._abandon)
         _runtimes.add(self)
 
@@ -396,8 +397,30 @@ class LocalRuntime:
         finally:
             process_state.lock.release()
 
-    def on_server_news(self, host: WorkerHost) -> None:
-        """A fork server reports exits, or is gone."""
+    def _open_inspection(self) -> inspection.Inspection | None:
+        """Let `poolray memory` look in, where the system can do that."""
+        if not inspection.is_supported():
+            return None
+        try:
+            made = inspection.Inspection(
+                self.job_id.hex(), lambda: self.memory_table(inspection.LIMIT)
+            )
+        except OSError:
+            return None  # no descriptors left, or a sandbox: a comfort, nothing depends on it
+        self.reactor.watch_other(made.listener, made)
+        return made
+
+    def _close_inspection(self) -> None:
+        if self._inspection is not None:
+            self.reactor.unwatch_other(self._inspection.listener)
+            self._inspection.close()
+            self._inspection = None
+
+    def on_server_news(self, host: WorkerHost | inspection.Inspection) -> None:
+        """A fork server reports exits, or is gone; or somebody wants to look in."""
+        if isinstance(host, inspection.Inspection):
+            host.answer()
+            return
         if host.closed:
             return
         news = host.news()
@@ -871,6 +894,7 @@ class LocalRuntime:
             if not self.wait_group_ended(handle, self.config.stop_timeout_s):
                 self._end_group(handle.group_id)
         self.reactor.stop()
+        self._close_inspection()
         self._deliver_unfinished_output()
         self._settle_at_once()
         self.reactor.wait_for_callers(self.config.stop_timeout_s)
@@ -893,6 +917,7 @@ class LocalRuntime:
             host.abandon()
         self._hosts.clear()
         self._groups.clear()
+        self._close_inspection()
         self.reactor.close()
         self.arena.forget_parent()
         _runtimes.discard(self)

@@ -25,13 +25,13 @@ _Row = tuple[ObjectEntry, ObjectHolder]
 
 _NOBODY = ObjectHolder(kind=HolderKind.LOCAL_REFERENCE, name="nobody: it is being freed")
 
-_GROUPS: dict[str, Callable[[_Row], str]] = {
+GROUPS: dict[str, Callable[[_Row], str]] = {
     "NODE_ADDRESS": lambda row: "127.0.0.1",
     "STACK_TRACE": lambda row: row[0].call_site or "unknown",
     "PID": lambda row: _pid(row[1]),
     "REFERENCE_TYPE": lambda row: row[1].kind.name,
 }
-_ORDERS: dict[str, Callable[[_Row], Any]] = {
+ORDERS: dict[str, Callable[[_Row], Any]] = {
     "OBJECT_SIZE": lambda row: -row[0].size_bytes,
     "PID": lambda row: row[1].pid,
     "REFERENCE_TYPE": lambda row: row[1].kind.name,
@@ -120,8 +120,8 @@ def memory_summary(
 def check_options(group_by: str, sort_by: str, units: str, num_entries: int | None) -> None:
     """Refuse names that mean nothing."""
     for name, value, known in (
-        ("group_by", group_by, _GROUPS),
-        ("sort_by", sort_by, _ORDERS),
+        ("group_by", group_by, GROUPS),
+        ("sort_by", sort_by, ORDERS),
         ("units", units, UNITS),
     ):
         if not isinstance(value, str) or value.upper() not in known:
@@ -142,7 +142,7 @@ def format_table(
     """A table as text; the parameters are those of `memory_summary`, checked."""
     lines = [f"======== Objects of the runtime in process {table.pid} ========"]
     if not stats_only:
-        key, order = _GROUPS[group_by.upper()], _ORDERS[sort_by.upper()]
+        key, order = GROUPS[group_by.upper()], ORDERS[sort_by.upper()]
         shown = "all" if num_entries is None else str(num_entries)
         what = group_by.lower().replace("_", " ")
         lines.append(

@@ -83,6 +83,7 @@ PUBLIC_NAMES = {
         "memory_summary",
         "register_serializer",
     ],
+    "poolray.__main__": ["main"],
     "poolray.util.memory": ["format_table", "memory_summary"],
     "poolray.util.check_serialize": ["FailureTuple", "inspect_serializability"],
     "poolray.util.serialization": ["deregister_serializer", "register_serializer"],

@@ -1,0 +1,97 @@
+"""The command line: `poolray memory`, or `python -m poolray memory`.
+
+What: parses options, asks drivers, prints.
+Who calls: users, in a terminal.
+May touch: the drivers of the same user, through `poolray/local/inspection.py`.
+Invariants: asking changes nothing; exit code 0 says that every driver that was found has answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from poolray._version import __version__
+from poolray.exceptions import PoolrayError
+from poolray.local import inspection
+from poolray.util.memory import GROUPS, ORDERS, UNITS, format_table
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; gives the exit code."""
+    options = _parser().parse_args(arguments)
+    code: int = options.run(options)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="poolray", description="Look at running programs.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    memory = commands.add_parser(
+        "memory",
+        help="objects of running drivers: sizes, places, and who holds them",
+        description="Print the objects of this user's running drivers: sizes, places, and which "
+        "process, task or object holds them.",
+    )
+    memory.set_defaults(run=_memory)
+    memory.add_argument("--pid", type=int, help="only this driver (default: all of this user)")
+    memory.add_argument("--list", action="store_true", help="print the pids of drivers, no more")
+    memory.add_argument("--group-by", type=str.upper, choices=sorted(GROUPS), default="PID")
+    memory.add_argument("--sort-by", type=str.upper, choices=sorted(ORDERS), default="OBJECT_SIZE")
+    memory.add_argument("--units", type=str.upper, choices=list(UNITS), default="B")
+    memory.add_argument("--stats-only", action="store_true", help="only sums, no objects")
+    memory.add_argument(
+        "-n", "--num-entries", type=_count, metavar="N", help="lines per group (default: all)"
+    )
+    memory.add_argument(
+        "--timeout", type=float, default=10.0, metavar="S", help="seconds to wait (default: 10)"
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return number
+
+
+def _memory(options: argparse.Namespace) -> int:
+    found = inspection.drivers()
+    if options.pid is not None:
+        found = {pid: names for pid, names in found.items() if pid == options.pid}
+    if not found:
+        whose = "of this user" if options.pid is None else f"with pid {options.pid}"
+        sys.stderr.write(f"poolray: no running driver {whose} was found.\n")
+        return 1
+    if options.list:
+        sys.stdout.write("".join(f"{pid}\n" for pid in found))
+        return 0
+    code = 0
+    for names in found.values():
+        for name in names:
+            try:
+                table = inspection.ask(name, options.timeout)
+            except PoolrayError as error:
+                sys.stderr.write(f"poolray: {error}\n")
+                code = 1
+                continue
+            sys.stdout.write(
+                format_table(
+                    table,
+                    group_by=options.group_by,
+                    sort_by=options.sort_by,
+                    units=options.units,
+                    stats_only=options.stats_only,
+                    num_entries=options.num_entries,
+                )
+            )
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
