@@ -27,10 +27,18 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "poolray"
 PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md")])
 #: Modules whose public names users import; each name has an example in its docstring.
-USERS_IMPORT_FROM = ["poolray", "poolray.multiprocessing.pool"]
+USERS_IMPORT_FROM = ["poolray", "poolray.multiprocessing.pool", "poolray.util"]
 WITHOUT_EXAMPLE = {
     # The standard library's, and what is only ever given to users.
-    *("__version__", "exceptions", "MaybeEncodingError", "RemoteTraceback", "ThreadPool"),
+    *(
+        "__version__",
+        "exceptions",
+        "util",
+        "deregister_serializer",
+        "MaybeEncodingError",
+        "RemoteTraceback",
+        "ThreadPool",
+    ),
     *("TimeoutError", "ApplyResult", "AsyncResult", "MapResult", "IMapUnorderedIterator"),
 }
 
