@@ -356,12 +356,21 @@ class Client:
                 stacklevel=_level_of_caller(),
             )
 
-    def _check_captured(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_captured(
+        self,
+        name: str,
+        data: bytes | Serialized,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         """The same for functions among the arguments of a call, which are not sent just once."""
+        whole = len(data) if isinstance(data, bytes) else data.size_bytes
+        if whole <= self.config.function_warn_bytes:
+            return
         for label, value in [*((str(i), a) for i, a in enumerate(args)), *kwargs.items()]:
             if isinstance(value, _FUNCTIONS):
-                data = self._serializer.dumps(value)
-                size = len(data) if isinstance(data, bytes) else data.size_bytes
+                part = self._serializer.dumps(value)
+                size = len(part) if isinstance(part, bytes) else part.size_bytes
                 function = getattr(value, "__qualname__", type(value).__qualname__)
                 self._check_size(size, f"{function} (argument {label} of {name})")
 
@@ -399,9 +408,8 @@ class Client:
             data = self._serializer.dumps((args, kwargs))
         except _PICKLING_ERRORS as error:
             raise self._argument_error(task_class.name, args, kwargs, error) from error
-        size = len(data) if type(data) is bytes else data.size_bytes  # type: ignore[union-attr]
-        if size > self.config.function_warn_bytes:
-            self._check_captured(task_class.name, args, kwargs)
+        if type(data) is not bytes or len(data) > self.config.function_warn_bytes:
+            self._check_captured(task_class.name, data, args, kwargs)
         self.link.enter()
         try:
             payload, borrows, temporary = self._payload(data)

@@ -118,8 +118,6 @@ _LOOK_BYTES = 256 * 1024
 
 def may_shrink(stream: bytes) -> bool:
     """Whether a large pickle stream probably has array data in it that could be kept out."""
-    if len(stream) <= OUT_OF_BAND_MIN_BYTES:
-        return False
     return (
         any(stream.find(mention, 0, _LOOK_BYTES) >= 0 for mention in _MENTIONS)
         and stream.find(_OBJECT_DTYPE, 0, _LOOK_BYTES) < 0

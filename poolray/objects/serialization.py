@@ -46,6 +46,10 @@ _CONNECTION = b".connection"
 _NEEDS_CLOUDPICKLE = (pickle.PicklingError, AttributeError, TypeError)
 
 
+#: Empty unless the user has registered serializers: then plain pickle does not do.
+_registered = reducers.registered
+
+
 class _Context(ThreadLocal):
     """What the running `serialize` of this thread has met."""
 
@@ -178,12 +182,11 @@ class Serializer:
         buffers: list[memoryview] = []
         try:
             keep = partial(_keep, buffers, 0 if self._out_of_band_all else OUT_OF_BAND_MIN_BYTES)
-            by_table = bool(reducers.registered)
             try:
-                if by_table:
-                    data = _dumps_by_table(value, keep)
-                else:
+                if not _registered:
                     data = pickle.dumps(value, 5, buffer_callback=keep)
+                else:
+                    data = _dumps_by_table(value, keep)
             except _NEEDS_CLOUDPICKLE:
                 by_value = True
             except RecursionError as error:
@@ -199,7 +202,7 @@ class Serializer:
                 refs.clear()
                 buffers.clear()
                 data = self._dumps_by_value(value, keep)
-            elif not by_table and reducers.may_shrink(data):
+            elif len(data) > OUT_OF_BAND_MIN_BYTES and reducers.may_shrink(data):
                 refs.clear()
                 buffers.clear()
                 data = _dumps_by_table(value, keep)
