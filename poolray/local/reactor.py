@@ -327,7 +327,6 @@ class Reactor:
         """Stop polling a channel that `watch_other` was given, before it is closed."""
         if self._watched.pop(channel.fileno(), None) is not None:
             self._poller.unregister(channel)
-        self.wake()
 
     def unwatch(self, host: Any) -> None:
         """Stop polling a host's channels, before they are closed."""

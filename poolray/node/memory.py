@@ -61,6 +61,7 @@ def memory_table(
         ids.sort(key=lambda o: -_place_of(objects[o])[1])
     holders: dict[ObjectId, list[ObjectHolder]] = {object_id: [] for object_id in ids}
     _add_clients(state, pid, holders)
+    _add_functions(state, holders)
     _add_tasks(state, tasks, HolderKind.USED_BY_PENDING_TASK, holders)
     _add_tasks(state, lineage, HolderKind.USED_BY_LINEAGE, holders)
     _add_containers(objects, holders)
@@ -115,23 +116,20 @@ def _add_clients(
 ) -> None:
     pid_by_client: dict[ClientId, int] = {w.client_id: w.pid for w in state.workers.values()}
     pid_by_client[state.local_client] = local_pid
-    code = {
-        definition.blob.object_id: definition.name
-        for definition in state.functions.values()
-        if not isinstance(definition.blob, bytes)
-    }
     for client_id, client in state.clients.items():
         pid = pid_by_client.get(client_id, 0)
         for object_id in client.held:
-            if (known := holders.get(object_id)) is None:
-                continue
-            if object_id in code:
-                kind = HolderKind.FUNCTION_DEFINITION
-            elif object_id in client.viewed:
-                kind = HolderKind.PINNED_IN_MEMORY
-            else:
-                kind = HolderKind.LOCAL_REFERENCE
-            known.append(ObjectHolder(kind=kind, pid=pid, name=code.get(object_id, "")))
+            if (known := holders.get(object_id)) is not None:
+                viewed = object_id in client.viewed
+                kind = HolderKind.PINNED_IN_MEMORY if viewed else HolderKind.LOCAL_REFERENCE
+                known.append(ObjectHolder(kind=kind, pid=pid))
+
+
+def _add_functions(state: NodeState, holders: dict[ObjectId, list[ObjectHolder]]) -> None:
+    for definition in state.functions.values():
+        blob = definition.blob
+        if not isinstance(blob, bytes) and (known := holders.get(blob.object_id)) is not None:
+            known.append(ObjectHolder(kind=HolderKind.FUNCTION_DEFINITION, name=definition.name))
 
 
 def _add_tasks(

@@ -43,8 +43,8 @@ class ObjectHolder(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """One reason for which an object is kept."""
 
     kind: HolderKind
-    pid: int = 0  #: the process; of a task that has not begun, and of other nodes: 0
-    name: str = ""  #: of the task; of the containing object, its id
+    pid: int = 0  #: the process; 0: none, or one on another node
+    name: str = ""  #: of the task or function; of the containing object, its id
 
 
 class ObjectEntry(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
