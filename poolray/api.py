@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
-from poolray.client import Client
+from poolray.client import Client, stale_ref_error
 from poolray.config import Config
 from poolray.exceptions import NotSupportedError
 from poolray.local import process_state
@@ -377,6 +377,20 @@ def find_client() -> Client:
         return client
 
 
+def _client_for(ref: ObjectRef[Any]) -> Client:
+    """The process's client, which must have been there before the ref.
+
+    Raises
+    ------
+    ValueError
+        There is none: the ref's runtime has been shut down, or is another process's.
+    """
+    client = process_state.client()
+    if client is None or not (process_state.is_worker() or local_runtime.current() is not None):
+        raise stale_ref_error(ref)
+    return client
+
+
 class _RemoteDecorator(Protocol):
     """What `remote(...)` with options gives."""
 
@@ -499,7 +513,8 @@ def get(object_refs: Any, *, timeout: float | None = None, writable: bool = Fals
     WorkerCrashedError
         The worker died, and `max_retries` further attempts failed as well.
     ValueError, TypeError
-        Something else than a ref, or a list of refs, was passed.
+        Something else than a ref, or a list of refs, was passed; a ref of a runtime that has been
+        shut down, or of the process that this one was forked from.
 
     Notes
     -----
@@ -512,11 +527,10 @@ def get(object_refs: Any, *, timeout: float | None = None, writable: bool = Fals
     >>> poolray.get([poolray.put(1), poolray.put(2)])
     [1, 2]
     """
-    client = find_client()
     if timeout is not None:
         timeout = _check_get_timeout(timeout)
     if isinstance(object_refs, ObjectRef):
-        return client.get([object_refs], timeout, writable)[0]
+        return _client_for(object_refs).get([object_refs], timeout, writable)[0]
     if not isinstance(object_refs, list):
         raise ValueError(
             f"Invalid type of object refs, {type(object_refs)}, is given. 'object_refs' must "
@@ -530,7 +544,7 @@ def get(object_refs: Any, *, timeout: float | None = None, writable: bool = Fals
             )
     if not object_refs:
         return []
-    return client.get(object_refs, timeout, writable)
+    return _client_for(object_refs[0]).get(object_refs, timeout, writable)
 
 
 def _check_get_timeout(timeout: Any) -> float | None:
@@ -601,7 +615,8 @@ def wait(
     Raises
     ------
     TypeError, ValueError
-        Not a list of different refs; `num_returns` out of range; a negative timeout.
+        Not a list of different refs; `num_returns` out of range; a negative timeout; a ref of a
+        runtime that has been shut down, or of the process that this one was forked from.
 
     Examples
     --------
@@ -610,11 +625,10 @@ def wait(
     >>> len(ready), len(rest)
     (1, 1)
     """
-    client = find_client()
     _check_wait(ray_waitables, num_returns, timeout)
     if not ray_waitables:
         return [], []
-    ready = client.wait(ray_waitables, num_returns, timeout)[:num_returns]
+    ready = _client_for(ray_waitables[0]).wait(ray_waitables, num_returns, timeout)[:num_returns]
     chosen = dict.fromkeys(ready)
     rest = [ref for index, ref in enumerate(ray_waitables) if index not in chosen]
     return [ray_waitables[index] for index in ready], rest

@@ -112,8 +112,13 @@ class Client:
         config: Config,
         task_ids: TaskIdSource,
         serializer: Serializer,
+        is_worker: bool = False,
     ) -> None:
         self.link = link
+        #: Handles of the driver, among a worker's inherited globals, are as good as its own.
+        self._is_worker = is_worker
+        #: Why handles of this client are of no use any more; empty: they are.
+        self.ended = ""
         self.config = config
         self.task_ids = task_ids
         self._arena = arena
@@ -382,6 +387,38 @@ class Client:
                 self.link.send(DefineClass(task_class=task_class))
                 known[task_class.class_id] = None
 
+    # ---- handles of others -----------------------------------------------------------------------
+
+    def _refuse(self, ref: ObjectRef[Any]) -> None:
+        """A handle was not made by this client.
+
+        Raises
+        ------
+        ValueError
+            Its runtime is not that of this process.
+        """
+        if not self._is_worker:
+            raise stale_ref_error(ref)
+
+    def _ids_of(self, refs: Sequence[ObjectRef[Any]]) -> list[ObjectId]:
+        ids = []
+        for ref in refs:
+            if ref._client is not self:
+                self._refuse(ref)
+            ids.append(ref._id)
+        return ids
+
+    def _inner_refs(self, data: bytes | Serialized) -> list[ObjectId]:
+        """The refs inside a value; each is held here."""
+        if isinstance(data, bytes) or not data.refs:
+            return []
+        inner = list(dict.fromkeys(data.refs))
+        if not self._is_worker:
+            for object_id in inner:
+                if object_id not in self._counts:
+                    raise _stale(object_id, "inside the value belongs to another runtime")
+        return inner
+
     def submit(
         self, task_class: TaskClass, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[ObjectRef[Any]]:
@@ -400,10 +437,10 @@ class Client:
         slots: list[int | str] = []
         for value in args:
             if type(value) is _REF:
-                args = _take_refs(args, dependencies, slots)
+                args = self._take_refs(args, dependencies, slots)
                 break
         if kwargs:
-            kwargs = _take_keyword_refs(kwargs, dependencies, slots)
+            kwargs = self._take_keyword_refs(kwargs, dependencies, slots)
         try:
             data = self._serializer.dumps((args, kwargs))
         except _PICKLING_ERRORS as error:
@@ -434,12 +471,41 @@ class Client:
             self.link.leave()
         return refs
 
+    def _take_refs(
+        self, args: tuple[Any, ...], dependencies: list[ObjectId], slots: list[int | str]
+    ) -> tuple[Any, ...]:
+        """Arguments with None in place of top-level refs, which become dependencies."""
+        plain = list(args)
+        for index, value in enumerate(args):
+            if type(value) is _REF:
+                if value._client is not self:
+                    self._refuse(value)
+                dependencies.append(value._id)
+                slots.append(index)
+                plain[index] = None
+        return tuple(plain)
+
+    def _take_keyword_refs(
+        self, kwargs: dict[str, Any], dependencies: list[ObjectId], slots: list[int | str]
+    ) -> dict[str, Any]:
+        plain = kwargs
+        for name, value in kwargs.items():
+            if type(value) is _REF:
+                if value._client is not self:
+                    self._refuse(value)
+                if plain is kwargs:
+                    plain = dict(kwargs)
+                dependencies.append(value._id)
+                slots.append(name)
+                plain[name] = None
+        return plain
+
     def _payload(
         self, data: bytes | Serialized
     ) -> tuple[bytes | InArena | InFile, list[ObjectId], ObjectId | None]:
         """Serialized arguments, the refs inside them, and the object made for them if large."""
         size = len(data) if isinstance(data, bytes) else data.size_bytes
-        borrows = [] if isinstance(data, bytes) else list(dict.fromkeys(data.refs))
+        borrows = self._inner_refs(data)
         if size <= self.config.inline_max_bytes:
             return (data if isinstance(data, bytes) else data.to_bytes()), borrows, None
         object_id = self.next_object_id()
@@ -537,7 +603,7 @@ class Client:
         object_id = self.next_object_id()
         size = len(data) if isinstance(data, bytes) else data.size_bytes
         stored: bytes | InArena | InFile
-        contained = [] if isinstance(data, bytes) else list(dict.fromkeys(data.refs))
+        contained = self._inner_refs(data)
         self.link.enter()
         try:
             if size > self.config.inline_max_bytes:
@@ -556,7 +622,7 @@ class Client:
     ) -> list[Any]:
         """Values of refs; see `poolray.get`."""
         self.sync_references()
-        reply = self.link.get([ref._id for ref in refs], timeout_s)
+        reply = self.link.get(self._ids_of(refs), timeout_s)
         if reply is None:
             raise GetTimeoutError("Get timed out: some object(s) not ready.")
         if reply.errors:
@@ -593,12 +659,14 @@ class Client:
     ) -> list[int]:
         """Indexes of ready refs, ascending; see `poolray.wait`."""
         self.sync_references()
-        return self.link.wait([ref._id for ref in refs], count, timeout_s)
+        return self.link.wait(self._ids_of(refs), count, timeout_s)
 
     # ---- futures ---------------------------------------------------------------------------------
 
     def future_of(self, ref: ObjectRef[Any]) -> Future[Any]:
         """A future of an object's value."""
+        if self.ended:
+            raise stale_ref_error(ref)
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
 
@@ -642,6 +710,20 @@ class _Dropped(deque[ObjectId]):
             self.ring()
 
 
+def stale_ref_error(ref: ObjectRef[Any]) -> ValueError:
+    """What whoever uses a handle of another runtime is told."""
+    owner = ref._client
+    ended = owner.ended if isinstance(owner, Client) else ""
+    return _stale(ref._id, ended or "belongs to another runtime")
+
+
+def _stale(object_id: ObjectId, why: str) -> ValueError:
+    return ValueError(
+        f"ObjectRef({object_id.hex()}) {why}, so its value is not to be had: make the object "
+        "again, with put() or by calling its task."
+    )
+
+
 def function_id_of(blob: bytes) -> FunctionId:
     """The id of a serialized function."""
     return FunctionId(hashlib.blake2b(blob, digest_size=16).digest())
@@ -663,33 +745,6 @@ def _level_of_caller() -> int:
 
 
 _PICKLING_ERRORS = (TypeError, AttributeError, pickle.PicklingError)
-
-
-def _take_refs(
-    args: tuple[Any, ...], dependencies: list[ObjectId], slots: list[int | str]
-) -> tuple[Any, ...]:
-    """Arguments with None in place of top-level refs, which become dependencies."""
-    plain = list(args)
-    for index, value in enumerate(args):
-        if type(value) is _REF:
-            dependencies.append(value._id)
-            slots.append(index)
-            plain[index] = None
-    return tuple(plain)
-
-
-def _take_keyword_refs(
-    kwargs: dict[str, Any], dependencies: list[ObjectId], slots: list[int | str]
-) -> dict[str, Any]:
-    plain = kwargs
-    for name, value in kwargs.items():
-        if type(value) is _REF:
-            if plain is kwargs:
-                plain = dict(kwargs)
-            dependencies.append(value._id)
-            slots.append(name)
-            plain[name] = None
-    return plain
 
 
 def ready_to_raise(error: Any) -> BaseException:

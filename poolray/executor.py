@@ -94,8 +94,7 @@ class _Future(Future[R]):
             return timeout
         if runtime.closed:
             raise RuntimeError(
-                "This future will not be set: its runtime was shut down, or it belongs to "
-                "another process."
+                f"This future will not be set: its runtime {runtime.ended}; make a new Executor."
             )
         if runtime.open_batches:
             runtime.flush_batches()
@@ -486,7 +485,8 @@ class Executor(StandardExecutor):
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
         if core.runtime is not None and core.runtime.closed:
             raise RuntimeError(
-                "cannot schedule new futures after poolray.shutdown(): make a new Executor"
+                f"cannot schedule new futures: the executor's runtime {core.runtime.ended}; make a "
+                "new Executor"
             )
 
     # ---- end -------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from poolray.exceptions import NotSupportedError, PoolrayError
 from poolray.local import runtime as local_runtime
-from poolray.local.calls import CallGroup
+from poolray.local.calls import CallGroup, split_error
 from poolray.local.feed import PASSIVE, Feed, chunks_of
 from poolray.local.fork_server import WorkerSetup
 from poolray.local.pool_results import (
@@ -168,7 +168,7 @@ class Pool:
         def on_failed(error: bytes) -> None:
             import pickle
 
-            _fail_all(cache, pickle.loads(error))
+            _fail_all(cache, split_error(pickle.loads(error))[0])
 
         handle.on_failed = on_failed
         self._handle = handle
@@ -400,7 +400,7 @@ class Pool:
             raise ValueError("Pool not running")
         if self._runtime.closed:
             raise ValueError(
-                "Pool not running: poolray.shutdown() ended it, or it belongs to another process"
+                f"Pool not running: its runtime {self._runtime.ended}; make a new Pool"
             )
 
     # ---- end -------------------------------------------------------------------------------------

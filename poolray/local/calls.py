@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol, final
 
-from poolray.client import DefinedFunction, function_id_of
+from poolray.client import DefinedFunction, function_id_of, ready_to_raise
 from poolray.exceptions import InternalError
 from poolray.ids import ClassId, FunctionId
 from poolray.local.runtime import GroupHandle, LocalRuntime, Sink, group_has_ended
@@ -395,5 +395,5 @@ def split_error(error: Any) -> tuple[BaseException, str | None, str | None]:
     if isinstance(error, tuple):
         return error
     if isinstance(error, BaseException):
-        return error, None, None
+        return ready_to_raise(error), None, None
     return InternalError(f"a call failed with {error!r}"), None, None

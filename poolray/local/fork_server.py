@@ -481,10 +481,16 @@ def _pickle_for_child(
         pickler: Any = reduction.ForkingPickler(stream)
         pickler.dispatch_table.update(descriptor_reducers())
         try:
+            if (
+                "init_main_from_path" not in preparation
+                and "init_main_from_name" not in preparation
+            ):
+                raise pickle.PicklingError("the child has no __main__ to refer to")
             pickler.dump(work)
             body = stream.getvalue()
         except (AttributeError, pickle.PicklingError, TypeError):
-            body = dumps_function(work)  # a lambda or a closure as initializer
+            # A lambda, a closure, or a program on standard input.
+            body = dumps_function(work, setup.shared_globals)
         plain = msgspec.structs.replace(setup, initializer=None, initargs=())
         head = pickle.dumps((plain, preparation, capacity_bytes, passed, os.getpid()))
     finally:

@@ -127,6 +127,9 @@ def _release(lock: Any) -> None:
 class Pumped(Protocol):
     """What the reactor drives."""
 
+    #: What has become of it, as a verb; empty: nothing.
+    ended: str
+
     def on_packet(self, host: Any, packet: bytes) -> None:
         """A worker's report."""
 
@@ -361,9 +364,7 @@ class Reactor:
         if waited.done:
             return True
         if self._stopped:
-            raise PoolrayError(
-                "The runtime that would answer was shut down, or belongs to another process."
-            )
+            raise PoolrayError(f"The runtime that would answer {self._target.ended}.")
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._guard.enter()
         try:

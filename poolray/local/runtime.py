@@ -210,6 +210,8 @@ class LocalRuntime:
         )
         self._decode = msgspec.msgpack.Decoder(FromWorkers).decode
         self._closed = False
+        #: What has become of it, as a verb; empty: nothing, it is of use.
+        self.ended = ""
         self.callbacks = CallbackThread()
         #: This process's client; `init` gives it the serializer of the group of plain tasks.
         self.client = Client(
@@ -885,6 +887,8 @@ class LocalRuntime:
         self.client.sync_references()
         self._settle_at_once()
         self._closed = True
+        self.ended = "has been shut down"
+        self.client.ended = "belongs to a runtime that has been shut down"
         ended = pickle.dumps(PoolrayError("poolray.shutdown() ended this before it had a result."))
         for handle in list(self._groups.values()):
             if handle.on_failed is not None:
@@ -911,6 +915,7 @@ class LocalRuntime:
     def _abandon(self) -> None:
         """In a forked child: close the parent's channels here, touch nothing else."""
         self._closed = True
+        self.ended = self.client.ended = "belongs to the parent process of this fork"
         self.guard.reset()
         self.interrupts.restore()
         for host in list(self._hosts.values()):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, final
 import msgspec
 
 from poolray.config import Config
-from poolray.exceptions import PoolrayError, TaskCancelledError, TaskError
+from poolray.exceptions import PoolrayError, TaskCancelledError
 from poolray.ids import FunctionId, ObjectId, WorkerId, return_id
 from poolray.local import process_state, worker_process
 from poolray.local.channel import SpinningReader
@@ -181,9 +181,13 @@ class Worker:
             if setup.initializer is not None:
                 setup.initializer(*setup.initargs)
         except BaseException as error:
+            from poolray.local import worker_errors
+
             text = traceback.format_exc()
             failure = WorkerFailed(
-                worker_id=self.worker_id, error=_initializer_error(error, text), reason=text[-2000:]
+                worker_id=self.worker_id,
+                error=worker_errors.encode_task_error(error, "initializer", os.getpid()),
+                reason=text[-2000:],
             )
             if setup.log_initializer_error:
                 import logging
@@ -558,16 +562,3 @@ def _exit_code(error: SystemExit) -> int:
 
 def _no_function(*args: Any) -> None:
     raise PoolrayError("a call without a function was sent: this is a bug in poolray")
-
-
-def _initializer_error(error: BaseException, text: str) -> bytes:
-    try:
-        return pickle.dumps(
-            TaskError(function_name="initializer", traceback_str=text, cause=error, pid=os.getpid())
-        )
-    except Exception:
-        # The exception cannot travel: its text can.
-        cause = PoolrayError(f"{type(error).__name__}: {error}")
-        return pickle.dumps(
-            TaskError(function_name="initializer", traceback_str=text, cause=cause, pid=os.getpid())
-        )

@@ -257,6 +257,7 @@ class WorkerClient:
             config,
             TaskIdSource(os.urandom(16)),
             self._object_serializer,
+            is_worker=True,
         )
         self.take_reference_changes = self.api.take_reference_changes
         self.viewed_only = self.api.viewed_only

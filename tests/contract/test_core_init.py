@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from core_implementation import gate_at, get, init, ray
+from core_implementation import better_than_reference, gate_at, get, init, ray
 from executor_support import Gate, is_alive, wait_until
 
 
@@ -65,14 +65,45 @@ def test_a_runtime_can_be_started_again_and_old_functions_still_run() -> None:
         ray.shutdown()
 
 
-def test_a_ref_of_an_earlier_runtime_is_refused_and_does_not_hang() -> None:
+USES_OF_A_REF = {
+    "get": lambda ref: ray.get(ref, timeout=5),
+    "get of a list": lambda ref: ray.get([ref], timeout=5),
+    "wait": lambda ref: ray.wait([ref], timeout=5),
+    "argument": lambda ref: ray.get(echo.remote(ref), timeout=5),
+    "keyword argument": lambda ref: ray.get(echo.remote(value=ref), timeout=5),
+    "inside an argument": lambda ref: ray.get(echo.remote([ref]), timeout=5),
+    "inside a value": lambda ref: ray.get(ray.put([ref]), timeout=5),
+}
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["after init", "before init"])
+@pytest.mark.parametrize("use", USES_OF_A_REF.values(), ids=USES_OF_A_REF.keys())
+def test_a_ref_of_an_earlier_runtime_is_refused_and_does_not_hang(
+    use: Callable[[Any], object], again: bool
+) -> None:
     init(num_cpus=1)
-    ref = ray.put(1)
+    refs = [ray.put(1), echo.remote(1)]
+    get(refs)
     ray.shutdown()
+    if again:
+        init(num_cpus=1)
+    for ref in refs:
+        with pytest.raises(
+            ValueError, match=r"owner is unknown|has been shut down|another runtime"
+        ):
+            use(ref)
+
+
+@better_than_reference("a future of an object that is gone waits for ever")
+def test_a_future_of_an_earlier_runtime_is_refused_and_nothing_is_started_for_it() -> None:
     init(num_cpus=1)
-    # The reference says `ValueError`: the owner is unknown to the new session.
-    with pytest.raises((ValueError, ray.exceptions.ObjectLostError)):
-        get(ref)
+    ref = echo.remote(1)
+    ray.shutdown()
+    with pytest.raises(ValueError, match="has been shut down"):
+        ref.future().result(0.5)
+    with pytest.raises(ValueError, match="has been shut down"):
+        ray.get(ref)
+    assert not ray.is_initialized()
 
 
 def test_the_context_that_init_returns_describes_the_runtime_and_stops_it() -> None:

@@ -8,12 +8,19 @@ import logging
 import multiprocessing
 import os
 import resource
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 import poolray
 from poolray import Executor, Pool
+from tests.integration.support import DEADLINE_S, script_environment
 
 
 def square(x: int) -> int:
@@ -178,3 +185,58 @@ def test_dropped_values_give_their_memory_back() -> None:
     with Pool(1) as pool:
         for number in range(20):
             assert pool.apply(numpy.full, (1 << 20, float(number)))[0] == number
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("given", ["on standard input", "with -c"])
+def test_a_program_without_a_file_works_with_every_start_method(
+    given: str, start_method: str, tmp_path: Path
+) -> None:
+    """There is no `__main__` to import in a fresh interpreter: what it defines goes by value."""
+    program = textwrap.dedent(
+        f"""
+        import multiprocessing
+        import poolray
+        from poolray import Executor, Pool
+
+        offset = 1
+
+        class Thing:
+            def __init__(self, value):
+                self.value = value
+
+        def setup(value):
+            global offset
+            offset = value
+
+        def shifted(x):
+            return x + offset
+
+        if __name__ == "__main__":
+            context = multiprocessing.get_context({start_method!r})
+            with Pool(2, context=context) as pool:
+                print(pool.map(shifted, range(3)), pool.apply(Thing, (3,)).value)
+            with Pool(2, setup, (10,), context=context) as pool:
+                print(pool.map(shifted, range(3)), pool.map(lambda x: x * offset, [1]))
+            with Executor(2, context, setup, (20,)) as executor:
+                things = executor.map(Thing, range(3))
+                print(list(executor.map(shifted, range(3))), [thing.value for thing in things])
+            print(poolray.get(poolray.remote(shifted).remote(1)))
+        """
+    )
+    options = ["-"] if given == "on standard input" else ["-c", program]
+    done = subprocess.run(
+        [sys.executable, *options],
+        input=program,
+        capture_output=True,
+        text=True,
+        env=script_environment(tmp_path),
+        timeout=2 * DEADLINE_S,
+        check=False,
+    )
+    assert done.stdout.splitlines() == [
+        "[1, 2, 3] 3",
+        "[10, 11, 12] [10]",
+        "[20, 21, 22] [0, 1, 2]",
+        "2",
+    ], done

@@ -16,7 +16,7 @@ import pytest
 
 import poolray
 from poolray import Executor, Pool
-from poolray.exceptions import PoolrayError, TaskError, WorkerCrashedError, WorkerStartError
+from poolray.exceptions import PoolrayError, TaskError, WorkerCrashedError
 from tests.integration.support import (
     DEADLINE_S,
     Gate,
@@ -275,9 +275,29 @@ def test_pool_says_why_its_workers_do_not_start(
         ):
             with pytest.raises(PoolrayError, match="nothing to start with") as caught:
                 attempt()
-            assert isinstance(caught.value, WorkerStartError | TaskError)
+            assert isinstance(caught.value, TaskError)
+            assert isinstance(caught.value, LookupError), "as a task's error is"
+            assert type(caught.value.__cause__) is LookupError
     assert "LookupError: nothing to start with" in capfd.readouterr().err
     assert len(marks(tmp_path, "starts")) < 20, "it went on and on"
+
+
+class Refusal(Exception):
+    """Its pickle does not load: the constructor wants what `args` does not have."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}, {why}")
+
+
+def refuse(what: str, why: str) -> None:
+    raise Refusal(what, why)
+
+
+def test_an_initializer_s_error_that_pickle_cannot_load_arrives_all_the_same() -> None:
+    with Pool(1, refuse, ("no database", "no network")) as pool:
+        with pytest.raises(Refusal, match="no database, no network") as caught:
+            pool.apply(successor, (1,))
+        assert isinstance(caught.value, TaskError)
 
 
 def test_executor_is_broken_when_its_workers_do_not_start(tmp_path: Path) -> None:
