@@ -543,6 +543,7 @@ def get(object_refs: Any, *, timeout: float | None = None, writable: bool = Fals
                 "ray.ObjectRef."
             )
     if not object_refs:
+        find_client()
         return []
     return _client_for(object_refs[0]).get(object_refs, timeout, writable)
 
@@ -627,6 +628,7 @@ def wait(
     """
     _check_wait(ray_waitables, num_returns, timeout)
     if not ray_waitables:
+        find_client()
         return [], []
     ready = _client_for(ray_waitables[0]).wait(ray_waitables, num_returns, timeout)[:num_returns]
     chosen = dict.fromkeys(ready)
