@@ -481,13 +481,13 @@ def _pickle_for_child(
         pickler: Any = reduction.ForkingPickler(stream)
         pickler.dispatch_table.update(descriptor_reducers())
         try:
-            if (
-                "init_main_from_path" not in preparation
-                and "init_main_from_name" not in preparation
-            ):
-                raise pickle.PicklingError("the child has no __main__ to refer to")
             pickler.dump(work)
             body = stream.getvalue()
+            has_main = not preparation.keys().isdisjoint(
+                ("init_main_from_path", "init_main_from_name")
+            )
+            if b"__main__" in body and not has_main:
+                raise pickle.PicklingError("the child has no __main__ to refer to")
         except (AttributeError, pickle.PicklingError, TypeError):
             # A lambda, a closure, or a program on standard input.
             body = dumps_function(work, setup.shared_globals)
