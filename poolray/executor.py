@@ -407,21 +407,22 @@ class Executor(StandardExecutor):
         core = self._core
         assert core is not None
         future: _Future[R] = _Future(core)
-        with core.lock:
-            self._check_usable(core)
-            group = core.group or core.start()
-            core.open[future] = None
         try:
-            if type(fn) is types.FunctionType or type(fn) is types.BuiltinFunctionType:
-                stream = group.stream(fn, CallKind.CALL)
-                payload = group.dumps((args, kwargs))
-            else:
-                stream = group.apply_stream()
-                payload = group.dumps((fn, args, kwargs))
-            group.submit(stream, payload, future)
-        except Exception as error:  # as in the standard executor, the future raises it
-            future.fail(error)
-        except BaseException as error:  # Ctrl-C: nobody will ask for it
+            with core.lock:
+                self._check_usable(core)
+                group = core.group or core.start()
+                core.open[future] = None
+            try:
+                if type(fn) is types.FunctionType or type(fn) is types.BuiltinFunctionType:
+                    stream = group.stream(fn, CallKind.CALL)
+                    payload = group.dumps((args, kwargs))
+                else:
+                    stream = group.apply_stream()
+                    payload = group.dumps((fn, args, kwargs))
+                group.submit(stream, payload, future)
+            except Exception as error:  # as in the standard executor, the future raises it
+                future.fail(error)
+        except BaseException as error:  # refused, or Ctrl-C: nobody will ask for it
             future.fail(error)
             raise
         return future
@@ -462,15 +463,16 @@ class Executor(StandardExecutor):
         core = self._core
         assert core is not None
         future: _Future[list[R]] = _Future(core)
-        with core.lock:
-            self._check_usable(core)
-            group = core.group or core.start()
-            core.open[future] = None
         try:
-            stream = group.stream(fn, CallKind.STARMAP)
-            group.submit(stream, group.dumps(chunk), future)
-        except Exception as error:
-            future.fail(error)
+            with core.lock:
+                self._check_usable(core)
+                group = core.group or core.start()
+                core.open[future] = None
+            try:
+                stream = group.stream(fn, CallKind.STARMAP)
+                group.submit(stream, group.dumps(chunk), future)
+            except Exception as error:
+                future.fail(error)
         except BaseException as error:
             future.fail(error)
             raise

@@ -16,13 +16,13 @@ import multiprocessing.pool
 import os
 import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from poolray.exceptions import NotSupportedError, PoolrayError
 from poolray.local import runtime as local_runtime
-from poolray.local.calls import CallGroup, split_error
+from poolray.local.calls import CallGroup, CallStream, split_error
 from poolray.local.feed import PASSIVE, Feed, chunks_of
 from poolray.local.fork_server import WorkerSetup
 from poolray.local.pool_results import (
@@ -213,6 +213,7 @@ class Pool:
         result: ApplyResult[R] = ApplyResult(self, callback, error_callback)
         group = self._group
         try:
+            self._cache[id(result)] = result  # here: Ctrl-C finds it registered and abandoned
             if type(func) is types.FunctionType or type(func) is types.BuiltinFunctionType:
                 stream = group.stream(func, CallKind.CALL)
                 payload = group.dumps((tuple(args), kwds))
@@ -304,12 +305,25 @@ class Pool:
             if length == 0 and callback is not None:
                 self._runtime.callbacks.run(partial(callback, []))
             return result
+        feed: Feed | None = None
         try:
-            stream = self._group.stream(func, kind)
-        except Exception as error:
-            result._set(False, error)
-            return result
-        feed = Feed(self, stream, chunks_of(items, chunksize), True)
+            self._cache[id(result)] = result
+            try:
+                stream = self._group.stream(func, kind)
+            except Exception as error:
+                result._set(False, error)
+                return result
+            feed = self._feed_of(result, stream, chunks_of(items, chunksize))
+            feed.start()
+        except BaseException:
+            if feed is not None:
+                feed.stop()
+            self._abandon(result)
+            raise
+        return result
+
+    def _feed_of(self, result: MapResult, stream: CallStream, chunks: Iterator[list[Any]]) -> Feed:
+        feed = Feed(self, stream, chunks, True)
 
         def on_chunk(index: int, success: bool, value: Any) -> None:
             result.on_chunk(index, success, value)
@@ -318,13 +332,7 @@ class Pool:
                 feed.detach()
 
         feed.on_chunk = on_chunk
-        try:
-            feed.start()
-        except BaseException:
-            feed.stop()
-            self._abandon(result)
-            raise
-        return result
+        return feed
 
     def imap(
         self, func: Callable[[T], R], iterable: Iterable[T], chunksize: int = 1

@@ -84,7 +84,6 @@ class ApplyResult(Waitable, Generic[R]):
         self._error_callback = error_callback
         self._success = False
         self._value: Any = None
-        pool._cache[id(self)] = self
 
     def ready(self) -> bool:
         """Whether the call has ended."""
@@ -194,7 +193,6 @@ class MapResult(ApplyResult[list[Any]]):
         self._chunksize = chunksize
         self._left = -(-length // chunksize) if chunksize > 0 else 0
         if self._left == 0:
-            pool._cache.pop(id(self), None)
             if callback is not None and chunksize > 0:
                 pool._runtime.callbacks.run(lambda: self._call_back(callback, self._value))
             else:

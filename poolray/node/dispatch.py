@@ -634,6 +634,11 @@ class Dispatcher:
         for group in state.groups.values():
             for queue in group.ready.values():
                 assert queue.queued_calls, "an empty queue counts as ready"
+                assert (
+                    not group.idle
+                    or len(group.ready) > 1  # another class may be waiting for its turn
+                    or not state.resources.fits_now(queue.task_class.resources)
+                ), "calls wait beside an idle worker"
 
     def _check_worker(self, worker: WorkerRecord) -> None:
         group = worker.group

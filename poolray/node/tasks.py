@@ -126,9 +126,10 @@ class Tasks:
                 self.fail_encoded(record, self._no_group_error(record, group))
             elif record.missing == 0:
                 record.move(QUEUED)
+                waits_behind_others = queue.stuck and queue.queued_calls > 0
                 queue.push(record)
                 group.ready[class_id] = queue
-                if queue.stuck and queue.queued_calls > 1:
+                if waits_behind_others:
                     continue
                 if touched is not group and touched is not None:
                     self.dispatcher.dispatch(touched)

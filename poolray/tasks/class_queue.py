@@ -113,7 +113,7 @@ class ClassQueue:
             count = int(config.packet_target_s / estimate)
         else:
             count = config.packet_calls_max
-        share = -(-self.queued_calls // (2 * workers or 1))
+        share = -(-self.queued_calls // (2 * max(1, workers)))
         return max(1, min(count, share))
 
     def may_prefetch(self, config: Config) -> bool:

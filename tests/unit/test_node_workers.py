@@ -905,3 +905,18 @@ def test_a_function_that_two_clients_defined_stays_until_both_let_go() -> None:
     bench.lose(worker)
     assert bench.node.state.functions == {}
     assert bench.node.state.classes == {}
+
+
+def test_a_batch_finds_idle_workers_after_others_had_to_wait() -> None:
+    """A queue that was stuck when a worker drained it is not stuck for the next batch."""
+    bench = Bench()
+    group = bench.group(1, workers=1)
+    kind = bench.caller_class(group_id=group)
+    for _ in range(3):
+        bench.submit(kind, calls=[b"x", b"y"])  # the first is sent; the others wait behind it
+    bench.run_all(elapsed_s=1.0)  # so long that nothing is sent ahead
+    assert bench.busy() == []
+    bench.submit(kind, calls=[b"a", b"b", b"c"])
+    assert len(bench.busy()) == 1
+    bench.run_all()
+    bench.assert_empty()
