@@ -9,9 +9,10 @@ Invariants: a process has one client; in a worker it is the worker's, and `init`
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from poolray.client import Client, stale_ref_error
@@ -97,6 +98,7 @@ def init(
     num_gpus: int | None = None,
     resources: dict[str, float] | None = None,
     object_store_memory: int | None = None,
+    object_spilling_directory: str | os.PathLike[str] | Sequence[str] | None = None,
     ignore_reinit_error: bool = False,
     namespace: str | None = None,
     include_dashboard: bool | None = None,
@@ -118,7 +120,11 @@ def init(
     resources : dict of str to float
         Custom resources of this node.
     object_store_memory : int, bytes, default 30 % of the machine's memory
-        Capacity of the shared memory for large objects; pages are taken as they are used.
+        Capacity of the shared memory for large objects; pages are taken as they are used. When it
+        is used up, objects that nobody looks at go to disk, and come back when they are needed.
+    object_spilling_directory : str, path or sequence of str, default: the temporary folder
+        Where to. Several folders, best on several disks, take turns. Each runtime makes a folder of
+        its own in them when it writes its first file, and removes it at its end.
     ignore_reinit_error : bool, default False
         Return quietly when the runtime is up already (it stays as it is).
     namespace : str, optional
@@ -144,7 +150,8 @@ def init(
     RuntimeError
         The runtime is up already; an unknown keyword.
     ValueError
-        A quantity is negative, fractional or too small.
+        A quantity is negative, fractional or too small; `object_store_memory` is more than the
+        machine has; a spill directory cannot be made or written to.
     NotSupportedError
         An option that this version does not carry out.
 
@@ -161,6 +168,7 @@ def init(
     32
     """
     _check_init(address, num_cpus, num_gpus, resources, object_store_memory, namespace, options)
+    directories = _spill_directories(object_spilling_directory)
     if include_dashboard:
         raise NotSupportedError("include_dashboard=True: this version of poolray has no dashboard.")
     with process_state.lock:
@@ -179,7 +187,7 @@ def init(
         config = Config.load(
             num_cpus=num_cpus, object_store_memory_bytes=object_store_memory, **options
         )
-        _start(config, resources or {}, namespace, log_to_driver)
+        _start(config, resources or {}, namespace, log_to_driver, directories)
         return _context()
 
 
@@ -220,6 +228,12 @@ def _check_init(
             f"Attempting to cap object store memory usage at {object_store_memory} bytes, but the "
             f"minimum allowed is {_STORE_MIN_BYTES} bytes."
         )
+    if object_store_memory is not None and object_store_memory > local_runtime.memory_bytes():
+        raise ValueError(
+            f"object_store_memory is {object_store_memory} bytes, and this machine has "
+            f"{local_runtime.memory_bytes()} bytes of memory: what the store has no room for goes "
+            "to disk, so a smaller one will do."
+        )
     if namespace is not None and not isinstance(namespace, str):
         raise TypeError("namespace must be None or a string.")
     if namespace == "":
@@ -227,6 +241,42 @@ def _check_init(
 
 
 _STORE_MIN_BYTES = 1 << 20
+
+
+def _spill_directories(
+    given: str | os.PathLike[str] | Sequence[str] | None,
+) -> tuple[str, ...]:
+    """The folders that objects may be spilled to, by full path; they are there and can be used."""
+    if given is None:
+        return ()
+    names = [given] if isinstance(given, str | os.PathLike) else list(given)
+    directories = []
+    for name in names:
+        text = os.fspath(name)
+        if "://" in text:
+            raise ValueError(
+                f"object_spilling_directory is {text!r}: only folders of this machine can take "
+                "spilled objects. Mount the storage, or name a local folder."
+            )
+        if not text:
+            raise ValueError("object_spilling_directory names no folder.")
+        path = os.path.abspath(text)
+        try:
+            os.makedirs(path, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"object_spilling_directory {path} cannot be made: {error}. Name a folder that "
+                "this user may write to."
+            ) from error
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"object_spilling_directory {path} cannot be written to by this user: change its "
+                "permissions, or name another folder."
+            )
+        directories.append(path)
+    if not directories:
+        raise ValueError("object_spilling_directory names no folder.")
+    return tuple(dict.fromkeys(directories))
 
 
 def _check_whole(name: str, amount: float | None) -> None:
@@ -267,14 +317,18 @@ def _check_custom(resources: dict[str, float] | None) -> None:
 
 
 def _start(
-    config: Config, resources: dict[str, float], namespace: str | None, log_to_driver: bool
+    config: Config,
+    resources: dict[str, float],
+    namespace: str | None,
+    log_to_driver: bool,
+    spill_directories: tuple[str, ...] = (),
 ) -> None:
     """Make the runtime and the group of plain tasks; the caller holds the lock."""
     global _default_namespace
     import uuid
 
     _default_namespace = namespace or str(uuid.uuid4())
-    runtime = local_runtime.ensure(config, resources)
+    runtime = local_runtime.ensure(config, resources, spill_directories)
     if runtime.default_group is None:
         _make_default_group(runtime, log_to_driver)
     assert runtime.default_group is not None

@@ -27,7 +27,9 @@ from poolray.config import Config
 from poolray.exceptions import (
     GetTimeoutError,
     InternalError,
+    ObjectLostError,
     ObjectStoreFullError,
+    OutOfDiskError,
     PoolrayError,
     TaskError,
 )
@@ -40,17 +42,27 @@ from poolray.objects.serialization import (
     deserialize,
     dumps_function,
 )
-from poolray.objects.shared_memory import Arena, load_value_file, write_value_file
+from poolray.objects.shared_memory import Arena
+from poolray.objects.spill_files import (
+    DISK_FULL_ERRORS,
+    SpillFileError,
+    load_value,
+    write_value_file,
+)
 from poolray.protocol.client import (
     AddReferences,
     DefineClass,
     DefineFunction,
     NoteCallSite,
     ObjectValues,
+    PinObjects,
     PutObject,
+    RangeGranted,
     ReleaseFunction,
     ReleaseReferences,
+    ReturnRange,
     SubmitTasks,
+    UnpinObjects,
 )
 from poolray.protocol.values import FunctionDefinition, InArena, InFile, TaskClass, TaskSpec
 
@@ -77,11 +89,14 @@ class Link(Protocol):
     def wait(self, object_ids: list[ObjectId], count: int, timeout_s: float | None) -> list[int]:
         """Indexes of the ready ones, once there are `count` or the time is up."""
 
-    def allocate(self, object_id: ObjectId, size_bytes: int) -> int:
-        """Offset of a range to write an object to, or -1."""
+    def allocate(self, object_id: ObjectId, size_bytes: int) -> RangeGranted:
+        """Where to write an object; waits while the node makes room.
 
-    def overflow_path(self, object_id: ObjectId) -> str:
-        """Path of a file for an object that the arena has no room for."""
+        Raises
+        ------
+        KeyboardInterrupt
+            Ctrl-C while it waited, in the main thread: nothing has been granted.
+        """
 
     def when_ready(self, object_id: ObjectId, call: Callable[[ObjectValues], None]) -> None:
         """Call back once, from some thread, with the object's value."""
@@ -126,7 +141,9 @@ class Client:
         #: Ids of handles and views that died; drained by the next call.
         self._drops = _Dropped()
         self.dropped: deque[ObjectId] = self._drops
-        #: Guards `_counts` and `_fresh` (handles are made and drained from any thread).
+        #: Ids of views of memory that died; each is in `dropped` too.
+        self._unviewed: deque[ObjectId] = deque()
+        #: Guards the four fields below (handles are made and drained from any thread).
         self._lock = threading.Lock()
         #: object id -> handles and views in this process.
         self._counts: dict[ObjectId, int] = {}
@@ -137,6 +154,8 @@ class Client:
         self._fresh: dict[ObjectId, None] = {}
         #: Delivered objects whose views died before the node's count was taken over.
         self._released_early: list[ObjectId] = []
+        #: object id -> views of what tasks have brought that the node has not been told of.
+        self._fresh_views: dict[ObjectId, int] = {}
         #: Handles that went where nobody can follow: kept for good.
         self._pinned: dict[ObjectId, ObjectRef[Any]] = {}
         #: Guards the three fields below, and the order of what the node is told of functions.
@@ -191,6 +210,30 @@ class Client:
         """Serialize for other readers from now on."""
         self._serializer = serializer
 
+    def take_view_changes(self) -> tuple[list[ObjectId], list[ObjectId]]:
+        """Views that the node does not know of, and views that have died; once for each view."""
+        if not self._unviewed and not self._fresh_views:
+            return [], []
+        with self._lock:
+            fresh = self._fresh_views
+            dead: list[ObjectId] = []
+            while True:
+                try:
+                    object_id = self._unviewed.popleft()
+                except IndexError:
+                    break
+                # Views of one object are alike: whichever died, the node need not hear of both.
+                unknown = fresh.get(object_id, 0)
+                if unknown > 1:
+                    fresh[object_id] = unknown - 1
+                elif unknown == 1:
+                    del fresh[object_id]
+                else:
+                    dead.append(object_id)
+            added = [object_id for object_id, count in fresh.items() for _ in range(count)]
+            fresh.clear()
+        return added, dead
+
     def take_reference_changes(self) -> tuple[list[ObjectId], list[ObjectId]]:
         """Objects that this process holds since the last call, and those it no longer holds."""
         if not self.dropped and not self._fresh and not self._released_early:
@@ -237,16 +280,27 @@ class Client:
 
     def sync_references(self) -> None:
         """Tell the node what changed."""
-        if not self.dropped and not self._fresh and not self._released_early:
+        if (
+            not self.dropped
+            and not self._fresh
+            and not self._released_early
+            and not self._unviewed
+            and not self._fresh_views
+        ):
             return
         self.link.enter()
         try:
+            viewed, unviewed = self.take_view_changes()
             added, released = self.take_reference_changes()
             if added:
-                viewed = self.viewed_only(added)
-                self.link.send(AddReferences(object_ids=added, viewed=viewed))
+                only_viewed = self.viewed_only(added)
+                self.link.send(AddReferences(object_ids=added, viewed=only_viewed))
+            if viewed:
+                self.link.send(PinObjects(object_ids=viewed))
             if released:
                 self.link.send(ReleaseReferences(object_ids=released))
+            if unviewed:
+                self.link.send(UnpinObjects(object_ids=unviewed))
         finally:
             self.link.leave()
 
@@ -536,31 +590,37 @@ class Client:
         return return_id(self.task_ids.next_task_id(), 0)
 
     def store(self, object_id: ObjectId, data: bytes | Serialized) -> InArena | InFile:
-        """Write a large value to the arena, or to a file when that is full.
+        """Write a large value to the arena, or to a file when that has no room.
 
         Raises
         ------
         ObjectStoreFullError
-            There is room neither in the arena nor on disk.
+            There is room neither in the arena nor on disk (`OutOfDiskError`), or no file can be
+            made.
         """
         serialized = data if isinstance(data, Serialized) else Serialized(data, [], [])
         size = serialized.size_bytes
-        offset = self.link.allocate(object_id, size)
-        if offset >= 0:
-            target = self._arena.write(offset, size)
-            serialized.write_into(target)
-            target.release()
-            return InArena(object_id=object_id, offset=offset, size_bytes=size)
-        path = self.link.overflow_path(object_id)
+        granted = self.link.allocate(object_id, size)
+        if granted.refusal:
+            raise OutOfDiskError(size_bytes=size, reason=granted.refusal)
         try:
-            write_value_file(path, serialized.write_into, size)
-        except OSError as error:
-            raise ObjectStoreFullError(
-                f"No room for an object of {size} bytes: the object store is full and writing to "
-                f"{path} failed ({error}). Free refs, or give the runtime more with "
-                "init(object_store_memory=...)."
-            ) from error
-        return InFile(object_id=object_id, path=path, size_bytes=size)
+            if granted.offset >= 0:
+                target = self._arena.write(granted.offset, size)
+                serialized.write_into(target)
+                target.release()
+                return InArena(object_id=object_id, offset=granted.offset, size_bytes=size)
+            path = granted.path
+            try:
+                checksum = write_value_file(path, serialized.write_into, size)
+            except OSError as error:
+                is_full = error.errno in DISK_FULL_ERRORS
+                kind = OutOfDiskError if is_full else ObjectStoreFullError
+                reason = f"the object store is full, and writing to {path} failed ({error})"
+                raise kind(size_bytes=size, reason=reason) from error
+        except BaseException:
+            self.link.send(ReturnRange(object_id=object_id))
+            raise
+        return InFile(object_id=object_id, path=path, size_bytes=size, checksum=checksum)
 
     def _note_call_site(self, object_ids: list[ObjectId], what: str) -> None:
         """Tell the node where the running call was made."""
@@ -572,18 +632,36 @@ class Client:
             frame = frame.f_back
         self.link.send(NoteCallSite(object_ids=object_ids, call_site=" | ".join(lines)))
 
-    def load(self, value: bytes | InArena | InFile, writable: bool) -> Any:
-        """A value from where it is."""
+    def load(
+        self, value: bytes | InArena | InFile, writable: bool, *, is_counted: bool = True
+    ) -> Any:
+        """A value from where it is.
+
+        Parameters
+        ----------
+        is_counted : bool
+            The node counts this process among those who look at the value (it does not count a
+            worker for what its packets bring, which is pinned by the packet).
+
+        Raises
+        ------
+        ObjectLostError
+            The value was on disk, and its file is gone or damaged.
+        """
         if isinstance(value, bytes):
             return deserialize(value, writable)
         if isinstance(value, InFile):
-            return load_value_file(value.path, value.size_bytes, writable=writable)
+            return _load_from_disk(value, writable)
         object_id = value.object_id
         self._count(object_id, is_view=True)
-        dropped, dropped_views = self.dropped, self._dropped_views
+        if not is_counted:
+            with self._lock:
+                self._fresh_views[object_id] = self._fresh_views.get(object_id, 0) + 1
+        dropped, dropped_views, unviewed = self.dropped, self._dropped_views, self._unviewed
 
         def on_release() -> None:
             dropped_views.append(object_id)
+            unviewed.append(object_id)  # before `dropped`, which rings
             dropped.append(object_id)
 
         return self._arena.load(
@@ -626,7 +704,11 @@ class Client:
         if reply is None:
             raise GetTimeoutError("Get timed out: some object(s) not ready.")
         if reply.errors:
-            raise self.load_error(reply.values[reply.errors[0]])
+            first = reply.errors[0]
+            for index, (value, ref) in enumerate(zip(reply.values, refs, strict=True)):
+                if index != first and type(value) is InArena and not value.node_id:
+                    self.link.send(UnpinObjects(object_ids=[ref._id]))
+            raise self.load_error(_named(reply.values[first], refs[first]._id))
         try:
             return [
                 deserialize(value, writable)
@@ -634,6 +716,8 @@ class Client:
                 else self._load_as(value, ref._id, writable)
                 for value, ref in zip(reply.values, refs, strict=True)
             ]
+        except ObjectLostError:
+            raise
         except Exception as error:
             raise InternalError(
                 f"System error: a value could not be loaded: {type(error).__name__}: {error}\n"
@@ -642,9 +726,7 @@ class Client:
 
     def _load_as(self, value: bytes | InArena | InFile, object_id: ObjectId, writable: bool) -> Any:
         """Load under the name by which we hold it (a copy of a remote object has two)."""
-        if isinstance(value, InArena) and value.object_id != object_id:
-            value = InArena(object_id=object_id, offset=value.offset, size_bytes=value.size_bytes)
-        return self.load(value, writable)
+        return self.load(_named(value, object_id), writable)
 
     def load_error(self, value: bytes | InArena | InFile) -> BaseException:
         """The exception to raise for an object that is an error."""
@@ -673,7 +755,7 @@ class Client:
         def settle(reply: ObjectValues, ref: ObjectRef[Any] = ref) -> None:
             try:
                 if reply.errors:
-                    future.set_exception(self.load_error(reply.values[0]))
+                    future.set_exception(self.load_error(_named(reply.values[0], ref._id)))
                 else:
                     future.set_result(self._load_as(reply.values[0], ref._id, False))
             except Exception as error:
@@ -742,6 +824,22 @@ def _level_of_caller() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("poolray."):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def _named(value: bytes | InArena | InFile, object_id: ObjectId) -> bytes | InArena | InFile:
+    """A place under the name by which this process asked for it."""
+    if isinstance(value, InArena) and value.object_id != object_id:
+        return InArena(object_id=object_id, offset=value.offset, size_bytes=value.size_bytes)
+    return value
+
+
+def _load_from_disk(place: InFile, writable: bool) -> Any:
+    try:
+        return load_value(
+            place.path, place.offset, place.size_bytes, place.checksum, writable=writable
+        )
+    except SpillFileError as error:
+        raise ObjectLostError(object_id=place.object_id.hex(), reason=error.reason) from error
 
 
 _PICKLING_ERRORS = (TypeError, AttributeError, pickle.PicklingError)

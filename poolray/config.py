@@ -31,6 +31,17 @@ class Config:
     #: Bytes of the arena for large objects; 0 means: 30 % of the machine's memory. Sparse: pages
     #: are taken as they are first written.
     object_store_memory_bytes: int = 0
+    #: Share of the arena in use beyond which objects that nobody looks at go to disk; from 1 on,
+    #: they go only when there is no room for another one.
+    object_spilling_threshold: float = 0.8
+    #: Bytes of files that the runtime may have at once; 0 means: as much as the disk has room for.
+    object_spilling_max_bytes: int = 0
+    #: Objects go to one file until it has this many bytes: large writes, and few files.
+    min_spilling_size_bytes: int = 100 * 1024 * 1024
+    #: Threads that write and read files of objects, at the most.
+    max_io_workers: int = 4
+    #: After a failed write (the disk is full) the next attempt waits this long.
+    spill_retry_s: float = 5.0
     #: A value larger than this travels through the arena, a smaller one inside its message. Copying
     #: 100 KiB twice costs about what one allocation and mapping does.
     inline_max_bytes: int = 100 * 1024
@@ -136,6 +147,8 @@ _MINIMUM = {
     "inline_max_bytes": 1,
     "max_retries": -1,
     "workers_max": 1,
+    "min_spilling_size_bytes": 1,
+    "max_io_workers": 1,
     "imap_window_items": 1,
     "imap_window_bytes": 1,
     "worker_start_failures_max": 1,

@@ -8,7 +8,8 @@
     ├── WorkerStartError              workers of a group do not start (initializer, environment)
     ├── RuntimeEnvSetupError          the environment of a task cannot be made
     ├── GetTimeoutError               also a TimeoutError
-    ├── ObjectStoreFullError          no room for a value, neither in memory nor on disk
+    ├── ObjectStoreFullError          no room for a value in memory, and no way to put it on disk
+    │   └── OutOfDiskError            the disk is full, or the share of it that we may use
     ├── ObjectLostError               the value is gone and cannot be made again
     │   ├── ObjectFreedError
     │   ├── OwnerDiedError
@@ -40,6 +41,7 @@ __all__ = [
     "ObjectLostError",
     "ObjectReconstructionFailedError",
     "ObjectStoreFullError",
+    "OutOfDiskError",
     "OwnerDiedError",
     "PoolrayError",
     "RayError",
@@ -274,7 +276,28 @@ class GetTimeoutError(PoolrayError, TimeoutError):
 
 
 class ObjectStoreFullError(PoolrayError):
-    """There is no room for a value."""
+    """There is no room for a value.
+
+    Attributes
+    ----------
+    size_bytes : int
+        Size of the value.
+    reason : str
+        What was tried and failed.
+    """
+
+    def __init__(self, *, size_bytes: int, reason: str) -> None:
+        self.size_bytes = size_bytes
+        self.reason = reason
+        super().__init__(
+            f"No room for an object of {size_bytes} bytes: {reason}. Drop refs and arrays that are "
+            "not needed any more, give the runtime more memory with init(object_store_memory=...) "
+            "or another disk with init(object_spilling_directory=...)."
+        )
+
+
+class OutOfDiskError(ObjectStoreFullError):
+    """Memory is full, and so is the disk, or the part of it that the runtime may use."""
 
 
 class ObjectLostError(PoolrayError):

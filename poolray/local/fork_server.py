@@ -74,7 +74,6 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
     #: Log what the initializer raised to `concurrent.futures`, as the standard executor does,
     #: instead of printing it.
     log_initializer_error: bool = False
-    overflow_folder: str = ""  #: for values that the arena has no room for
     node_id: bytes = b""
     job_id: bytes = b""
     namespace: str = ""

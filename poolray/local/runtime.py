@@ -18,13 +18,12 @@ import atexit
 import itertools
 import os
 import pickle
-import shutil
 import sys
 import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import msgspec
@@ -47,14 +46,19 @@ from poolray.local import inspection, process_state
 from poolray.local.callbacks import CallbackThread
 from poolray.local.fork_server import WorkerSetup
 from poolray.local.reactor import Guard, Interrupts, Reactor, Waitable
+from poolray.local.session_folder import SessionFolders, sweep
+from poolray.local.spilling import SpillThreads, file_name
 from poolray.local.workers import WorkerHost
 from poolray.node.effects import (
     DeleteFile,
+    DeleteUnsealed,
     GroupDrained,
     GroupFailed,
     Nudge,
     Reply,
+    RestoreObject,
     SendWorker,
+    SpillObjects,
     StartWorker,
     TakeBack,
     TerminateWorker,
@@ -73,7 +77,9 @@ from poolray.protocol.client import (
     ObjectValues,
     RangeGranted,
     ReleaseReferences,
+    ReturnRange,
     SubmitTasks,
+    UnpinObjects,
     WaitObjects,
     WaitReply,
 )
@@ -157,7 +163,9 @@ class GroupHandle(Waitable):
 class LocalRuntime:
     """One node in this process."""
 
-    def __init__(self, config: Config, total: dict[str, int]) -> None:
+    def __init__(
+        self, config: Config, total: dict[str, int], spill_directories: Sequence[str] = ()
+    ) -> None:
         self.config = config
         self.pid = os.getpid()
         self.node_id = NodeId(os.urandom(NODE_ID_BYTES))
@@ -204,9 +212,11 @@ class LocalRuntime:
         #: What finalizers of faces want done (they may only append).
         self.later: deque[Callable[[], object]] = deque()
         self._submissions = 0
-        self._folder: str | None = None
-        self._overflow_folder = os.path.join(
-            tempfile.gettempdir(), f"poolray-{os.getpid()}-{self.job_id.hex()}"
+        directories = list(spill_directories) or [tempfile.gettempdir()]
+        sweep(directories)
+        self._folders = SessionFolders(directories, f"{os.getpid()}-{self.job_id.hex()}")
+        self._spill_threads = SpillThreads(
+            self.arena, self._folders, config.max_io_workers, self._on_spill_news
         )
         self._decode = msgspec.msgpack.Decoder(FromWorkers).decode
         self._closed = False
@@ -230,7 +240,10 @@ class LocalRuntime:
             Nudge: self._act_nudge,
             GroupFailed: self._deliveries.append,
             GroupDrained: self._deliveries.append,
-            DeleteFile: self._act_delete_file,
+            SpillObjects: self._spill_threads.start,
+            RestoreObject: self._spill_threads.start,
+            DeleteFile: self._spill_threads.start,
+            DeleteUnsealed: self._spill_threads.start,
             Warn: self._deliveries.append,
             UnhandledError: self._deliveries.append,
         }
@@ -286,12 +299,14 @@ class LocalRuntime:
         self._host_by_worker[effect.worker_id].send(effect.worker_id, effect.message)
 
     def _act_reply(self, effect: Reply) -> None:
+        message = effect.message
+        if type(message) is RangeGranted and message.offset < 0:
+            message = self._with_path(message)
         if effect.client_id != _LOCAL:
             host = self._host_by_worker.get(effect.client_id)
             if host is not None:
-                host.reply(WorkerId(effect.client_id), effect.message)
+                host.reply(WorkerId(effect.client_id), message)
             return
-        message = effect.message
         if type(message) is CallResults:
             self._deliveries.append(message)
             return
@@ -310,16 +325,15 @@ class LocalRuntime:
             host.start_worker(effect.worker_id, effect.slot)
         except OSError:
             # No descriptors left, or no server: the machine decides what that means.
-            self._echoes.append(
-                WorkerLost(
-                    worker_id=effect.worker_id,
-                    pid=0,
-                    exit_code=255,
-                    signal=None,
-                    sequence=0,
-                    index=0,
-                )
+            lost = WorkerLost(
+                worker_id=effect.worker_id,
+                pid=0,
+                exit_code=255,
+                signal=None,
+                sequence=0,
+                index=0,
             )
+            self._echoes.append(lost)
             return
         self._host_by_worker[effect.worker_id] = host
 
@@ -331,16 +345,32 @@ class LocalRuntime:
     def _act_take_back(self, effect: TakeBack) -> None:
         sequences = self._host_by_worker[effect.worker_id].take_back(effect.worker_id)
         if sequences:
-            self._echoes.append(PacketsTakenBack(worker_id=effect.worker_id, sequences=sequences))
+            taken = PacketsTakenBack(worker_id=effect.worker_id, sequences=sequences)
+            self._echoes.append(taken)
 
     def _act_nudge(self, effect: Nudge) -> None:
         self._host_by_worker[effect.worker_id].nudge(effect.worker_id)
 
-    def _act_delete_file(self, effect: DeleteFile) -> None:
+    def _with_path(self, message: RangeGranted) -> RangeGranted:
+        """A client is to write a file: the folder is there, and locked, before it is told."""
+        if message.refusal:
+            return message
         try:
-            os.unlink(effect.path)
-        except FileNotFoundError:
-            pass  # its writer died before it made it
+            path = os.path.join(self._folders.next_folders()[0], file_name(message.file_number))
+            return msgspec.structs.replace(message, path=path)
+        except OSError as error:
+            reason = f"the object store is full, and no folder can be made for files ({error})"
+            return msgspec.structs.replace(message, refusal=reason)
+
+    def _on_spill_news(self, message: Any) -> None:
+        """A thread has written or read a file."""
+        with self.guard:
+            if self._closed:
+                return
+            self.feed(_SHELL, message)
+        if self._deliveries:
+            self.reactor.wake_if_other()
+            self.reactor.ensure_background()
 
     # ---- what the reactor drives (`Pumped`) ------------------------------------------------------
 
@@ -591,9 +621,18 @@ class LocalRuntime:
         request = _Request()
         request_id = next(self._request_ids)
         message = GetObjects(request_id=request_id, object_ids=object_ids)
-        reply: ObjectValues | None = self._ask(request, request_id, message, timeout_s)
-        if reply is None:
-            self.tell(CancelRequest(request_id=request_id))
+        try:
+            reply: ObjectValues | None = self._ask(request, request_id, message, timeout_s)
+        except BaseException:
+            if request.reply is not None:  # nobody will look at these
+                values = zip(object_ids, request.reply.values, strict=True)
+                near = [
+                    object_id
+                    for object_id, value in values
+                    if type(value) is InArena and not value.node_id
+                ]
+                self.tell(UnpinObjects(object_ids=near))
+            raise
         return reply
 
     def wait(self, object_ids: list[ObjectId], count: int, timeout_s: float | None) -> list[int]:
@@ -602,11 +641,7 @@ class LocalRuntime:
         request_id = next(self._request_ids)
         message = WaitObjects(request_id=request_id, object_ids=object_ids, count=count)
         reply: WaitReply | None = self._ask(request, request_id, message, timeout_s)
-        if reply is None:
-            self._requests[request_id] = request
-            self.tell(CancelRequest(request_id=request_id))
-            reply = request.reply
-            assert reply is not None
+        assert reply is not None  # a request that is cancelled is answered
         return reply.ready
 
     def _ask(
@@ -621,6 +656,8 @@ class LocalRuntime:
             if not request.done:
                 self.interrupts.install()
                 self.reactor.wait(request, timeout_s)
+                if not request.done:
+                    self.tell(CancelRequest(request_id=request_id))
         except BaseException:
             self._requests.pop(request_id, None)
             self.tell(CancelRequest(request_id=request_id))
@@ -640,16 +677,29 @@ class LocalRuntime:
             self._settle_at_once()
         self.reactor.ensure_background()
 
-    def allocate(self, object_id: ObjectId, size_bytes: int) -> int:
-        """Offset of a range to write an object to, or -1."""
+    def allocate(self, object_id: ObjectId, size_bytes: int) -> RangeGranted:
+        """Where to write an object; waits while the machine makes room (`Link`)."""
         request = _Request()
         request_id = next(self._request_ids)
         self._requests[request_id] = request
         message = AllocateRange(request_id=request_id, object_id=object_id, size_bytes=size_bytes)
         with self.guard:
             self.feed(_LOCAL, message)
+        if not request.done:
+            self._wait_for_room(request, request_id, object_id)
         reply: RangeGranted = request.reply
-        return reply.offset
+        return reply
+
+    def _wait_for_room(self, request: _Request, request_id: int, object_id: ObjectId) -> None:
+        self.interrupts.install()
+        try:
+            # The caller holds Ctrl-C back for the sake of what it writes; nothing is written yet.
+            self.guard.sleep(self.reactor.wait, request, None)
+        except BaseException:
+            self._requests.pop(request_id, None)
+            self.tell(CancelRequest(request_id=request_id))
+            self.tell(ReturnRange(object_id=object_id))  # if it was granted meanwhile
+            raise
 
     def release(self, object_ids: list[ObjectId]) -> None:
         """This process no longer looks at these objects."""
@@ -670,11 +720,6 @@ class LocalRuntime:
             self.submit(message)
         else:
             self.tell(message)
-
-    def overflow_path(self, object_id: ObjectId) -> str:
-        """Path of a file for an object that the arena has no room for."""
-        os.makedirs(self._overflow_folder, mode=0o700, exist_ok=True)
-        return os.path.join(self._overflow_folder, object_id.hex())
 
     # ---- groups ----------------------------------------------------------------------------------
 
@@ -702,7 +747,6 @@ class LocalRuntime:
         group_id = _PLAIN_TASKS if is_default else GroupId(next(self._group_ids))
         setup = msgspec.structs.replace(
             setup,
-            overflow_folder=self._overflow_folder,
             node_id=self.node_id,
             job_id=self.job_id,
             config=self.config,
@@ -902,6 +946,7 @@ class LocalRuntime:
         self._deliver_unfinished_output()
         self._settle_at_once()
         self.reactor.wait_for_callers(self.config.stop_timeout_s)
+        self._spill_threads.stop()
         self.callbacks.stop()
         self.interrupts.restore()
         # From here on a forked child has nothing of ours to close: the numbers of our descriptors
@@ -909,7 +954,7 @@ class LocalRuntime:
         process_state.off_fork_in_child(self._abandon)
         self.reactor.close()
         self.arena.close()
-        shutil.rmtree(self._overflow_folder, ignore_errors=True)
+        self._folders.remove()
         _runtimes.discard(self)
 
     def _abandon(self) -> None:
@@ -924,6 +969,7 @@ class LocalRuntime:
         self._groups.clear()
         self._close_inspection()
         self.reactor.close()
+        self._folders.abandon()
         self.arena.forget_parent()
         _runtimes.discard(self)
 
@@ -969,7 +1015,8 @@ def _places(results: list[bytes | Outcome]) -> list[InArena | InFile]:
     ]
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
+    """Memory of this machine."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
@@ -977,7 +1024,7 @@ def _memory_bytes() -> int:
 
 
 def _default_arena_bytes() -> int:
-    return max(_ARENA_MIN_BYTES, int(_memory_bytes() * _ARENA_SHARE))
+    return max(_ARENA_MIN_BYTES, int(memory_bytes() * _ARENA_SHARE))
 
 
 def _preparation_data(name: str) -> dict[str, Any]:
@@ -1019,7 +1066,11 @@ def current() -> LocalRuntime | None:
     return _current
 
 
-def ensure(config: Config | None = None, resources: dict[str, float] | None = None) -> LocalRuntime:
+def ensure(
+    config: Config | None = None,
+    resources: dict[str, float] | None = None,
+    spill_directories: Sequence[str] = (),
+) -> LocalRuntime:
     """This process's runtime, made if there is none."""
     global _current
     with process_state.lock:
@@ -1029,10 +1080,10 @@ def ensure(config: Config | None = None, resources: dict[str, float] | None = No
         made = config if config is not None else Config.load()
         cpus = made.num_cpus if made.num_cpus >= 0 else float(usable_cpus())
         total = {"CPU": to_fixed("CPU", cpus)}
-        total["memory"] = to_fixed("memory", _memory_bytes())
+        total["memory"] = to_fixed("memory", memory_bytes())
         for name, amount in (resources or {}).items():
             total[name] = to_fixed(name, amount)
-        _current = LocalRuntime(made, total)
+        _current = LocalRuntime(made, total, spill_directories)
         return _current
 
 

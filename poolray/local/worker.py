@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, final
 import msgspec
 
 from poolray.config import Config
-from poolray.exceptions import PoolrayError, TaskCancelledError
+from poolray.exceptions import ObjectLostError, PoolrayError, TaskCancelledError
 from poolray.ids import FunctionId, ObjectId, WorkerId, return_id
 from poolray.local import process_state, worker_process
 from poolray.local.channel import SpinningReader
@@ -310,6 +310,7 @@ class Worker:
             self._partial_start += len(self._partial)
             self._partial = []
         now = time.perf_counter_ns()
+        pinned, unpinned = self.client.take_view_changes()
         kept, released = self.client.take_reference_changes()
         viewed = self.client.viewed_only(kept) if kept else kept
         report = TasksFinished(
@@ -320,6 +321,8 @@ class Worker:
             kept=kept,
             released=released,
             viewed=viewed,
+            pinned=pinned,
+            unpinned=unpinned,
         )
         self._finished = []
         self._buffered_bytes = 0
@@ -484,7 +487,10 @@ class Worker:
         for index in task.error_arguments:
             raise _DependencyFailed(self._load(task.arguments[index], False))
         for slot, value in zip(task.slots, task.arguments, strict=True):
-            loaded = self._load(value, False)
+            try:
+                loaded = self._load(value, False)
+            except ObjectLostError as lost:
+                raise _DependencyFailed(lost) from lost
             if isinstance(slot, int):
                 positional[slot] = loaded
             else:

@@ -55,14 +55,12 @@ class WorkerLink:
         control: socket.socket,
         reports: socket.socket,
         spin_s: float,
-        overflow_folder: str,
         prepare_to_block: Callable[[], None],
     ) -> None:
         self._worker_id = worker_id
         self._control = control
         self._reports = reports
         self._reader = SpinningReader(control, spin_s)
-        self._overflow_folder = overflow_folder
         #: Gives back what waits behind the running call; only its own thread may call it.
         self._prepare_to_block = prepare_to_block
         self._task_thread = threading.get_ident()
@@ -124,8 +122,8 @@ class WorkerLink:
         assert isinstance(parts[0], WaitReply)
         return parts[0].ready
 
-    def allocate(self, object_id: ObjectId, size_bytes: int) -> int:
-        """Offset of a range to write an object to, or -1."""
+    def allocate(self, object_id: ObjectId, size_bytes: int) -> RangeGranted:
+        """Where to write an object; waits while the node makes room."""
         request_id = self._open()
         try:
             self.send(
@@ -136,12 +134,7 @@ class WorkerLink:
             self._close(request_id)
         assert parts is not None
         assert isinstance(parts[0], RangeGranted)
-        return parts[0].offset
-
-    def overflow_path(self, object_id: ObjectId) -> str:
-        """Path of a file for an object that the arena has no room for."""
-        os.makedirs(self._overflow_folder, mode=0o700, exist_ok=True)
-        return os.path.join(self._overflow_folder, object_id.hex())
+        return parts[0]
 
     def when_ready(self, object_id: ObjectId, call: Callable[[ObjectValues], None]) -> None:
         """Call back once with the object's value, from a thread made for that."""
@@ -245,9 +238,7 @@ class WorkerClient:
         prepare_to_block: Callable[[], None],
     ) -> None:
         config = setup.config
-        self.link = WorkerLink(
-            worker_id, control, reports, config.spin_s, setup.overflow_folder, prepare_to_block
-        )
+        self.link = WorkerLink(worker_id, control, reports, config.spin_s, prepare_to_block)
         #: By value for what only this process has; arrays of plain tasks stay out of band.
         self._object_serializer = Serializer(main_definitions=None, out_of_band_all=True)
         self._caller_serializer = Serializer(main_definitions=None, out_of_band_all=False)
@@ -261,8 +252,12 @@ class WorkerClient:
         )
         self.take_reference_changes = self.api.take_reference_changes
         self.viewed_only = self.api.viewed_only
+        self.take_view_changes = self.api.take_view_changes
         self.next_object_id = self.api.next_object_id
-        self.load = self.api.load
+
+    def load(self, value: bytes | InArena | InFile, writable: bool) -> Any:
+        """A value that a packet has brought; see `Client.load`."""
+        return self.api.load(value, writable, is_counted=False)
 
     def serializer_for(self, delivery: Delivery) -> Serializer:
         """The serializer of results."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sized
 from typing import TYPE_CHECKING, final
 
-from poolray.ids import FunctionId, GroupId, WorkerId
+from poolray.ids import FunctionId, GroupId, ObjectId, WorkerId
 from poolray.node.effects import Nudge, SendWorker, TakeBack
 from poolray.node.state import NodeState
 from poolray.node.tasks import Tasks
@@ -315,24 +315,45 @@ class Dispatcher:
             if record.dependencies:
                 calls.append(self._call_with_arguments(record, packet, index))
                 break  # inline arguments can be large together: such a task travels last
-            calls.append(TaskCall(task_id=record.task_id, class_index=index, calls=record.calls))
+            sent = record.calls
+            if record.borrows:
+                sent = self._current_payloads(sent, packet)
+            calls.append(TaskCall(task_id=record.task_id, class_index=index, calls=sent))
             if record.attempts:
                 break
         return calls
 
     def _call_with_arguments(self, record: TaskRecord, packet: Packet, index: int) -> TaskCall:
-        arguments, errors = self._tasks.arguments_of(record)
+        pins: list[ObjectId] = []
+        arguments, errors = self._tasks.arguments_of(record, pins)
+        packet.pins = (packet.pins or []) + pins
         packet.size_bytes += sum(
             len(value) if isinstance(value, bytes) else 128 for value in arguments
         )
         return TaskCall(
             task_id=record.task_id,
             class_index=index,
-            calls=record.calls,
+            calls=self._current_payloads(record.calls, packet),
             arguments=arguments,
             slots=record.slots,
             error_arguments=errors,
         )
+
+    def _current_payloads(self, payloads: list[Value], packet: Packet) -> list[Value]:
+        """Payloads as a worker finds them now: large ones may have moved since they were sent."""
+        if all(isinstance(payload, bytes) for payload in payloads):
+            return payloads
+        store = self._tasks.store
+        pins: list[ObjectId] = []
+        found: list[Value] = []
+        for payload in payloads:
+            if not isinstance(payload, bytes):
+                object_id = payload.object_id
+                payload = store.place_of(payload)
+                store.send(object_id, payload, pins)
+            found.append(payload)
+        packet.pins = (packet.pins or []) + pins
+        return found
 
     def _patience(self, queue: ClassQueue, calls: int) -> float:
         """How long a worker may be silent about that many calls before it is nudged."""
@@ -347,6 +368,12 @@ class Dispatcher:
             return
         if message.kept:
             self._tasks.objects.add_references(worker.client_id, message.kept, message.viewed)
+        if message.pinned:
+            client = self._tasks.objects.client(worker.client_id)
+            self._tasks.store.pin_for(client, message.pinned)
+        if message.unpinned:
+            client = self._tasks.objects.client(worker.client_id)
+            self._tasks.store.unpin_for(client, message.unpinned)
         calls = self._tasks.on_finished(worker, message)
         if message.released:
             self._tasks.objects.release_references(worker.client_id, message.released)
@@ -355,8 +382,7 @@ class Dispatcher:
         packets = worker.packets
         while packets and packets[0].sequence <= message.sequence:
             packet = packets.popleft()
-            if packet.cancelled is not None:
-                self._tasks.unpin_cancelled(packet)
+            self._let_go(packet)
         if len(packets) < 2 and worker.group.stocked:
             worker.group.stocked.pop(worker.worker_id, None)
         if worker.state is _BUSY:
@@ -459,8 +485,7 @@ class Dispatcher:
     def _unsend(self, worker: WorkerRecord, packet: Packet) -> None:
         """A packet was not read: its calls are queued again, its definitions unknown again."""
         self._uncount(worker, packet, packet.calls)
-        if packet.cancelled is not None:
-            self._tasks.unpin_cancelled(packet)
+        self._let_go(packet)
         if packet.defines_class:
             worker.class_indexes.pop(packet.queue.task_class.class_id, None)
         for function_id in packet.functions or ():
@@ -469,6 +494,13 @@ class Dispatcher:
         for record in reversed(packet.records):
             if _is_in(record, worker, packet.sequence):
                 self._tasks.requeue(record)
+
+    def _let_go(self, packet: Packet) -> None:
+        """A worker is done with a packet: it no longer looks at what that brought."""
+        if packet.pins is not None:
+            self._tasks.store.unpin_many(packet.pins)
+        if packet.cancelled is not None:
+            self._tasks.unpin_cancelled(packet)
 
     def _uncount(self, worker: WorkerRecord, packet: Packet, calls: int) -> None:
         """That many calls of a packet were not begun and will not be."""
@@ -554,8 +586,7 @@ class Dispatcher:
         packets = list(worker.packets)
         worker.packets.clear()
         for packet in reversed(packets):
-            if packet.cancelled is not None:
-                self._tasks.unpin_cancelled(packet)
+            self._let_go(packet)
             for position in range(len(packet.records) - 1, -1, -1):
                 record = packet.records[position]
                 if not _is_in(record, worker, packet.sequence):

@@ -73,6 +73,27 @@ class GroupDrained(msgspec.Struct, frozen=True, gc=False):
     group_id: GroupId
 
 
+class SpillObjects(msgspec.Struct, frozen=True, gc=False):
+    """Write these ranges to one file; report with `SpillDone` or `SpillFailed`."""
+
+    batch: int
+    places: list[InArena]
+
+
+class RestoreObject(msgspec.Struct, frozen=True, gc=False):
+    """Read a value into a range; report with `RestoreDone` or `RestoreFailed`."""
+
+    restore: int
+    place: InFile
+    offset: int
+
+
+class DeleteUnsealed(msgspec.Struct, frozen=True, gc=False):
+    """A client that was granted the file of this number will not name it: delete what it wrote."""
+
+    file_number: int
+
+
 class DeleteFile(msgspec.Struct, frozen=True, gc=False):
     """Nobody holds the object in this file any more."""
 
@@ -127,6 +148,9 @@ Effect: TypeAlias = (
     | Nudge
     | GroupFailed
     | GroupDrained
+    | SpillObjects
+    | RestoreObject
+    | DeleteUnsealed
     | DeleteFile
     | SendPeer
     | SendHead

@@ -4,7 +4,7 @@
     workers ──reports───▶ │ Objects  Tasks  Dispatcher   │ ──SendWorker …──▶ workers (by the shell)
     peers   ──messages──▶ │ Functions  Groups  Peers     │ ──SendPeer──────▶ peers
     head    ──messages──▶ └──────────────────────────────┘ ──SendHead──────▶ head
-                              NodeState (the tables)
+                  Store       NodeState (the tables)
 
 What: takes messages, returns effects; decides all that one machine decides.
 Who calls: its shell (`local/runtime.py`, later the daemon, the simulator), under one lock.
@@ -18,6 +18,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NoReturn, TypeAlias, final
 
+import msgspec
+
 from poolray.config import Config
 from poolray.exceptions import InternalError, PoolrayError
 from poolray.ids import ClientId, NodeId, TaskId, WorkerId
@@ -29,6 +31,7 @@ from poolray.node.memory import memory_table
 from poolray.node.objects import Objects
 from poolray.node.peers import Peers
 from poolray.node.state import NodeState
+from poolray.node.store import Store, StoreStatistics
 from poolray.node.tasks import Tasks
 from poolray.objects.allocator import AllocatorStatistics, RangeAllocator
 from poolray.protocol.client import (
@@ -41,10 +44,13 @@ from poolray.protocol.client import (
     DefineFunction,
     GetObjects,
     NoteCallSite,
+    PinObjects,
     PutObject,
     ReleaseFunction,
     ReleaseReferences,
+    ReturnRange,
     SubmitTasks,
+    UnpinObjects,
     WaitObjects,
 )
 from poolray.protocol.memory import MemoryTable
@@ -69,10 +75,15 @@ from poolray.protocol.node import (
     Refused,
     RegisterNode,
     ResizeGroup,
+    RestoreDone,
+    RestoreFailed,
+    SpillDone,
+    SpillFailed,
     TerminateGroup,
     Tick,
     WorkerLost,
 )
+from poolray.protocol.values import FunctionDefinition, InArena
 from poolray.protocol.worker import (
     ClientMessage,
     TasksFinished,
@@ -104,6 +115,10 @@ ShellMessage: TypeAlias = (
     | PacketsTakenBack
     | WorkerLost
     | ClientLeft
+    | SpillDone
+    | SpillFailed
+    | RestoreDone
+    | RestoreFailed
     | Tick
 )
 #: All that a node may be told.
@@ -127,6 +142,7 @@ class NodeStatistics:
     resources_total: dict[str, float]
     resources_available: dict[str, float]
     arena: AllocatorStatistics
+    store: StoreStatistics
 
 
 @final
@@ -178,11 +194,12 @@ class Node:
         )
         self.state = state
         functions = Functions(state)
-        tasks = Tasks(state, functions)
-        functions.objects = objects = Objects(state, tasks.on_dependency_ready)
+        store = Store(state)
+        tasks = Tasks(state, store, functions)
+        functions.objects = objects = Objects(state, store, tasks.on_dependency_ready)
         dispatcher = Dispatcher(state, tasks)
         groups = Groups(state, tasks, dispatcher, next_worker_id, slots)
-        peers = Peers(state, objects, tasks, functions)
+        peers = Peers(state, store, objects, tasks, functions)
         # The parts know each other: they are one machine, in files of readable size.
         tasks.objects, tasks.dispatcher, tasks.groups, tasks.peers = (
             objects,
@@ -196,6 +213,7 @@ class Node:
         dispatcher.peers = peers.views
         self._functions, self._tasks, self._objects = functions, tasks, objects
         self._dispatcher, self._groups, self._peers = dispatcher, groups, peers
+        self._store = store
         self._has_head = has_head
         self._next_heartbeat_s = 0.0
 
@@ -242,6 +260,8 @@ class Node:
             self._on_head(message)
         else:
             raise InternalError(f"a node cannot take {type(message).__name__}")
+        if self._store.attention:
+            self._store.make_room()
         effects = state.effects
         if effects:
             state.effects = []
@@ -268,8 +288,14 @@ class Node:
                 objects.on_allocate(client_id, message)
             case CancelRequest():
                 objects.on_cancel_request(client_id, message)
+            case ReturnRange():
+                self._store.return_range(objects.client(client_id), message.object_id)
+            case PinObjects():
+                self._store.pin_for(objects.client(client_id), message.object_ids)
+            case UnpinObjects():
+                self._store.unpin_for(objects.client(client_id), message.object_ids)
             case DefineFunction():
-                functions.define(objects.client(client_id), message.definition)
+                functions.define(objects.client(client_id), self._settled(message.definition))
             case DefineClass():
                 functions.define_class(message.task_class)
             case ReleaseFunction():
@@ -280,6 +306,16 @@ class Node:
                 self._tasks.cancel(message.task_ids)
             case _:
                 _assert_never(message)
+
+    def _settled(self, definition: FunctionDefinition) -> FunctionDefinition:
+        """A definition whose code will stay where it is: workers load it at some later call."""
+        blob = definition.blob
+        if isinstance(blob, bytes):
+            return definition
+        place = self._store.place_of(blob)
+        if isinstance(place, InArena):
+            self._store.keep_in_memory(blob.object_id)
+        return msgspec.structs.replace(definition, blob=place)
 
     def _on_worker(self, message: WorkerReport) -> None:
         dispatcher, groups = self._dispatcher, self._groups
@@ -326,6 +362,14 @@ class Node:
                 groups.resize(message.group_id, message.size)
             case ClientLeft():
                 self._tasks.drop_client(ClientId(message.client_id))
+            case SpillDone():
+                self._store.on_spill_done(message)
+            case SpillFailed():
+                self._store.on_spill_failed(message)
+            case RestoreDone():
+                self._store.on_restore_done(message)
+            case RestoreFailed():
+                self._store.on_restore_failed(message)
             case _:
                 _assert_never(message)
 
@@ -428,6 +472,7 @@ class Node:
             resources_total=from_fixed(state.resources.total),
             resources_available=from_fixed(state.resources.available),
             arena=state.allocator.statistics(),
+            store=self._store.statistics(),
         )
 
     def memory_table(self, pid: int, limit: int | None = None) -> MemoryTable:
@@ -454,10 +499,11 @@ class Node:
         self._groups.check_invariants()
         self._dispatcher.check_invariants()
         self._peers.check_invariants()
+        packets = [packet for worker in state.workers.values() for packet in worker.packets]
+        self._store.check_invariants(o for packet in packets for o in packet.pins or ())
         records = [r for r in (*state.tasks.values(), *self._tasks.lineage()) if r.owner_pins]
-        for worker in state.workers.values():
-            for packet in worker.packets:
-                records.extend(packet.cancelled or ())
+        for packet in packets:
+            records.extend(packet.cancelled or ())
         held = [i for record in records for i in (*record.dependencies, *record.borrows)]
         self._objects.check_invariants([*held, *self._functions.blobs()])
 

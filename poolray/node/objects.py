@@ -1,9 +1,9 @@
-"""The node's objects: values, holders, requests that wait, and ranges of the arena.
+"""The node's objects: values, holders, requests that wait.
 
-What: seals, counts, answers, frees.
+What: seals, counts, answers, frees. Where large values are is `node/store.py`'s affair.
 Who calls: `node/node.py` with clients' requests, `node/tasks.py` with results.
 May touch: nothing.
-Invariants: an object's record goes exactly when its last holder does, its range and its inner
+Invariants: an object's record goes exactly when its last holder does, its memory and its inner
 references with it; a request is answered exactly once.
 """
 
@@ -14,8 +14,9 @@ from typing import final
 
 from poolray.exceptions import ObjectLostError
 from poolray.ids import ClientId, NodeId, ObjectId, TaskId
-from poolray.node.effects import DeleteFile, Reply, SendPeer, UnhandledError, WriteObject
+from poolray.node.effects import Reply, SendPeer, UnhandledError, WriteObject
 from poolray.node.state import NodeState
+from poolray.node.store import Store
 from poolray.objects.directory import READY, ClientRecord, ObjectRecord, Request
 from poolray.protocol.client import (
     AllocateRange,
@@ -23,7 +24,6 @@ from poolray.protocol.client import (
     GetObjects,
     ObjectValues,
     PutObject,
-    RangeGranted,
     WaitObjects,
     WaitReply,
 )
@@ -40,11 +40,10 @@ class Objects:
     """The object side of a node."""
 
     __slots__ = (
-        "_files",
-        "_ranges",
         "_releasing",
         "_remote",
         "_state",
+        "_store",
         "_to_release",
         "_wake_task",
         "call_sites",
@@ -56,17 +55,16 @@ class Objects:
     def __init__(
         self,
         state: NodeState,
+        store: Store,
         wake_task: Callable[[TaskId], None],
     ) -> None:
         self._state = state
+        self._store = store
+        store.wake = self.wake
         #: Tells the task side that one dependency of a task is here.
         self._wake_task = wake_task
         #: Asks another node for an object's bytes.
         self.pull: Callable[[ObjectId, NodeId], None]
-        #: object id -> offset of its sealed range.
-        self._ranges: dict[ObjectId, int] = {}
-        #: object id -> file that goes with it.
-        self._files: dict[ObjectId, str] = {}
         #: object id -> (node, name there) of the original that another node keeps for us until the
         #: object is freed here, also after its bytes have come.
         self._remote: dict[ObjectId, tuple[NodeId, ObjectId]] = {}
@@ -95,9 +93,7 @@ class Objects:
         if record is None:
             return
         record.requests.clear()
-        for offset in record.ranges.values():
-            self._state.allocator.free(offset)
-        record.ranges.clear()
+        self._store.drop_client(client_id, record)
         held = list(record.held)
         record.held.clear()
         record.viewed.clear()
@@ -133,6 +129,8 @@ class Objects:
                 released.append(object_id)
                 if client.viewed:
                     client.viewed.pop(object_id, None)
+                if client.pins:
+                    self._store.unpin_all_for(client, object_id)
         self.release_all(released)
 
     def on_put(self, client_id: ClientId, message: PutObject) -> None:
@@ -148,32 +146,22 @@ class Objects:
 
     def on_allocate(self, client_id: ClientId, message: AllocateRange) -> None:
         """A client wants to write a large value."""
-        ranges = self.client(client_id).ranges
-        before = ranges.pop(message.object_id, None)
-        if before is not None:  # asked for and never used
-            self._state.allocator.free(before)
-        offset = self._state.allocator.allocate(message.size_bytes)
-        if offset is not None:
-            ranges[message.object_id] = offset
-        self._state.effects.append(
-            Reply(
-                client_id,
-                RangeGranted(
-                    request_id=message.request_id, offset=-1 if offset is None else offset
-                ),
-            )
-        )
+        self._store.on_allocate(client_id, self.client(client_id), message)
 
     # ---- get and wait ----------------------------------------------------------------------------
 
     def on_get(self, client_id: ClientId, message: GetObjects) -> None:
         """Answer with values, now or when the last of them is ready."""
-        pending = self._pending(message.object_ids)
-        if not pending or self._any_failed(message.object_ids):
-            self._answer_get(client_id, message.request_id, message.object_ids)
+        object_ids = message.object_ids
+        pending = self._pending(object_ids)
+        has_failed = bool(pending) and self._any_failed(object_ids)
+        restoring = [] if pending else self._restore(object_ids)
+        if has_failed or not (pending or restoring):
+            self._answer_get(client_id, message.request_id, object_ids)
             return
-        request = Request(client_id, message.request_id, message.object_ids, 0, True)
-        self._await(request, pending, len(pending))
+        request = Request(client_id, message.request_id, object_ids, 0, True)
+        request.has_restored = bool(restoring)
+        self._await(request, pending or restoring, len(pending or restoring))
 
     def on_wait(self, client_id: ClientId, message: WaitObjects) -> None:
         """Answer with the ready ones once there are enough."""
@@ -198,6 +186,7 @@ class Objects:
         """A client no longer waits; a `wait` is told what it would have got so far."""
         request = self.client(client_id).requests.get(message.request_id)
         if request is None:
+            self._store.cancel(client_id, message.request_id)
             return
         self._forget_request(request)
         if request.is_get:
@@ -234,6 +223,17 @@ class Objects:
                 self.pull(object_id, location)
         return pending
 
+    def _restore(self, object_ids: list[ObjectId]) -> list[ObjectId]:
+        """Those that are on disk and for which memory has room: they are on their way there."""
+        objects = self._state.objects
+        return [
+            object_id
+            for object_id in object_ids
+            if (record := objects.get(object_id)) is not None
+            and type(record.value) is InFile
+            and self._store.restore(object_id)
+        ]
+
     def _await(self, request: Request, pending: list[ObjectId], count: int) -> None:
         request.remaining = count
         self.client(request.client_id).requests[request.request_id] = request
@@ -258,13 +258,17 @@ class Objects:
         values: list[bytes | InArena | InFile] = []
         errors: list[int] = []
         objects = self._state.objects
+        client = self.client(client_id)
         for index, object_id in enumerate(object_ids):
             record = objects.get(object_id)
             if record is None:
                 values.append(self._lost(object_id))
                 errors.append(index)
                 continue
-            values.append(record.value)
+            value = record.value
+            values.append(value)
+            if type(value) is not bytes:
+                self._store.deliver(client, object_id, value)  # type: ignore[arg-type]
             if record.is_error and record.location() is None:  # elsewhere: another error is here
                 record.seen = True
                 errors.append(index)
@@ -363,9 +367,9 @@ class Objects:
             if value.node_id:
                 self._remote[object_id] = (value.node_id, value.object_id)
             else:
-                self._adopt_range(object_id, value, writer)
+                self._store.adopt(object_id, value, writer)
         elif isinstance(value, InFile):
-            self._files[object_id] = value.path
+            self._store.adopt(object_id, value, writer)
         self.wake(record)
 
     def seal_alias(
@@ -374,27 +378,15 @@ class Objects:
         """An error that another object has in its memory stands for this one as well."""
         self.hold(first)
         record.seal(error, True, [first])
+        self._store.share(object_id, first)
         self.wake(record)
-
-    def _adopt_range(self, object_id: ObjectId, value: InArena, writer: ClientId) -> None:
-        """The range that the writer was given belongs to the object now."""
-        client = self._state.clients.get(writer)
-        offset = None if client is None else client.ranges.pop(value.object_id, None)
-        if offset is not None:
-            self._ranges[object_id] = offset
 
     def discard(self, value: Value, writer: ClientId) -> None:
         """A value that nobody wants any more."""
-        if isinstance(value, InFile):
-            self._state.effects.append(DeleteFile(value.path))
-        elif isinstance(value, InArena):
-            if value.node_id:
-                self._release_at(value.node_id, value.object_id)
-                return
-            client = self._state.clients.get(writer)
-            offset = None if client is None else client.ranges.pop(value.object_id, None)
-            if offset is not None:
-                self._state.allocator.free(offset)
+        if isinstance(value, InArena) and value.node_id:
+            self._release_at(value.node_id, value.object_id)
+        elif not isinstance(value, bytes):
+            self._store.discard(value, writer)
 
     def _release_at(self, node_id: NodeId, name: ObjectId) -> None:
         """What another node keeps for us is not needed any more."""
@@ -419,6 +411,13 @@ class Objects:
         if object_id not in client.held:
             client.held[object_id] = None
             self.hold(object_id)
+
+    def deliver_result(self, client_id: ClientId, value: Value, writer: ClientId) -> None:
+        """A call's result goes straight to the client that submitted it, which will look at it."""
+        self.deliver(client_id, value, writer)
+        client = self._state.clients.get(client_id)
+        if not isinstance(value, bytes) and client is not None:
+            self._store.deliver(client, value.object_id, value)
 
     def wake(self, record: ObjectRecord) -> None:
         """The object can be read here now."""
@@ -448,6 +447,12 @@ class Objects:
             # All ready, but some on another node: these are on their way now.
             self._await(request, pending, len(pending))
             return
+        if not pending and not request.has_restored:
+            request.has_restored = True
+            restoring = self._restore(request.object_ids)
+            if restoring:
+                self._await(request, restoring, len(restoring))
+                return
         self._answer_get(request.client_id, request.request_id, request.object_ids)
 
     def hold(self, object_id: ObjectId) -> None:
@@ -487,14 +492,8 @@ class Objects:
         value = record.value
         if record.is_error and not record.seen and isinstance(value, bytes):
             self._state.effects.append(UnhandledError(value))
-        if isinstance(value, InArena):
-            offset = self._ranges.pop(object_id, None)
-            if offset is not None:
-                self._state.allocator.free(offset)
-        elif isinstance(value, InFile):
-            path = self._files.pop(object_id, None)
-            if path is not None:
-                self._state.effects.append(DeleteFile(path))
+        if not isinstance(value, bytes):
+            self._store.forget(object_id)
         if self.call_sites:
             self.call_sites.pop(object_id, None)
         if self._remote:
@@ -519,18 +518,17 @@ class Objects:
         """The bytes of an object from another node are here: keep them, wake who waits."""
         offset = None
         if len(data) > self._state.config.inline_max_bytes:
-            offset = self._state.allocator.allocate(len(data))
+            offset = self._store.adopt_copy(object_id, len(data))
         if offset is None:
             record.value = data  # small, or without room in the arena: in the node's own memory
         else:
             self._state.effects.append(WriteObject(offset, data))
-            self._ranges[object_id] = offset
             record.value = InArena(object_id=object_id, offset=offset, size_bytes=len(data))
         self.wake(record)
         self.on_local(object_id)
 
     def check_invariants(self, tasks_holds: Iterable[ObjectId]) -> None:
-        """Raise AssertionError when a count is wrong or a range has no owner.
+        """Raise AssertionError when a count of holders is wrong.
 
         Parameters
         ----------
@@ -554,15 +552,9 @@ class Objects:
                 f"object {object_id.hex()} has {record.holders} holders on record, "
                 f"{counts[object_id]} in fact"
             )
-            assert record.state is not READY or record.waiters is None or record.location()
+            if record.state is READY and record.waiters is not None:
+                assert record.location() or self._store.is_returning(object_id)
         for client in state.clients.values():
             assert client.viewed.keys() <= client.held.keys(), "a view of what is not held"
-        for object_id in (*self._ranges, *self._files, *self._remote, *self.call_sites):
-            assert object_id in state.objects, f"memory of {object_id.hex()} leaks"
-        offsets = list(self._ranges.values())
-        for client in state.clients.values():
-            offsets.extend(client.ranges.values())
-        assert len(offsets) == len(set(offsets)), "a range has two owners"
-        used = sum(state.allocator.size_of(offset) for offset in offsets)
-        assert used == state.allocator.statistics().used_bytes, "a range has no owner"
-        state.allocator.check_invariants()
+        for object_id in (*self._remote, *self.call_sites):
+            assert object_id in state.objects, f"what was kept for {object_id.hex()} leaks"

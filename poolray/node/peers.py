@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from typing import final
 
+import msgspec
+
 from poolray.ids import ClientId, NodeId, ObjectId, TaskId
 from poolray.node.effects import SendObject, SendPeer
 from poolray.node.functions import Functions
 from poolray.node.objects import Objects
 from poolray.node.state import NodeState
+from poolray.node.store import Store
 from poolray.node.tasks import Tasks
 from poolray.objects.directory import READY, ObjectRecord
 from poolray.protocol.node import (
@@ -60,12 +63,13 @@ def node_of(client_id: ClientId) -> NodeId:
 class Peers:
     """The side of a node that faces other nodes."""
 
-    __slots__ = ("_functions", "_objects", "_pulls", "_state", "_tasks", "dead", "views")
+    __slots__ = ("_functions", "_objects", "_pulls", "_state", "_store", "_tasks", "dead", "views")
 
     def __init__(
-        self, state: NodeState, objects: Objects, tasks: Tasks, functions: Functions
+        self, state: NodeState, store: Store, objects: Objects, tasks: Tasks, functions: Functions
     ) -> None:
         self._state = state
+        self._store = store
         self._objects = objects
         self._tasks = tasks
         self._functions = functions
@@ -223,6 +227,8 @@ class Peers:
         known = self._state.objects.get(object_id)
         if known is not None:
             if known.is_error:  # it was lost here; its owner has it (again)
+                if not isinstance(known.value, bytes):
+                    self._store.forget(object_id)
                 known.is_error, known.value = False, value
             return False
         record = self._state.objects[object_id] = ObjectRecord()
@@ -232,7 +238,9 @@ class Peers:
             # Our own object comes back as an argument, under another name.
             contained = [value.object_id]
             self._objects.hold(value.object_id)
-            value = self._state.objects[value.object_id].value
+            original = value.object_id
+            value = self._state.objects[original].value
+            self._store.share(object_id, original)
         record.seal(value, False, contained)
         return True
 
@@ -293,7 +301,8 @@ class Peers:
             place = InArena(object_id=object_id, offset=value.offset, size_bytes=value.size_bytes)
             self._state.effects.append(SendObject(node_id, place))
         else:
-            self._state.effects.append(SendObject(node_id, record.value))
+            place_on_disk = msgspec.structs.replace(record.value, object_id=object_id)
+            self._state.effects.append(SendObject(node_id, place_on_disk))
 
     def on_object_data(self, node_id: NodeId, message: ObjectData) -> None:
         """Bytes of an object that we asked for."""

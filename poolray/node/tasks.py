@@ -37,11 +37,12 @@ from poolray.node.effects import Reply, UnhandledError
 from poolray.node.functions import Functions
 from poolray.node.objects import Objects
 from poolray.node.state import NodeState
+from poolray.node.store import Store
 from poolray.node.workers import Group, GroupState, Packet, WorkerRecord
 from poolray.objects.directory import READY, ObjectRecord
 from poolray.protocol.client import CallResults
 from poolray.protocol.node import WorkerLost
-from poolray.protocol.values import Delivery, Outcome, TaskSpec, Value
+from poolray.protocol.values import Delivery, InFile, Outcome, TaskSpec, Value
 from poolray.protocol.worker import TasksFinished
 from poolray.tasks.lifecycle import (
     FAILED,
@@ -76,10 +77,12 @@ class Tasks:
         "groups",
         "objects",
         "peers",
+        "store",
     )
 
-    def __init__(self, state: NodeState, functions: Functions) -> None:
+    def __init__(self, state: NodeState, store: Store, functions: Functions) -> None:
         self._state = state
+        self.store = store
         self.functions = functions
         self.objects: Objects
         self.dispatcher: Dispatcher
@@ -188,13 +191,28 @@ class Tasks:
             location = target.location() if target.state is READY else None
             if target.state is READY and location is None:
                 continue
-            record.missing += 1
-            if target.dependents is None:
-                target.dependents = [record.task_id]
-            else:
-                target.dependents.append(record.task_id)
+            self._wait_for(record, target)
             if location is not None:
                 self.peers.pull(object_id, location)
+        if not record.missing and not record.has_restored:
+            self._restore_dependencies(record)
+
+    def _wait_for(self, record: TaskRecord, target: ObjectRecord) -> None:
+        record.missing += 1
+        if target.dependents is None:
+            target.dependents = [record.task_id]
+        else:
+            target.dependents.append(record.task_id)
+
+    def _restore_dependencies(self, record: TaskRecord) -> None:
+        """Bring back from disk what fits without making something else leave. The worker maps the
+        rest from its files, and what has left again when the task's turn comes.
+        """
+        for object_id in record.dependencies:
+            target = self._state.objects[object_id]
+            if type(target.value) is InFile and self.store.restore(object_id, below_mark=True):
+                record.has_restored = True
+                self._wait_for(record, target)
 
     def on_dependency_ready(self, task_id: TaskId) -> None:
         """One dependency of a waiting task is here, or known to be elsewhere."""
@@ -293,7 +311,7 @@ class Tasks:
         for result in results:
             if not isinstance(result, bytes):
                 for value in result.values:
-                    self.objects.deliver(record.client_id, value, worker.client_id)
+                    self.objects.deliver_result(record.client_id, value, worker.client_id)
         reply = CallResults(task_id=record.root_id, start=start, results=results)
         self._state.effects.append(Reply(record.client_id, reply))
         # Counted, not told: what a worker calls the end of a task may be the end of its share.
@@ -414,6 +432,7 @@ class Tasks:
     def _try_again(self, record: TaskRecord) -> None:
         """A task that ran here or elsewhere runs again, once its arguments are here."""
         if record.dependencies:
+            record.has_restored = True  # what has left memory meanwhile is mapped from its file
             self._wait_for_dependencies(record)
             if record.missing:
                 record.move(WAITING)
@@ -655,13 +674,21 @@ class Tasks:
         record.move(FORWARDED)
         record.node_id = node_id
 
-    def arguments_of(self, record: TaskRecord) -> tuple[list[Value], list[int]]:
-        """Values of a task's dependencies, and which of them are errors."""
+    def arguments_of(
+        self, record: TaskRecord, pins: list[ObjectId]
+    ) -> tuple[list[Value], list[int]]:
+        """Values of a task's dependencies, and which of them are errors.
+
+        What of them is in memory is pinned, and named in `pins`.
+        """
         values: list[Value] = []
         errors: list[int] = []
         for index, object_id in enumerate(record.dependencies):
             target = self._state.objects[object_id]
-            values.append(target.value)
+            value = target.value
+            values.append(value)
+            if not isinstance(value, bytes):
+                self.store.send(object_id, value, pins)
             if target.is_error:
                 errors.append(index)
         return values, errors

@@ -21,7 +21,7 @@ from collections import deque
 from typing import final
 
 from poolray.exceptions import IllegalTransition
-from poolray.ids import ClassId, ClientId, FunctionId, GroupId, WorkerId
+from poolray.ids import ClassId, ClientId, FunctionId, GroupId, ObjectId, WorkerId
 from poolray.tasks.class_queue import ClassQueue
 from poolray.tasks.lifecycle import TaskRecord
 
@@ -64,6 +64,7 @@ class Packet:
         "defines_class",
         "forget",
         "functions",
+        "pins",
         "queue",
         "records",
         "sequence",
@@ -89,6 +90,8 @@ class Packet:
         #: Tasks that were cancelled after they were sent: the worker may read their arguments, so
         #: they hold them until it is done with the packet. None: none, the usual case.
         self.cancelled: list[TaskRecord] | None = None
+        #: Objects in memory that the worker is told to look at; None: none, the usual case.
+        self.pins: list[ObjectId] | None = None
 
 
 @final

@@ -17,6 +17,11 @@ from typing import final
 PAGE_BYTES = 4096
 
 
+def range_bytes(size_bytes: int) -> int:
+    """Bytes of the range that a value of a size takes."""
+    return max(PAGE_BYTES, (size_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class AllocatorStatistics:
     """A snapshot of the arena's use, in bytes and counts."""
@@ -32,10 +37,20 @@ class AllocatorStatistics:
 class RangeAllocator:
     """Hands out page-aligned ranges of `[0, capacity_bytes)`."""
 
-    __slots__ = ("_by_size", "_capacity", "_end_by_start", "_high_water", "_start_by_end", "_taken")
+    __slots__ = (
+        "_by_size",
+        "_end_by_start",
+        "_high_water",
+        "_start_by_end",
+        "_taken",
+        "capacity_bytes",
+        "used_bytes",
+    )
 
     def __init__(self, capacity_bytes: int) -> None:
-        self._capacity = capacity_bytes // PAGE_BYTES * PAGE_BYTES
+        self.capacity_bytes = capacity_bytes // PAGE_BYTES * PAGE_BYTES
+        #: Bytes of all ranges handed out.
+        self.used_bytes = 0
         self._high_water = 0
         #: Sorted (size, start) of the free ranges below the high-water mark.
         self._by_size: list[tuple[int, int]] = []
@@ -47,7 +62,7 @@ class RangeAllocator:
 
     def allocate(self, size_bytes: int) -> int | None:
         """The offset of a free range of at least `size_bytes`, or None when there is none."""
-        size = max(PAGE_BYTES, (size_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES)
+        size = range_bytes(size_bytes)
         index = bisect.bisect_left(self._by_size, (size, -1))
         if index < len(self._by_size):
             _, start = self._by_size[index]
@@ -55,27 +70,31 @@ class RangeAllocator:
             self._remove_free(start, end)
             if start + size < end:
                 self._add_free(start + size, end)
-        elif self._high_water + size <= self._capacity:
+        elif self._high_water + size <= self.capacity_bytes:
             start = self._high_water
             self._high_water += size
         else:
             return self._allocate_across_the_mark(size)
         self._taken[start] = size
+        self.used_bytes += size
         return start
 
     def _allocate_across_the_mark(self, size: int) -> int | None:
         """A free range that ends at the high-water mark may grow beyond it."""
         start = self._start_by_end.get(self._high_water)
-        if start is None or start + size > self._capacity:
+        if start is None or start + size > self.capacity_bytes:
             return None
         self._remove_free(start, self._high_water)
         self._high_water = start + size
         self._taken[start] = size
+        self.used_bytes += size
         return start
 
     def free(self, start: int) -> None:
         """Give a range back; it joins free neighbours."""
-        end = start + self._taken.pop(start)
+        size = self._taken.pop(start)
+        self.used_bytes -= size
+        end = start + size
         before = self._start_by_end.get(start)
         if before is not None:
             self._remove_free(before, start)
@@ -103,10 +122,10 @@ class RangeAllocator:
     def statistics(self) -> AllocatorStatistics:
         """Use and fragmentation as of now."""
         largest = self._by_size[-1][0] if self._by_size else 0
-        tail = self._capacity - (self._start_by_end.get(self._high_water, self._high_water))
+        tail = self.capacity_bytes - (self._start_by_end.get(self._high_water, self._high_water))
         return AllocatorStatistics(
-            capacity_bytes=self._capacity,
-            used_bytes=sum(self._taken.values()),
+            capacity_bytes=self.capacity_bytes,
+            used_bytes=self.used_bytes,
             high_water_bytes=self._high_water,
             free_ranges=len(self._by_size),
             largest_free_bytes=max(largest, tail),
@@ -123,5 +142,6 @@ class RangeAllocator:
             assert end > start, f"empty range at {start}"
             assert taken or previous_taken, f"free ranges not joined at {start}"
             position, previous_taken = end, taken
-        assert position == self._high_water <= self._capacity
+        assert position == self._high_water <= self.capacity_bytes
+        assert self.used_bytes == sum(self._taken.values())
         assert sorted((e - s, s) for s, e in self._end_by_start.items()) == self._by_size

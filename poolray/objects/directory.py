@@ -36,7 +36,15 @@ READY = ObjectState.READY
 class Request:
     """A `GetObjects` or `WaitObjects` that is not answered yet."""
 
-    __slots__ = ("client_id", "count", "is_get", "object_ids", "remaining", "request_id")
+    __slots__ = (
+        "client_id",
+        "count",
+        "has_restored",
+        "is_get",
+        "object_ids",
+        "remaining",
+        "request_id",
+    )
 
     def __init__(
         self,
@@ -54,6 +62,9 @@ class Request:
         #: How many ready objects a `wait` asks for.
         self.count = count
         self.is_get = is_get
+        #: What was on disk has been asked for, once: what has gone back there meanwhile is read
+        #: from the file.
+        self.has_restored = False
 
 
 @final
@@ -105,6 +116,13 @@ class ObjectRecord:
         self.value = b""
         self.contained = []
 
+    def replace(self, value: bytes | InArena | InFile, is_error: bool) -> None:
+        """The value is elsewhere now, or found to be lost."""
+        if self.state is PENDING:
+            raise IllegalTransition(what="object", state="PENDING", event="replace")
+        self.value = value
+        self.is_error = is_error
+
     def location(self) -> NodeId | None:
         """The other node that has the value, or None when it is here."""
         value = self.value
@@ -117,7 +135,7 @@ class ObjectRecord:
 class ClientRecord:
     """A process that uses the API: what it holds and what it waits for."""
 
-    __slots__ = ("functions", "held", "ranges", "requests", "viewed")
+    __slots__ = ("functions", "held", "pins", "ranges", "requests", "viewed")
 
     def __init__(self) -> None:
         #: Objects that the client holds; the values mean nothing, the order is that of holding.
@@ -127,7 +145,9 @@ class ClientRecord:
         self.viewed: dict[ObjectId, None] = {}
         #: request id -> request not answered yet.
         self.requests: dict[int, Request] = {}
-        #: object id -> offset of ranges handed out and not sealed.
+        #: object id -> offset of ranges handed out and not sealed; of a file, the number negated.
         self.ranges: dict[ObjectId, int] = {}
+        #: object id -> deliveries of a value in memory whose views have not been reported dead.
+        self.pins: dict[ObjectId, int] = {}
         #: Functions that it defined and may name.
         self.functions: dict[FunctionId, None] = {}

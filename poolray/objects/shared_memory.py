@@ -97,16 +97,18 @@ class Arena:
         mapping = self._map_private() if writable else self._map_shared()
         whole = memoryview(mapping)[start : start + size_bytes]
         if not is_frame(whole):
-            value = deserialize(whole)
-            on_release()
-            return value
+            try:
+                return deserialize(whole)
+            finally:
+                on_release()
         if writable and start in self._writable:
             # A second writable value of the same object must not share the first one's changes.
-            value = deserialize(
-                bytes(memoryview(self._map_shared())[start : start + size_bytes]), True
-            )
-            on_release()
-            return value
+            try:
+                return deserialize(
+                    bytes(memoryview(self._map_shared())[start : start + size_bytes]), True
+                )
+            finally:
+                on_release()
         import numpy
 
         # Only an object with a weak reference can report its death, and of the buffer types only
@@ -181,27 +183,3 @@ class Arena:
                     pass
         self._shared = self._private = None
         os.close(self.descriptor)
-
-
-def write_value_file(path: str, write: Callable[[memoryview], None], size_bytes: int) -> None:
-    """Write a value to a file of its own (no room in the arena)."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.posix_fallocate(descriptor, 0, size_bytes)
-        with mmap.mmap(descriptor, size_bytes) as mapping:
-            view = memoryview(mapping)
-            write(view)
-            view.release()
-    except BaseException:
-        os.unlink(path)
-        raise
-    finally:
-        os.close(descriptor)
-
-
-def load_value_file(path: str, size_bytes: int, *, writable: bool) -> Any:
-    """The value in a file; its buffers are views of a mapping that outlives the file's name."""
-    with open(path, "rb") as file:
-        access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
-        mapping = mmap.mmap(file.fileno(), size_bytes, access=access)
-    return deserialize(memoryview(mapping), writable)

@@ -71,7 +71,7 @@ class WaitObjects(msgspec.Struct, frozen=True, array_like=True, tag=107, kw_only
 
 
 class CancelRequest(msgspec.Struct, frozen=True, array_like=True, tag=108, kw_only=True):
-    """Forget a `GetObjects` or `WaitObjects`; a `WaitObjects` is answered with what is ready."""
+    """Forget a request; a `WaitObjects` is answered with what is ready."""
 
     request_id: int
 
@@ -90,7 +90,7 @@ class ReleaseReferences(msgspec.Struct, frozen=True, array_like=True, tag=110, k
 
 
 class AllocateRange(msgspec.Struct, frozen=True, array_like=True, tag=111, kw_only=True):
-    """The client wants to write a large object."""
+    """The client wants to write a large object; answered once it is known where."""
 
     request_id: int
     object_id: ObjectId
@@ -108,6 +108,27 @@ class CancelTasks(msgspec.Struct, frozen=True, array_like=True, tag=112, kw_only
     """Drop these caller-delivered tasks: what has not begun never runs, results are not sent."""
 
     task_ids: list[TaskId]
+
+
+class ReturnRange(msgspec.Struct, frozen=True, array_like=True, tag=116, kw_only=True):
+    """The client will not write the object for which it was granted a place."""
+
+    object_id: ObjectId
+
+
+class PinObjects(msgspec.Struct, frozen=True, array_like=True, tag=114, kw_only=True):
+    """The client looks at the memory of these, which a task brought, after the task's end.
+
+    Once per view. (For what a `GetObjects` or a call's result brings, the node knows.)
+    """
+
+    object_ids: list[ObjectId]
+
+
+class UnpinObjects(msgspec.Struct, frozen=True, array_like=True, tag=115, kw_only=True):
+    """Views of these have died, once for each; the client may still hold refs."""
+
+    object_ids: list[ObjectId]
 
 
 class ObjectValues(msgspec.Struct, frozen=True, array_like=True, tag=151, kw_only=True):
@@ -130,10 +151,14 @@ class WaitReply(msgspec.Struct, frozen=True, array_like=True, tag=152, kw_only=T
 
 
 class RangeGranted(msgspec.Struct, frozen=True, array_like=True, tag=153, kw_only=True):
-    """Write here, then name the place in a `PutObject` or a result. Offset -1: no room."""
+    """Write here, then name the place in a `PutObject` or a result."""
 
     request_id: int
-    offset: int
+    offset: int  #: in the arena; -1: in a file of its own
+    file_number: int = 0  #: names that file
+    path: str = ""  #: that file's, filled in by the shell
+    #: Why neither memory nor disk has room, in words; empty: there is room.
+    refusal: str = ""
 
 
 class CallResults(msgspec.Struct, frozen=True, array_like=True, tag=154, kw_only=True):
@@ -157,6 +182,9 @@ ClientRequest: TypeAlias = (
     | ReleaseReferences
     | AllocateRange
     | NoteCallSite
+    | ReturnRange
+    | PinObjects
+    | UnpinObjects
     | CancelTasks
 )
 

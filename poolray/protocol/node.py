@@ -90,6 +90,38 @@ class ClientLeft(msgspec.Struct, frozen=True, kw_only=True):
     client_id: bytes
 
 
+class SpillDone(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch of values is on disk."""
+
+    batch: int
+    places: list[InFile]  #: in the order of the `SpillObjects`, all in one file
+    elapsed_s: float
+
+
+class SpillFailed(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch could not be written; nothing of it is left on disk."""
+
+    batch: int
+    reason: str
+    elapsed_s: float
+
+
+class RestoreDone(msgspec.Struct, frozen=True, kw_only=True):
+    """A value is back in memory."""
+
+    restore: int
+    elapsed_s: float
+
+
+class RestoreFailed(msgspec.Struct, frozen=True, kw_only=True):
+    """A value could not be read."""
+
+    restore: int
+    reason: str
+    is_lost: bool  #: the file is gone or damaged; False: another try may succeed
+    elapsed_s: float
+
+
 class Tick(msgspec.Struct, frozen=True):
     """Time has passed: `next_deadline` said when to say so."""
 

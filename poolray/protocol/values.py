@@ -43,11 +43,13 @@ class InArena(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True)
 
 
 class InFile(msgspec.Struct, frozen=True, array_like=True, tag=2, kw_only=True):
-    """A value in a file of its own, for when the arena has no room."""
+    """A value on disk: in a file of its own, or spilled to one that it shares with others."""
 
     object_id: ObjectId
     path: str
     size_bytes: int
+    offset: int = 0  #: bytes from the start of the file
+    checksum: int = 0  #: CRC-32 of the value's bytes
 
 
 #: A serialized value: the bytes themselves when small, else where they are.

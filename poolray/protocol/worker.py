@@ -28,11 +28,14 @@ from poolray.protocol.client import (
     GetObjects,
     NoteCallSite,
     ObjectValues,
+    PinObjects,
     PutObject,
     RangeGranted,
     ReleaseFunction,
     ReleaseReferences,
+    ReturnRange,
     SubmitTasks,
+    UnpinObjects,
     WaitObjects,
     WaitReply,
 )
@@ -110,6 +113,9 @@ class TasksFinished(msgspec.Struct, frozen=True, array_like=True, tag=12, kw_onl
     kept: list[ObjectId] = []
     released: list[ObjectId] = []
     viewed: list[ObjectId] = []  #: of `kept`, those that it has no ref to, only views of
+    #: As in `PinObjects` and `UnpinObjects`.
+    pinned: list[ObjectId] = []
+    unpinned: list[ObjectId] = []
 
 
 class TasksHandedBack(msgspec.Struct, frozen=True, array_like=True, tag=13, kw_only=True):
@@ -195,6 +201,9 @@ class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_onl
         | ReleaseReferences
         | AllocateRange
         | NoteCallSite
+        | ReturnRange
+        | PinObjects
+        | UnpinObjects
     )
 
 

@@ -74,6 +74,7 @@ class TaskRecord:
         "class_queue",
         "client_id",
         "dependencies",
+        "has_restored",
         "is_foreign",
         "missing",
         "node_id",
@@ -116,6 +117,8 @@ class TaskRecord:
         self.is_foreign = False
         #: Dependencies that are not ready yet.
         self.missing = 0
+        #: Dependencies that were on disk have been asked for, once.
+        self.has_restored = False
         self.dependencies: list[ObjectId] = _NOTHING
         self.slots: list[int | str] = _NO_SLOTS
         self.borrows: list[ObjectId] = _NOTHING

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 from poolray.ids import GroupId, ObjectId, TaskId, return_id
@@ -30,7 +31,9 @@ from poolray.protocol.client import (
     RangeGranted,
     ReleaseFunction,
     ReleaseReferences,
+    ReturnRange,
     SubmitTasks,
+    UnpinObjects,
     WaitObjects,
     WaitReply,
 )
@@ -49,6 +52,8 @@ class Faults:
     crashes: float = 0.0  #: probability that a job kills its worker
     kills_per_s: float = 0.0
     start_failures: float = 0.0
+    disk_failures: float = 0.0  #: probability that a write or read of a file fails
+    damages: float = 0.0  #: probability that a file that is read turns out to be damaged
     loss: float = 0.0
     node_crashes: int = 0
     partitions: int = 0
@@ -99,7 +104,10 @@ class Driver:
         #: request -> (ids, whether it is a get).
         self.requests: dict[int, tuple[list[ObjectId], bool]] = {}
         self._cancelled_gets: dict[int, None] = {}
-        self._granted: dict[int, int] = {}
+        #: request -> what to do once a place is granted.
+        self.allocations: dict[int, Callable[[RangeGranted], None]] = {}
+        #: object -> views of it in memory.
+        self.views: dict[ObjectId, int] = {}
         self.groups: dict[GroupId, Group] = {}
         self.batches: dict[TaskId, Batch] = {}
         self._defined: dict[str, None] = {}
@@ -131,7 +139,7 @@ class Driver:
                 assert message.ready == sorted(set(message.ready))
                 assert all(0 <= index < len(ids) for index in message.ready)
             case RangeGranted():
-                self._granted[message.request_id] = message.offset
+                self.allocations.pop(message.request_id)(message)
             case CallResults():
                 self._on_results(message)
             case _:
@@ -143,6 +151,12 @@ class Driver:
             for index in message.errors:
                 value = self.node.read(message.values[index])
                 self.ledger.judge_object(ids[index], value, True)
+            near = [
+                object_id
+                for object_id, value in zip(ids, message.values, strict=True)
+                if isinstance(value, InArena) and not value.node_id
+            ]
+            self.tell(UnpinObjects(object_ids=near))
             return
         for object_id, value in zip(ids, message.values, strict=True):
             if object_id in self.ledger.job_by_object:
@@ -150,6 +164,24 @@ class Driver:
                 self._adopt_returned(self.ledger.job_by_object[object_id][0])
             else:
                 assert self.node.read(value).startswith(b"put " + object_id)
+            if isinstance(value, InArena):
+                self._look(object_id, value)
+
+    def _look(self, object_id: ObjectId, value: InArena) -> None:
+        """An array in memory lives for a while, and does not change."""
+        data = self.node.read(value)
+        self.views[object_id] = self.views.get(object_id, 0) + 1
+
+        def end() -> None:
+            if not self.node.alive or object_id not in self.views:
+                return  # all was dropped meanwhile
+            assert self.node.read(value) == data, "memory was reused under a view"
+            self.views[object_id] -= 1
+            if not self.views[object_id]:
+                del self.views[object_id]
+            self.tell(UnpinObjects(object_ids=[object_id]))
+
+        self.world.after(self.world.between(1e-6, 1.0), end)
 
     def _adopt_returned(self, job: Job) -> None:
         """The ref inside a value is held from now on."""
@@ -174,11 +206,14 @@ class Driver:
             job.cancelled = True
         self.ledger.judge(job, 0, self.node.read(value), result.is_error)
         if isinstance(value, InArena | InFile):
-            name = value.object_id
-            self.world.after(
-                self.world.between(1e-5, 1.0),
-                lambda: self.tell(ReleaseReferences(object_ids=[name])),
-            )
+            data = self.node.read(value)
+
+            def release() -> None:
+                if self.node.alive:
+                    assert self.node.read(value) == data, "memory was reused under a view"
+                    self.tell(ReleaseReferences(object_ids=[value.object_id]))
+
+            self.world.after(self.world.between(1e-5, 1.0), release)
 
     def _on_group_event(self, effect: GroupFailed | GroupDrained) -> None:
         group = self.groups.get(effect.group_id)
@@ -413,6 +448,7 @@ class Driver:
 
     def _drop(self) -> None:
         asked = {object_id for ids, _ in self.requests.values() for object_id in ids}
+        asked |= self.views.keys()  # a process lets go of an object with its last view
         ids = [object_id for object_id in self._pick(3) if object_id not in asked]
         for object_id in ids:
             del self.held[object_id]
@@ -421,14 +457,29 @@ class Driver:
 
     def _put(self) -> None:
         object_id = return_id(self.node.ids.next_task_id(), 0)
-        value: Value = b"put " + object_id
-        if self.world.chance(0.5):
-            data = (b"put " + object_id).ljust(INLINE_MAX_BYTES + 50, b".")
-            request_id = next(self._request_ids)
-            self.tell(
-                AllocateRange(request_id=request_id, object_id=object_id, size_bytes=len(data))
-            )
-            value = self.node.write(object_id, self._granted.pop(request_id), data)
+        if self.world.chance(0.3):
+            self._put_value(object_id, b"put " + object_id)
+            return
+        # (Ranges are whole pages, which is what the size of an arena is counted in.)
+        pages = self.world.random.choice([1, 1, 2, 3, 30])
+        data = (b"put " + object_id).ljust(INLINE_MAX_BYTES + 4096 * (pages - 1) + 50, b".")
+        request_id = next(self._request_ids)
+
+        def write(granted: RangeGranted) -> None:
+            if self.world.chance(0.05):
+                self.tell(ReturnRange(object_id=object_id))  # the value could not be written
+            else:
+                self._put_value(object_id, self.node.write(object_id, granted, data))
+
+        self.allocations[request_id] = write
+        self.tell(AllocateRange(request_id=request_id, object_id=object_id, size_bytes=len(data)))
+        if request_id in self.allocations and self.world.chance(0.1):
+            # Ctrl-C while it waits for room
+            del self.allocations[request_id]
+            self.tell(CancelRequest(request_id=request_id))
+            self.tell(ReturnRange(object_id=object_id))
+
+    def _put_value(self, object_id: ObjectId, value: Value) -> None:
         contained = self._pick(2) if self.world.chance(0.3) else []
         self.held[object_id] = None
         self.tell(PutObject(object_id=object_id, value=value, contained=contained))
@@ -525,7 +576,9 @@ class Driver:
 
     def waits(self) -> bool:
         """Whether something is not answered yet."""
-        return bool(self.requests) or any(not batch.done for batch in self.batches.values())
+        return bool(self.requests or self.allocations) or any(
+            not batch.done for batch in self.batches.values()
+        )
 
     def describe_wait(self) -> str:
         """What it waits for."""
@@ -547,6 +600,7 @@ class Driver:
 
     def drop_all(self) -> None:
         """Let go of everything."""
+        self.views.clear()
         self.tell(ReleaseReferences(object_ids=list(self.held)))
         self.held.clear()
         for group in self.groups.values():

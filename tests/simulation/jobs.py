@@ -140,6 +140,8 @@ class Ledger:
         self.job_by_object: dict[ObjectId, tuple[Job, int]] = {}
         self.node_deaths = 0
         self.start_failures = 0
+        #: Values whose files turned out to be damaged.
+        self.damages = 0
         #: Groups are being closed, while tasks that nobody waits for may still submit others.
         self.ending = False
         self.nodes = nodes
@@ -181,8 +183,18 @@ class Ledger:
 
     def judge_object(self, object_id: ObjectId, value: bytes, is_error: bool) -> None:
         """Somebody got this as the value of an object."""
+        if object_id not in self.job_by_object:
+            assert is_error, "values that were put are judged by who put them"
+            self.judge_loss(value)
+            return
         job, index = self.job_by_object[object_id]
         self.judge(job, index, value, is_error)
+
+    def judge_loss(self, error: bytes) -> None:
+        """Somebody got this instead of a value that was put."""
+        assert error.startswith(b"!E"), f"{error!r} is no error of ours"
+        assert isinstance(self.errors[int(error[2:])], ObjectLostError)
+        assert self.damages, "a value was lost for no reason"
 
     def _judge_error(self, job: Job, error: bytes) -> None:
         if error.startswith(b"!raised "):
@@ -224,7 +236,8 @@ class Ledger:
                 assert self.node_deaths
             case ObjectLostError():
                 # A ref that another node's task returned means nothing to the task's owner (yet).
-                assert self.node_deaths or (self.nodes > 1 and job.is_returned), str(error)
+                excuse = self.nodes > 1 and job.is_returned
+                assert self.node_deaths or self.damages or excuse, str(error)
             case WorkerStartError():
                 assert self.start_failures
             case _:

@@ -20,7 +20,17 @@ from poolray.ids import ClientId, NodeId, ObjectId, TaskId, WorkerId
 from poolray.node import effects as fx
 from poolray.node.node import Node
 from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, WaitReply
-from poolray.protocol.node import NodeDied, ObjectData, PacketsTakenBack, RegisterNode, Tick
+from poolray.protocol.node import (
+    NodeDied,
+    ObjectData,
+    PacketsTakenBack,
+    RegisterNode,
+    RestoreDone,
+    RestoreFailed,
+    SpillDone,
+    SpillFailed,
+    Tick,
+)
 from poolray.protocol.values import InArena, InFile, Value
 from poolray.protocol.worker import RunTasks
 from tests.simulation.jobs import Ledger
@@ -29,6 +39,11 @@ from tests.simulation.worker import SimWorker
 from tests.simulation.world import World
 
 ClientMessages = ObjectValues | WaitReply | RangeGranted | CallResults
+
+
+def own_file(number: int) -> str:
+    """Path of a file that a process was told to write."""
+    return f"/own/{number}"
 
 
 class Ids:
@@ -74,7 +89,10 @@ class SimNode(Endpoint):
         self.start_fate: Callable[[int], str] = lambda group_id: ""
         #: What is in memory and on disk.
         self._arena: dict[int, bytes] = {}
-        self._files: dict[str, bytes] = {}
+        self._files: dict[str, dict[int, bytes]] = {}
+        #: Chances that a write or read of the disk fails, and that a file turns out to be damaged.
+        self.disk_failures = self.damages = 0.0
+        self._paths = itertools.count(1)
         self.node = Node(
             node_id=name,
             config=config,
@@ -158,6 +176,13 @@ class SimNode(Endpoint):
                 assert self.read(value).startswith(b"!")
             case fx.DeleteFile(path=path):
                 del self._files[path]
+            case fx.DeleteUnsealed(file_number=number):
+                self._files.pop(own_file(number), None)
+            case fx.SpillObjects():
+                before = [self.read(place) for place in effect.places]
+                world.after(world.between(1e-4, 1e-1), lambda: self._spill(effect, before))
+            case fx.RestoreObject():
+                world.after(world.between(1e-4, 1e-1), lambda: self._restore(effect))
             case _:
                 self._act_on_network(effect)
 
@@ -179,6 +204,8 @@ class SimNode(Endpoint):
             case fx.Warn(text=text):
                 if "refuses this node" in text:
                     self.crash()  # the head has given it up: going on would do work twice
+                else:
+                    assert not text.startswith("Objects cannot be spilled") or self.disk_failures
             case _:
                 raise AssertionError(f"nobody acts on {effect}")
 
@@ -198,6 +225,46 @@ class SimNode(Endpoint):
         worker.queue.clear()
         self._echoes.append(PacketsTakenBack(worker_id=worker_id, sequences=sequences))
 
+    # ---- disk ------------------------------------------------------------------------------------
+
+    def _spill(self, effect: fx.SpillObjects, before: list[bytes]) -> None:
+        """A thread has written a batch, or could not."""
+        if not self.alive:
+            return
+        assert [self.read(place) for place in effect.places] == before, "memory in use was reused"
+        if self.world.chance(self.disk_failures):
+            self.tell(b"", SpillFailed(batch=effect.batch, reason="no room", elapsed_s=1e-3))
+            return
+        path = f"/spilled/{next(self._paths)}"
+        self._files[path] = dict(enumerate(before))
+        places = [
+            InFile(object_id=place.object_id, path=path, size_bytes=place.size_bytes, offset=offset)
+            for offset, place in enumerate(effect.places)
+        ]
+        self.tell(b"", SpillDone(batch=effect.batch, places=places, elapsed_s=1e-3))
+
+    def _restore(self, effect: fx.RestoreObject) -> None:
+        """A thread has read a value, or could not."""
+        if not self.alive:
+            return
+        number, place = effect.restore, effect.place
+        is_there = place.path in self._files
+        is_damaged = self.world.chance(self.damages)
+        self.ledger.damages += is_damaged and is_there
+        if is_damaged or not is_there or self.world.chance(self.disk_failures):
+            self.tell(
+                b"",
+                RestoreFailed(
+                    restore=number,
+                    reason="its file is gone",
+                    is_lost=is_damaged or not is_there,
+                    elapsed_s=1e-3,
+                ),
+            )
+            return
+        self._arena[effect.offset] = self.read(place)
+        self.tell(b"", RestoreDone(restore=number, elapsed_s=1e-3))
+
     # ---- memory ----------------------------------------------------------------------------------
 
     def read(self, value: Value) -> bytes:
@@ -205,27 +272,25 @@ class SimNode(Endpoint):
         if isinstance(value, bytes):
             return value
         if isinstance(value, InFile):
-            return self._files[value.path]
+            return self._files[value.path][value.offset]
         assert value.node_id in (b"", self.name), "a value of another node"
         self.node.state.allocator.size_of(value.offset)  # raises if it was freed
         data = self._arena[value.offset]
         assert len(data) == value.size_bytes
         return data
 
-    def write(self, object_id: ObjectId, offset: int, data: bytes) -> InArena | InFile:
+    def write(self, object_id: ObjectId, granted: RangeGranted, data: bytes) -> InArena | InFile:
         """A process writes a large value to the range it was given, or to a file."""
+        assert not granted.refusal
+        offset = granted.offset
         if offset < 0:
-            path = f"/overflow/{object_id.hex()}/{len(self._files)}"
-            self._files[path] = data
+            path = own_file(granted.file_number)
+            assert path not in self._files
+            self._files[path] = {0: data}
             return InFile(object_id=object_id, path=path, size_bytes=len(data))
         assert self.node.state.allocator.size_of(offset) >= len(data)
         self._arena[offset] = data
         return InArena(object_id=object_id, offset=offset, size_bytes=len(data))
-
-    def delete_files(self, paths: list[str]) -> None:
-        """Overflow files that a dead process left."""
-        for path in paths:
-            del self._files[path]
 
     def start_error(self) -> bytes:
         """What an initializer raises."""

@@ -39,6 +39,8 @@ class Report:
     values_checked: int
     errors_checked: int
     node_deaths: int
+    spilled: int  #: objects that went to disk …
+    restored: int  #: … and came back
 
 
 class Run:
@@ -53,6 +55,10 @@ class Run:
             inline_max_bytes=INLINE_MAX_BYTES,
             packets_per_worker_max=world.random.choice([1, 2, 2, 2, 3]),
             packet_calls_max=world.random.choice([1, 8, 256]),
+            object_spilling_threshold=world.random.choice([0.0, 0.5, 0.8, 0.8, 1.0]),
+            min_spilling_size_bytes=world.random.choice([1, 3 * 4096, 1 << 20]),
+            max_io_workers=world.random.choice([1, 4]),
+            spill_retry_s=world.random.choice([1e-3, 1.0]),
         )
         self.network: Network | None = None
         self.head: SimHead | None = None
@@ -75,6 +81,8 @@ class Run:
                 cpus[number],
                 4096 * world.random.choice([4, 64, 1024]),
             )
+            node.disk_failures = self.faults.disk_failures
+            node.damages = self.faults.damages
             self.nodes.append(node)
             self.drivers.append(Driver(node, self.faults, min(cpus)))
 
@@ -87,6 +95,8 @@ class Run:
             crashes=world.random.choice([0.0, 0.05, 0.2]),
             kills_per_s=world.random.choice([0.0, 0.5, 10.0]),
             start_failures=world.random.choice([0.0, 0.0, 0.05, 0.4]),
+            disk_failures=world.random.choice([0.0, 0.05, 0.5]),
+            damages=world.random.choice([0.0, 0.0, 0.02]),
             loss=world.random.choice([0.0, 0.05, 0.3]) if cluster else 0.0,
             node_crashes=world.random.choice([0, 1, self.nodes_count - 1]) if cluster else 0,
             partitions=world.random.choice([0, 0, 1]) if cluster else 0,
@@ -120,6 +130,8 @@ class Run:
             values_checked=self.ledger.values_checked,
             errors_checked=self.ledger.errors_checked,
             node_deaths=self.ledger.node_deaths,
+            spilled=sum(node.node.statistics().store.spilled_objects for node in self.nodes),
+            restored=sum(node.node.statistics().store.restored_objects for node in self.nodes),
         )
 
     # ---- phases ----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from poolray.protocol.client import (
     RangeGranted,
     ReleaseReferences,
     SubmitTasks,
+    UnpinObjects,
 )
 from poolray.protocol.node import PacketsTakenBack, WorkerLost
 from poolray.protocol.values import InArena, InFile, Outcome, TaskClass, TaskSpec, Value
@@ -83,17 +84,19 @@ class SimWorker:
         self._requests = 0
         self._last_arrival_s = 0.0
         self._said_hello = False
-        #: Overflow files that nobody was told of; the shell deletes those of a dead worker.
-        self._unsent_files: list[str] = []
         self._ticket = 0
         self._waiting = False
         self._classes: dict[int, TaskClass] = {}
         self._functions: dict[bytes, None] = {}
         self._defined: dict[str, None] = {}
-        #: Objects that it keeps beyond the tasks that brought them.
-        self._keeping: list[ObjectId] = []
+        #: Objects that it keeps beyond the tasks that brought them -> where it sees what.
+        self._keeping: dict[ObjectId, tuple[InArena, bytes]] = {}
         self._kept: list[ObjectId] = []
         self._released: list[ObjectId] = []
+        #: Those of which it has refs alone.
+        self._refs: list[ObjectId] = []
+        self._pinned: list[ObjectId] = []
+        self._unpinned: list[ObjectId] = []
         # The packet at hand:
         self._packet: RunTasks | None = None
         self._position = self._call_index = self._task_limit = self._call_limit = 0
@@ -150,7 +153,6 @@ class SimWorker:
             job.deaths += 1
         if not self._said_hello:
             self.node.ledger.start_failures += 1
-        self.node.delete_files(self._unsent_files)
         arrival = max(self._last_arrival_s, self.world.now + self.world.between(1e-5, 1e-3))
         self.world.at(arrival, lambda: self._report_death(signal, exit_code))
 
@@ -277,10 +279,12 @@ class SimWorker:
             sequence=message.sequence if ended else message.sequence - 1,
             kept=self._kept,
             released=self._released,
+            pinned=self._pinned,
+            unpinned=self._unpinned,
         )
         self._finished, self._kept, self._released = [], [], []
+        self._pinned, self._unpinned = [], []
         self._unreported = self._unreported[-1:] if self._in_user_code else []
-        self._unsent_files = []
         self._started_s = self.world.now
         self._send(report)
 
@@ -334,6 +338,7 @@ class SimWorker:
             self._in_user_code = True
             contained = yield from self._user_code(job)
             self._in_user_code = False
+            assert arguments == [self.node.read(value) for value in task.arguments]
             outcome = yield from self._returned(job, task, contained)
         except _Raised as raised:
             self._in_user_code = False
@@ -350,8 +355,20 @@ class SimWorker:
     def _keep(self, arguments: list[Value]) -> None:
         for value in arguments:
             if isinstance(value, InArena) and value.object_id not in self._keeping:
-                self._keeping.append(value.object_id)
+                self._keeping[value.object_id] = value, self.node.read(value)
                 self._kept.append(value.object_id)
+                self._pinned.append(value.object_id)
+
+    def _let_go(self) -> None:
+        """The last view of something kept dies, and with it the ref, or a little later."""
+        object_id = list(self._keeping)[-1]
+        place, data = self._keeping.pop(object_id)
+        assert self.node.read(place) == data, "memory was reused under a view"
+        if self.world.chance(0.5):
+            self._unpinned.append(object_id)
+            self._refs.append(object_id)
+        else:
+            self._released.append(object_id)
 
     def _user_code(self, job: Job) -> Generator[float | None, None, list[ObjectId]]:
         world = self.world
@@ -359,8 +376,10 @@ class SimWorker:
             yield job.duration_s / 2
             raise _Died
         yield job.duration_s
+        if self._refs and world.chance(0.3):
+            self._released.append(self._refs.pop())
         if self._keeping and world.chance(0.3):
-            self._released.append(self._keeping.pop())
+            self._let_go()
         if job.fails or job.begun <= job.raises_first:
             raise _Raised(job.error(), job.options.retry_exceptions)
         if job.borrowed:
@@ -409,10 +428,12 @@ class SimWorker:
         if job.large:
             value = yield from self._store(object_id, data.ljust(INLINE_MAX_BYTES + 10, b"-"))
         self._say(PutObject(object_id=object_id, value=value))
-        if isinstance(value, InFile):
-            self._unsent_files.remove(value.path)
         reply = yield from self._request(GetObjects(request_id=0, object_ids=[object_id]))
-        assert self.node.read(reply[0].values[0]).startswith(data)
+        found = self.node.read(reply[0].values[0])
+        if reply[0].errors:
+            self.node.ledger.judge_loss(found)
+        else:
+            assert found.startswith(data)
         self._say(ReleaseReferences(object_ids=[object_id]))
 
     def _get(self, ids: list[ObjectId]) -> Life:
@@ -424,12 +445,23 @@ class SimWorker:
             errors += [len(values) + index for index in part.errors]
             values += part.values
         ledger = self.node.ledger
+        near = [
+            object_id
+            for object_id, value in zip(ids, values, strict=True)
+            if isinstance(value, InArena) and not value.node_id
+        ]
         if errors:
-            value = self.node.read(values[errors[0]])
-            ledger.judge_object(ids[errors[0]], value, True)
-            raise _Raised(b"!because " + value, False)
-        for object_id, value in zip(ids, values, strict=True):
-            ledger.judge_object(object_id, self.node.read(value), False)
+            error = self.node.read(values[errors[0]])
+            self._say(UnpinObjects(object_ids=near))
+            ledger.judge_object(ids[errors[0]], error, True)
+            raise _Raised(b"!because " + error, False)
+        found = [self.node.read(value) for value in values]
+        for object_id, data in zip(ids, found, strict=True):
+            ledger.judge_object(object_id, data, False)
+        if near:
+            yield self.world.between(1e-6, 1e-2)
+            assert found == [self.node.read(value) for value in values]
+            self._say(UnpinObjects(object_ids=near))
 
     def _request(self, message: Any, block: bool = False) -> Generator[Any, None, list[Any]]:
         self._requests += 1
@@ -461,10 +493,7 @@ class SimWorker:
         (granted,) = yield from self._request(
             AllocateRange(request_id=0, object_id=object_id, size_bytes=len(data))
         )
-        place = self.node.write(object_id, granted.offset, data)
-        if isinstance(place, InFile):
-            self._unsent_files.append(place.path)
-        return place
+        return self.node.write(object_id, granted, data)
 
     def _new_name(self) -> ObjectId:
         return return_id(self.node.ids.next_task_id(), 0)

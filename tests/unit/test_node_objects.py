@@ -202,8 +202,9 @@ def test_a_range_belongs_to_its_object_and_is_freed_with_it() -> None:
 
 
 def test_a_range_for_which_there_is_no_room_is_refused() -> None:
-    bench = Bench(arena_bytes=2 * PAGE)
+    bench = Bench(arena_bytes=2 * PAGE, object_spilling_threshold=1.0)
     put_large(bench, A, 2 * PAGE)
+    bench.value_of(A)  # somebody looks at it, so it cannot make way
     assert allocate(bench, B, 1) == -1
     bench.drop(A)
     assert allocate(bench, B, 1) == 0

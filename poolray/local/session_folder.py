@@ -1,0 +1,164 @@
+"""The folders in which a runtime keeps files of values, and what killed ones have left.
+
+    <directory>/poolray-<pid>-<job>-<n>/   lock          held with flock while the driver lives
+                                           value-<n>     a value that its maker wrote to disk
+                                           spilled-<n>   values that the driver spilled
+
+What: makes a folder per spill directory when the first file is needed, hands out paths by turns,
+removes the folders at the end; sweeps folders of dead drivers.
+Who calls: the runtime and its I/O threads.
+May touch: folders and files below the spill directories.
+Invariants: a folder is locked before a path in it is given out; nobody sweeps a folder whose lock
+is held, or one without a lock that is younger than a minute.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Sequence
+from typing import final
+
+_PREFIX = "poolray-"
+_LOCK = "lock"
+#: A folder is made a moment before its lock.
+_UNLOCKED_MAX_S = 60.0
+
+
+@final
+class SessionFolders:
+    """One folder in each spill directory, made when the first is needed."""
+
+    def __init__(self, directories: Sequence[str], name: str) -> None:
+        self._directories = list(directories)
+        self._name = name
+        self._mutex = threading.Lock()  # guards the fields below: I/O threads ask too
+        #: folder -> descriptor of its lock file.
+        self._locks: dict[str, int] = {}
+        #: directory -> folder; two directories may be one and the same.
+        self._folders: dict[str, str] = {}
+        self._turns = itertools.count()
+        self._closed = False
+
+    def next_folders(self) -> list[str]:
+        """All folders that can be used, the one first whose turn it is.
+
+        Raises
+        ------
+        OSError
+            None can be made.
+        """
+        with self._mutex:
+            if self._closed:
+                raise FileNotFoundError("the runtime has ended")
+            error: OSError | None = None
+            usable = []
+            for directory in self._directories:
+                try:
+                    usable.append(self._folder_in(directory))
+                except OSError as reason:
+                    error = reason
+            if not usable:
+                assert error is not None
+                raise error
+            turn = next(self._turns) % len(usable)
+        return usable[turn:] + usable[:turn]
+
+    def _folder_in(self, directory: str) -> str:
+        folder = self._folders.get(directory)
+        if folder is None:
+            os.makedirs(directory, exist_ok=True)
+            # Two names of one directory must not meet in one folder.
+            path = os.path.join(directory, f"{_PREFIX}{self._name}-{len(self._folders)}")
+            folder = self._folders[directory] = self._make(path)
+        return folder
+
+    def _make(self, folder: str) -> str:
+        while True:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            path = os.path.join(folder, _LOCK)
+            descriptor = -1
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                # Somebody may have swept the folder between its making and its locking.
+                if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                    self._locks[folder] = descriptor
+                    return folder
+            except FileNotFoundError:
+                pass  # swept: once more
+            except BaseException:
+                if descriptor >= 0:
+                    os.close(descriptor)
+                raise
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def delete(self, name: str) -> None:
+        """Delete a file with this name, wherever it is, if it was ever made."""
+        for folder in list(self._locks):
+            remove_file(os.path.join(folder, name))
+
+    def remove(self) -> None:
+        """The runtime ends: its folders go with all that is in them."""
+        with self._mutex:
+            self._closed = True
+            for folder, descriptor in self._locks.items():
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(descriptor)
+            self._locks.clear()
+
+    def abandon(self) -> None:
+        """In a forked child: the folders are the parent's, and so is the lock, which lives as long
+        as somebody has the file open.
+        """
+        self._closed = True
+        for descriptor in self._locks.values():
+            os.close(descriptor)
+        self._locks.clear()
+
+
+def remove_file(path: str) -> None:
+    """Delete a file, if it is there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass  # its writer died before it made it, or somebody cleaned up
+
+
+def sweep(directories: Sequence[str]) -> None:
+    """Remove the folders that killed drivers of this user have left."""
+    for directory in directories:
+        try:
+            names = os.listdir(directory)
+        except OSError:
+            continue  # not made yet, or not ours to read: there is nothing that we could remove
+        for name in names:
+            if name.startswith(_PREFIX):
+                _sweep_folder(os.path.join(directory, name))
+
+
+def _sweep_folder(folder: str) -> None:
+    try:
+        status = os.lstat(folder)
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            return
+        descriptor = os.open(os.path.join(folder, _LOCK), os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if time.time() - status.st_mtime > _UNLOCKED_MAX_S:
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    except OSError:
+        return  # not ours after all
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:
+        pass  # its driver lives
+    finally:
+        os.close(descriptor)
