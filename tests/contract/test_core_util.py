@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 from core_implementation import IS_REFERENCE, better_than_reference, get, ray, start_runtime
 
-import poolray
-
 
 @pytest.fixture(autouse=True)
 def _runtime() -> None:
@@ -100,7 +98,7 @@ def test_an_object_that_occurs_twice_is_one_object() -> None:
 @pytest.mark.usefixtures("registered")
 @pytest.mark.skipif(IS_REFERENCE, reason="its Pool is another matter")
 def test_pools_and_executors_use_it_too() -> None:
-    with poolray.Pool(1) as pool, poolray.Executor(1) as executor:
+    with ray.Pool(1) as pool, ray.Executor(1) as executor:
         assert pool.map_async(balance, [Account(2)]).get(40) == [2]
         assert pool.apply_async(same, (Account(3),)).get(40).balance == 3
         assert executor.submit(same, Account(4)).result(40).balance == 4
@@ -204,7 +202,7 @@ def test_a_variable_of_a_function_is_found() -> None:
     assert failure.parent is function
     assert failure.path == ("function", "lock")
     assert "FailTuple(lock [path=function -> lock" in repr(failure)
-    assert "!!! FAIL serialization: cannot pickle '_thread.lock' object" in printed
+    assert "serialization: cannot pickle '_thread.lock' object" in printed
     assert repr(failure) in printed
 
 
@@ -285,7 +283,7 @@ def ask(function: Any) -> int:
 def test_a_function_that_captures_much_earns_a_warning_on_the_line_of_its_use() -> None:
     captured = bytes(2 << 20)
 
-    @poolray.remote
+    @ray.remote
     def task() -> int:
         return len(captured)
 
@@ -307,13 +305,13 @@ def test_a_function_that_captures_much_earns_a_warning_on_the_line_of_its_use() 
 
 @pytest.mark.skipif(IS_REFERENCE, reason="it looks at the functions of tasks only")
 def test_an_argument_that_captures_too_much_is_an_error() -> None:
-    poolray.shutdown()
-    poolray.init(num_cpus=1, function_max_bytes=1 << 21)
+    ray.shutdown()
+    ray.init(num_cpus=1, function_max_bytes=1 << 21)
     try:
         captured = bytes(3 << 20)
         with pytest.raises(ValueError, match=r"argument 0 of .*ask\) is too large \(3 MiB > 2 MiB"):
             ask.remote(lambda: captured)
-        ref = poolray.put(captured)
-        assert get(ask.remote(lambda: poolray.get(ref))) == 3 << 20
+        ref = ray.put(captured)
+        assert get(ask.remote(lambda: ray.get(ref))) == 3 << 20
     finally:
-        poolray.shutdown()
+        ray.shutdown()
