@@ -218,6 +218,41 @@ class Flat:
         return type(self.value), (pickle.PickleBuffer(self.value),)
 
 
+@final
+class Wrapped:
+    """Stands for an array that numpy itself would copy into the stream."""
+
+    __slots__ = ("reduced",)
+
+    def __init__(self, reduced: Any) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+    @classmethod
+    def of(cls, value: Any) -> Wrapped | None:
+        """What stands for a value; None if numpy does as well."""
+        if type(value) is array.array:
+            large = len(value) * value.itemsize > OUT_OF_BAND_MIN_BYTES
+            return cls(_reduce_array_array(value)) if large else None
+        import numpy
+
+        if not isinstance(value, numpy.ndarray) or value.nbytes < OUT_OF_BAND_MIN_BYTES:
+            return None
+        kind = type(value)
+        if kind is numpy.ma.MaskedArray:
+            # Its parts may be of any of these kinds: the table is for them.
+            return None
+        flags = value.flags
+        plain = kind is numpy.ndarray and value.dtype.kind not in "mMVO"
+        if value.dtype.hasobject or (plain and (flags.c_contiguous or flags.f_contiguous)):
+            return None
+        if kind not in (numpy.ndarray, numpy.memmap, numpy.recarray):
+            return None
+        return cls(_reduce_array(value))
+
+
 # ---- torch ---------------------------------------------------------------------------------------
 
 

@@ -46,6 +46,8 @@ _CONNECTION = b".connection"
 _NEEDS_CLOUDPICKLE = (pickle.PicklingError, AttributeError, TypeError)
 
 
+_ARRAY_MODULES = ("array", "numpy", "numpy.ma", "numpy.ma.core", "numpy.rec")
+
 #: Empty unless the user has registered serializers: then plain pickle does not do.
 _registered = reducers.registered
 
@@ -205,6 +207,7 @@ class Serializer:
             elif len(data) > OUT_OF_BAND_MIN_BYTES and reducers.may_shrink(data):
                 refs.clear()
                 buffers.clear()
+                data = b""  # it may be as large as all the memory that is left
                 data = _dumps_by_table(value, keep)
         finally:
             _context.refs = outer
@@ -213,10 +216,16 @@ class Serializer:
         return Serialized(data, buffers, refs)
 
     def dumps_flat(self, value: object) -> bytes | Serialized:
-        """The same for a value that is often nothing but many bytes: these are not copied."""
+        """The same for a value that is often nothing but many bytes: these are not copied, nor is
+        an array that plain pickle would copy tried with it first.
+        """
         kind = type(value)
         if (kind is bytes or kind is bytearray) and len(value) > OUT_OF_BAND_MIN_BYTES:  # type: ignore[arg-type]
             return self.dumps(reducers.Flat(value))  # type: ignore[arg-type]
+        if kind.__module__ in _ARRAY_MODULES and not _registered:
+            wrapped = reducers.Wrapped.of(value)
+            if wrapped is not None:
+                return self.dumps(wrapped)
         return self.dumps(value)
 
     def dumps_function(self, function: object) -> tuple[bytes | Serialized, bool]:
