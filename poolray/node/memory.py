@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from poolray.ids import ClientId, ObjectId
 from poolray.node.state import NodeState
+from poolray.node.store import StoreStatistics
 from poolray.objects.directory import READY, ObjectRecord
 from poolray.protocol.memory import (
     HolderKind,
@@ -34,6 +35,7 @@ def memory_table(
     tasks: Iterable[TaskRecord],
     lineage: Iterable[TaskRecord],
     call_sites: Mapping[ObjectId, str],
+    store: StoreStatistics,
     limit: int | None,
 ) -> MemoryTable:
     """The table of a node.
@@ -81,7 +83,14 @@ def memory_table(
         free_ranges=arena.free_ranges,
         largest_free_bytes=arena.largest_free_bytes,
         records_call_sites=bool(state.config.record_ref_creation_sites),
-        spilling=SpillingUse(),
+        spilling=SpillingUse(
+            spilled_objects=store.spilled_objects,
+            spilled_bytes=store.spilled_bytes,
+            spill_s=store.spill_s,
+            restored_objects=store.restored_objects,
+            restored_bytes=store.restored_bytes,
+            restore_s=store.restore_s,
+        ),
     )
 
 

@@ -488,6 +488,7 @@ class Node:
             tasks=tasks,
             lineage=[record for record in self._tasks.lineage() if record.owner_pins],
             call_sites=self._objects.call_sites,
+            store=self._store.statistics(),
             limit=limit,
         )
 
