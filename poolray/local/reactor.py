@@ -23,6 +23,7 @@ import signal
 import socket
 import threading
 import time
+import types
 from _signal import getsignal as _getsignal  # type: ignore[import-not-found]
 from collections import deque
 from collections.abc import Callable
@@ -271,10 +272,24 @@ class Interrupts:
             self._installed = False
 
     def _on_interrupt(self, signal_number: int, frame: Any) -> None:
-        if self._guard.depth > 0:
+        if self._guard.depth > 0 or _is_in_finalizer(frame):
             self._guard.interrupted = True
         else:
             signal.default_int_handler(signal_number, frame)
+
+
+#: Names of our functions that the interpreter calls as objects die. An exception there is printed
+#: and lost: Ctrl-C waits for the program's next call.
+_FINALIZERS = ("__del__", "report", "on_release")
+
+
+def _is_in_finalizer(frame: types.FrameType | None) -> bool:
+    while frame is not None:
+        name = frame.f_globals.get("__name__") or ""
+        if frame.f_code.co_name in _FINALIZERS and name.startswith("poolray."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @final

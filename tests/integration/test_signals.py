@@ -271,6 +271,33 @@ def test_fifty_interrupts_at_random_moments_leave_the_runtime_usable_and_clean(
     assert sorted(delays)[45] < PROMPT_S, delays
 
 
+def test_an_interrupt_in_one_of_our_finalizers_is_raised_by_the_next_call(
+    script: Callable[..., ScriptResult],
+) -> None:
+    """The interpreter would print and drop it."""
+    result = script(
+        """
+        if __name__ == "__main__":
+            poolray.init(num_cpus=1)
+            ref = poolray.put(1)
+            poolray.get(remote_successor.remote(1))
+            client = ref._client
+            client.sync_references()
+            client.ring_when_dropped(lambda: os.kill(os.getpid(), signal.SIGINT))
+            del ref
+            client.ring_when_dropped(lambda: None)
+            print("deleted")
+            try:
+                poolray.put(2)
+            except KeyboardInterrupt:
+                print("interrupted")
+            assert poolray.get(remote_successor.remote(1)) == 2
+        """
+    )
+    assert result.lines() == ["deleted", "interrupted"]
+    assert result.stderr == ""
+
+
 def test_a_handler_of_the_program_is_left_alone(script: Callable[..., ScriptResult]) -> None:
     result = script(
         """
