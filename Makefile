@@ -72,6 +72,7 @@ examples: $(STAMP)
 	@mkdir -p build
 	$(BIN)/python examples/word_frequencies.py
 	$(BIN)/python examples/mandelbrot.py --output build/mandelbrot.png
+	$(BIN)/python examples/out_of_core_sort.py --plot build/store.png
 
 # One question per file; files that begin with an underscore are shared by the others.
 BENCH ?= $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))

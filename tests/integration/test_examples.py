@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -168,3 +169,28 @@ def test_mandelbrot_refuses_a_wrong_size_in_words(size: str) -> None:
     done = run("mandelbrot.py", f"--size={size}")
     assert done.returncode == 2
     assert "WIDTHxHEIGHT" in done.stderr
+
+
+def test_out_of_core_sort_sorts_more_than_its_store_holds(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    generator = np.random.default_rng(1)
+    for number in range(12):
+        text = generator.integers(97, 123, 1_200_000, dtype=np.uint8).tobytes()
+        (folder / f"{number}.py").write_bytes(text)
+    output = tmp_path / "store.png"
+    done = run("out_of_core_sort.py", folder, "--store", 64, "--plot", output)
+    assert done.returncode == 0, done.stderr
+    assert "as numpy says: True" in done.stdout
+    found = re.search(r"store at most (\d+) MiB, disk at most (\d+) MiB", done.stdout)
+    assert found, done.stdout
+    assert 0 < int(found[1]) <= 64
+    assert int(found[2]) > 0, "110 MiB of places do not fit into the store"
+    pixels = decode_png(output.read_bytes())
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) == 4
+
+
+def test_out_of_core_sort_says_that_there_is_nothing_to_sort(tmp_path: Path) -> None:
+    done = run("out_of_core_sort.py", tmp_path)
+    assert done.returncode == 1
+    assert "no Python files" in done.stderr
