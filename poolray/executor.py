@@ -98,7 +98,6 @@ class _Future(Future[R]):
             )
         if runtime.open_batches:
             runtime.flush_batches()
-        runtime.interrupts.install()
         started = time.monotonic()
         runtime.reactor.wait(waited, timeout)
         return None if timeout is None else max(0.0, timeout - (time.monotonic() - started))

@@ -391,7 +391,6 @@ class Pool:
         runtime = self._runtime
         if runtime.open_batches:
             runtime.flush_batches()
-        runtime.interrupts.install()
         runtime.reactor.wait(waited, timeout)
 
     def _abandon(self, result: Any) -> None:

@@ -165,9 +165,12 @@ class Guard:
     caller of the main thread begins to wait, except while it sleeps.
     """
 
-    __slots__ = ("depth", "interrupted", "lock")
+    __slots__ = ("depth", "install", "interrupted", "lock")
 
     def __init__(self) -> None:
+        #: Puts our handler of Ctrl-C in the place of the interpreter's own, which holds nothing
+        #: back. Programs and notebooks may put that back at any time.
+        self.install: Callable[[], None] = _do_nothing
         #: The runtime's lock alone, for who holds Ctrl-C back already.
         self.lock = threading.Lock()
         #: Guarded sections that the main thread is in.
@@ -176,7 +179,9 @@ class Guard:
         self.interrupted = False
 
     def __enter__(self) -> None:
-        if threading.get_ident() == _MAIN:
+        if _get_ident() == _MAIN:
+            if self.depth == 0 and _getsignal(_SIGINT) is _DEFAULT_HANDLER:
+                self.install()
             self.depth += 1
         self.lock.acquire()
 
@@ -186,12 +191,14 @@ class Guard:
 
     def enter(self) -> None:
         """Hold Ctrl-C back without the lock; matters in the main thread only."""
-        if threading.get_ident() == _MAIN:
+        if _get_ident() == _MAIN:
+            if self.depth == 0 and _getsignal(_SIGINT) is _DEFAULT_HANDLER:
+                self.install()
             self.depth += 1
 
     def leave(self) -> None:
         """The end of `enter`: an interrupt that came meanwhile is raised now."""
-        if threading.get_ident() == _MAIN:
+        if _get_ident() == _MAIN:
             self.depth -= 1
             if self.interrupted and self.depth == 0:
                 self._interrupt()
@@ -224,6 +231,13 @@ class Guard:
 
 
 _MAIN = threading.main_thread().ident
+_SIGINT = int(signal.SIGINT)
+_DEFAULT_HANDLER = signal.default_int_handler
+_get_ident = threading.get_ident
+
+
+def _do_nothing() -> None:
+    """Leave the handler alone."""
 
 
 def _after_fork_in_child() -> None:
@@ -247,14 +261,13 @@ class Interrupts:
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self._installed = False
+        guard.install = self.install
 
     def install(self) -> None:
         """Take the default handler's place; does nothing in other threads."""
-        if threading.get_ident() != _MAIN:
-            return
         # `_signal`'s own function: signal.getsignal looks its answer up among enums, which costs a
-        # microsecond of each call that waits.
-        if _getsignal(signal.SIGINT) is signal.default_int_handler:
+        # microsecond.
+        if _get_ident() == _MAIN and _getsignal(_SIGINT) is _DEFAULT_HANDLER:
             try:
                 signal.signal(signal.SIGINT, self._on_interrupt)
             except ValueError:
@@ -262,7 +275,8 @@ class Interrupts:
             self._installed = True
 
     def restore(self) -> None:
-        """Give the place back."""
+        """Give the place back, for good."""
+        self._guard.install = _do_nothing
         if (
             self._installed
             and threading.get_ident() == _MAIN

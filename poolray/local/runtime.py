@@ -191,7 +191,6 @@ class LocalRuntime:
         self.guard = Guard()
         self.reactor = Reactor(self, self.guard, config.spin_s, config.takeover_s)
         self.interrupts = Interrupts(self.guard)
-        self.interrupts.install()
         self._group_ids = itertools.count(1)
         #: group id -> handle, of groups that have not ended.
         self._groups: dict[GroupId, GroupHandle] = {}
@@ -654,7 +653,6 @@ class LocalRuntime:
                     self._flush_batches()
                 self.feed(_LOCAL, message)
             if not request.done:
-                self.interrupts.install()
                 self.reactor.wait(request, timeout_s)
                 if not request.done:
                     self.tell(CancelRequest(request_id=request_id))
@@ -691,7 +689,6 @@ class LocalRuntime:
         return reply
 
     def _wait_for_room(self, request: _Request, request_id: int, object_id: ObjectId) -> None:
-        self.interrupts.install()
         try:
             # The caller holds Ctrl-C back for the sake of what it writes; nothing is written yet.
             self.guard.sleep(self.reactor.wait, request, None)
@@ -852,7 +849,6 @@ class LocalRuntime:
 
     def wait_group_ended(self, handle: GroupHandle, timeout_s: float | None = None) -> bool:
         """Block until a closed or terminated group has ended."""
-        self.interrupts.install()
         return self.reactor.wait(handle, timeout_s)
 
     # ---- calls with results for the caller -------------------------------------------------------
