@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from poolray import exceptions
 from poolray._version import __version__
-from poolray.api import get, init, is_initialized, put, remote, shutdown, wait
+from poolray.api import cancel, get, init, is_initialized, put, remote, shutdown, wait
 from poolray.objects.object_ref import ObjectRef
 from poolray.runtime_context import get_runtime_context
 
@@ -20,6 +20,7 @@ __all__ = [
     "ObjectRef",
     "Pool",
     "__version__",
+    "cancel",
     "exceptions",
     "get",
     "get_runtime_context",

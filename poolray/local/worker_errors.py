@@ -10,6 +10,7 @@ Invariants: what is encoded has been loaded once here, so the reader's loading c
 from __future__ import annotations
 
 import builtins
+import os
 import pickle
 import traceback
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import cloudpickle
 
 from poolray.exceptions import PoolrayError, TaskError
+
+_OUR_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 class UnpicklableResult(Exception):
@@ -71,6 +74,14 @@ def encode_dependency_error(error: object, name: str) -> bytes:
             passed._traceback_dict = frames  # type: ignore[attr-defined]
         return _dumps(passed)
     return _dumps(error)
+
+
+def describe_interrupt(error: KeyboardInterrupt) -> str:
+    """Where a task was when it was interrupted."""
+    stack = traceback.extract_tb(_user_frames(error))
+    while stack and stack[-1].filename.startswith(_OUR_FOLDER):
+        stack.pop()  # the signal handler, and where user code waits
+    return "it was interrupted here:\n" + "".join(traceback.format_list(stack)).rstrip("\n")
 
 
 def encode_plain(error: BaseException) -> bytes:

@@ -23,6 +23,7 @@ from poolray.protocol.client import (
     AddReferences,
     AllocateRange,
     CancelRequest,
+    CancelTask,
     DefineClass,
     DefineFunction,
     GetObjects,
@@ -75,6 +76,17 @@ class StopWorker(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 ToWorkerQueue: TypeAlias = RunTasks | StopWorker
+
+
+class InterruptTask(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only=True):
+    """Node to worker, control channel, followed by a signal: stop this task if it runs.
+
+    It is for one packet: a task that is tried again is not meant.
+    """
+
+    task_id: TaskId
+    sequence: int  #: of the packet that the task was sent in
+    force: bool  #: end the process instead of raising KeyboardInterrupt
 
 
 class WorkerReady(msgspec.Struct, frozen=True, array_like=True, tag=10, kw_only=True):
@@ -197,6 +209,7 @@ class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_onl
         | GetObjects
         | WaitObjects
         | CancelRequest
+        | CancelTask
         | AddReferences
         | ReleaseReferences
         | AllocateRange
@@ -223,7 +236,7 @@ FromWorkers: TypeAlias = (
     | ClientMessage
 )
 
-ToWorkerControl: TypeAlias = ObjectValues | WaitReply | RangeGranted
+ToWorkerControl: TypeAlias = ObjectValues | WaitReply | RangeGranted | InterruptTask
 
 
 class ForkWorker(msgspec.Struct, frozen=True, array_like=True, tag=40, kw_only=True):

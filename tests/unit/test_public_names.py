@@ -27,6 +27,7 @@ PUBLIC_NAMES = {
         "ObjectRef",
         "Pool",
         "__version__",
+        "cancel",
         "exceptions",
         "get",
         "get_runtime_context",
