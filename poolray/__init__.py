@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING
 from poolray import exceptions
 from poolray._version import __version__
 from poolray.api import get, init, is_initialized, put, remote, shutdown, wait
+from poolray.cluster_state import (
+    available_resources,
+    cluster_resources,
+    get_gpu_ids,
+    nodes,
+    timeline,
+)
 from poolray.objects.object_ref import ObjectRef
 from poolray.runtime_context import get_runtime_context
 
@@ -20,14 +27,19 @@ __all__ = [
     "ObjectRef",
     "Pool",
     "__version__",
+    "available_resources",
+    "cluster_resources",
     "exceptions",
     "get",
+    "get_gpu_ids",
     "get_runtime_context",
     "init",
     "is_initialized",
+    "nodes",
     "put",
     "remote",
     "shutdown",
+    "timeline",
     "util",
     "wait",
 ]

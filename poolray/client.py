@@ -64,6 +64,7 @@ from poolray.protocol.client import (
     SubmitTasks,
     UnpinObjects,
 )
+from poolray.protocol.state import StateKind, StateRow
 from poolray.protocol.values import FunctionDefinition, InArena, InFile, TaskClass, TaskSpec
 
 _REF = ObjectRef
@@ -97,6 +98,9 @@ class Link(Protocol):
         KeyboardInterrupt
             Ctrl-C while it waited, in the main thread: nothing has been granted.
         """
+
+    def query(self, kind: StateKind) -> list[StateRow]:
+        """What the node tells of its tasks, workers, objects or itself."""
 
     def when_ready(self, object_id: ObjectId, call: Callable[[ObjectValues], None]) -> None:
         """Call back once, from some thread, with the object's value."""

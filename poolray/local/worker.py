@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from poolray.config import Config
 from poolray.exceptions import ObjectLostError, PoolrayError, TaskCancelledError
 from poolray.ids import FunctionId, ObjectId, WorkerId, return_id
 from poolray.local import process_state, worker_process
@@ -71,6 +70,8 @@ NUDGE_SIGNAL = signal.SIGURG
 _CALL, _APPLY, _MAP = CallKind.CALL, CallKind.APPLY, CallKind.MAP
 _CALLER = Delivery.CALLER
 
+#: What those who look on are told of an error.
+_SUMMARY_CHARS_MAX = 2000
 #: Results are sent early when they add up to this much.
 _FLUSH_BYTES = 64 * 1024
 
@@ -87,7 +88,7 @@ def run_worker(
     """A worker's life; gives its exit code."""
     arena.forget_parent()
     worker_process.settle(setup, number, reports)
-    worker = Worker(command, tasks, reports, arena, setup.config)
+    worker = Worker(command, tasks, reports, arena, setup)
     client = WorkerClient(worker.worker_id, control, reports, arena, setup, worker.prepare_to_block)
     worker.client = client
     process_state.set_worker_id(worker.worker_id)
@@ -140,14 +141,16 @@ class Worker:
         tasks: socket.socket,
         reports: socket.socket,
         arena: Arena,
-        config: Config,
+        setup: WorkerSetup,
     ) -> None:
+        config = setup.config
         self.worker_id: WorkerId = command.worker_id
         self.client: WorkerClient
         self._slot = command.slot
         self._reports = reports
         self._arena = arena
         self._config = config
+        self._accelerators = setup.accelerators
         self._reader = SpinningReader(tasks, config.spin_s)
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(ToWorkerQueue).decode
@@ -233,6 +236,8 @@ class Worker:
         for known in message.classes:
             serializer = self.client.serializer_for(known.task_class.delivery)
             self._classes[known.index] = _Function(known.task_class, serializer)
+            if known.devices:
+                process_state.use_devices(known.devices, self._accelerators)
         self._task_limit = len(message.tasks)
         self._position = 0
         self._call_index = self._call_limit = 0
@@ -525,7 +530,7 @@ class Worker:
         task_class = function.task_class
         if isinstance(error, _DependencyFailed):
             encoded = worker_errors.encode_dependency_error(error.error, task_class.name)
-            return Outcome(values=[encoded], is_error=True)
+            return Outcome(values=[encoded], is_error=True, summary=_summary(error.error))
         if function.for_caller:
             encoded = worker_errors.encode_plain(error)
         elif isinstance(error, KeyboardInterrupt):
@@ -537,7 +542,7 @@ class Worker:
         value: bytes | InArena | InFile = encoded
         if len(encoded) > self._config.inline_max_bytes:
             value = self.client.store(self.client.next_object_id(), encoded)
-        return Outcome(values=[value], is_error=True, retriable=retriable)
+        return Outcome(values=[value], is_error=True, retriable=retriable, summary=_summary(error))
 
     def _is_retriable(self, error: BaseException, function: _Function) -> bool:
         names = function.task_class.retry_exceptions
@@ -555,6 +560,14 @@ class _DependencyFailed(Exception):
 
     def __init__(self, error: object) -> None:
         self.error = error
+
+
+def _summary(error: object) -> str:
+    """An error's class and text, if it can say them."""
+    try:
+        return f"{type(error).__name__}: {error}"[:_SUMMARY_CHARS_MAX]
+    except Exception:
+        return type(error).__name__  # its own text fails
 
 
 def _exit_code(error: SystemExit) -> int:

@@ -33,6 +33,7 @@ from poolray.protocol.client import (
     WaitObjects,
     WaitReply,
 )
+from poolray.protocol.state import QueryState, StateKind, StateRow, StateRows
 from poolray.protocol.values import Delivery, InArena, InFile
 from poolray.protocol.worker import (
     ClientMessage,
@@ -71,7 +72,7 @@ class WorkerLink:
         self._reading = False
         self._next_request = 0
         #: request id -> replies that came (a large one comes in parts), of open requests only.
-        self._replies: dict[int, list[ObjectValues | WaitReply | RangeGranted]] = {}
+        self._replies: dict[int, list[ObjectValues | WaitReply | RangeGranted | StateRows]] = {}
 
     def enter(self) -> None:
         """Ctrl-C does not reach workers: there is nothing to hold back."""
@@ -136,6 +137,20 @@ class WorkerLink:
         assert isinstance(parts[0], RangeGranted)
         return parts[0]
 
+    def query(self, kind: StateKind) -> list[StateRow]:
+        """What the node tells of its tasks, workers, objects or itself."""
+        request_id = self._open()
+        try:
+            self.send(QueryState(request_id=request_id, kind=kind))
+            parts = self._await(request_id, None, tell=False)
+        finally:
+            self._close(request_id)
+        rows: list[StateRow] = []
+        for part in parts or ():
+            assert isinstance(part, StateRows)
+            rows.extend(part.rows)
+        return rows
+
     def when_ready(self, object_id: ObjectId, call: Callable[[ObjectValues], None]) -> None:
         """Call back once with the object's value, from a thread made for that."""
 
@@ -160,7 +175,7 @@ class WorkerLink:
 
     def _await(
         self, request_id: int, deadline: float | None, tell: bool = True
-    ) -> list[ObjectValues | WaitReply | RangeGranted] | None:
+    ) -> list[ObjectValues | WaitReply | RangeGranted | StateRows] | None:
         """All parts of a reply; None when the time is up."""
         told = False
         try:

@@ -16,6 +16,7 @@ import msgspec
 from poolray.ids import ClientId, GroupId, NodeId, WorkerId
 from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, WaitReply
 from poolray.protocol.node import HeadRequest, PeerMessage
+from poolray.protocol.state import StateRows
 from poolray.protocol.values import InArena, InFile
 from poolray.protocol.worker import RunTasks, StopWorker
 
@@ -31,7 +32,7 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
     """Answer a client."""
 
     client_id: ClientId
-    message: ObjectValues | WaitReply | RangeGranted | CallResults
+    message: ObjectValues | WaitReply | RangeGranted | CallResults | StateRows
 
 
 class StartWorker(msgspec.Struct, frozen=True, gc=False):
@@ -133,6 +134,12 @@ class Warn(msgspec.Struct, frozen=True, gc=False):
     text: str
 
 
+class Notice(msgspec.Struct, frozen=True, gc=False):
+    """Tell the user, on standard error."""
+
+    text: str
+
+
 class UnhandledError(msgspec.Struct, frozen=True, gc=False):
     """The last reference to an error went before anybody looked at it: show it to the user."""
 
@@ -157,5 +164,6 @@ Effect: TypeAlias = (
     | SendObject
     | WriteObject
     | Warn
+    | Notice
     | UnhandledError
 )

@@ -21,6 +21,7 @@ from poolray.exceptions import (
     ObjectReconstructionFailedError,
     PoolrayError,
     TaskCancelledError,
+    TaskUnschedulableError,
     WorkerCrashedError,
 )
 from poolray.ids import (
@@ -36,6 +37,7 @@ from poolray.ids import (
 from poolray.node.effects import Reply, UnhandledError
 from poolray.node.functions import Functions
 from poolray.node.objects import Objects
+from poolray.node.observer import EndedTask, Observer
 from poolray.node.state import NodeState
 from poolray.node.store import Store
 from poolray.node.workers import Group, GroupState, Packet, WorkerRecord
@@ -44,6 +46,7 @@ from poolray.protocol.client import CallResults
 from poolray.protocol.node import WorkerLost
 from poolray.protocol.values import Delivery, InFile, Outcome, TaskSpec, Value
 from poolray.protocol.worker import TasksFinished
+from poolray.tasks.class_queue import ClassQueue
 from poolray.tasks.lifecycle import (
     FAILED,
     FORWARDED,
@@ -64,12 +67,25 @@ _OPEN = GroupState.OPEN
 _FAILED_GROUP = GroupState.FAILED
 
 
+#: What those who look on know errors of the node's as; every other one is an exception.
+_ERROR_TYPES: dict[type[PoolrayError], str] = {
+    WorkerCrashedError: "WORKER_DIED",
+    NodeDiedError: "NODE_DIED",
+    ObjectLostError: "OBJECT_LOST",
+    ObjectReconstructionFailedError: "OBJECT_UNRECONSTRUCTABLE",
+    TaskCancelledError: "TASK_CANCELLED",
+    TaskUnschedulableError: "TASK_UNSCHEDULABLE_ERROR",
+}
+_OTHER_ERROR = "TASK_EXECUTION_EXCEPTION"
+
+
 @final
 class Tasks:
     """The task side of a node."""
 
     __slots__ = (
         "_lineage",
+        "_observer",
         "_parts",
         "_state",
         "dispatcher",
@@ -80,10 +96,13 @@ class Tasks:
         "store",
     )
 
-    def __init__(self, state: NodeState, store: Store, functions: Functions) -> None:
+    def __init__(
+        self, state: NodeState, store: Store, functions: Functions, observer: Observer
+    ) -> None:
         self._state = state
         self.store = store
         self.functions = functions
+        self._observer = observer
         self.objects: Objects
         self.dispatcher: Dispatcher
         self.groups: Groups
@@ -284,6 +303,7 @@ class Tasks:
         tasks = self._state.tasks
         worker_id = worker.worker_id
         calls = 0
+        ended: list[EndedTask] | None = [] if self._observer.keeps_history else None
         for report in message.results:
             results = report.results
             calls += len(results)
@@ -295,7 +315,15 @@ class Tasks:
             elif record.class_queue.task_class.delivery is _CALLER:
                 self._deliver(record, record.sent_offset + report.start, results, worker)
             elif results:
-                self.finish(record, results[0], worker.client_id)
+                result = results[0]
+                self.finish(record, result, worker.client_id)
+                if ended is not None and record.state >= SUCCEEDED:
+                    failed = record.state is FAILED
+                    ended.append((record.root_id, record.class_queue, record.attempts, failed))
+                    if failed and not isinstance(result, bytes):
+                        self._observer.on_raised(record.root_id, result.summary)
+        if ended:
+            self._observer.on_ended(worker, ended, message.elapsed_ns * 1e-9)
         return calls
 
     def _deliver(
@@ -442,10 +470,17 @@ class Tasks:
 
     def fail(self, record: TaskRecord, error: PoolrayError, retriable: bool = False) -> None:
         """A task is given up: its error becomes its result."""
-        self.fail_encoded(record, self._state.encode_error(error), retriable)
+        error_type = _ERROR_TYPES.get(type(error), _OTHER_ERROR)
+        self._fail(record, self._state.encode_error(error), retriable, error_type, str(error))
 
-    def fail_encoded(self, record: TaskRecord, error: bytes, retriable: bool = False) -> None:
+    def fail_encoded(self, record: TaskRecord, error: bytes) -> None:
         """The same, for an error that is serialized already."""
+        self._fail(record, error, False, _OTHER_ERROR, "its workers cannot run it")
+
+    def _fail(
+        self, record: TaskRecord, error: bytes, retriable: bool, error_type: str, message: str
+    ) -> None:
+        self._observer.on_given_up(record, error_type, message)
         outcome = Outcome(values=[error], is_error=True, retriable=retriable)
         record.move(FAILED)
         if record.class_queue.task_class.delivery is _CALLER:
@@ -463,6 +498,15 @@ class Tasks:
         """A task fails wherever it is, and whatever becomes of the call that runs."""
         self._withdraw(record)
         self.fail_encoded(record, error)
+
+    def give_up_unschedulable(self, queue: ClassQueue, reason: str) -> None:
+        """No node may ever run the calls of a class: those that are queued fail."""
+        name = queue.task_class.name
+        error = TaskUnschedulableError(f"The task is not schedulable: {reason}, name={name}")
+        for record in [record for record in queue.queue if record not in queue.removed]:
+            if self._state.tasks.get(record.task_id) is record:  # a failure may end others
+                self._withdraw(record)
+                self.fail(record, error)
 
     def on_lost_with_worker(self, record: TaskRecord, begun: int, message: WorkerLost) -> None:
         """The worker that had a task died; the caller dispatches afterwards.
@@ -547,6 +591,7 @@ class Tasks:
             record.move(FAILED)
             if record.class_queue.task_class.delivery is not _CALLER and not record.is_foreign:
                 error = TaskCancelledError(task_id=record.root_id.hex(), reason=reason)
+                self._observer.on_given_up(record, _ERROR_TYPES[TaskCancelledError], str(error))
                 outcome = Outcome(values=[self._state.encode_error(error)], is_error=True)
                 self._store(record, outcome, record.client_id)
             self.end(record)

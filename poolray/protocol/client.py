@@ -13,6 +13,7 @@ from typing import TypeAlias
 import msgspec
 
 from poolray.ids import FunctionId, ObjectId, TaskId
+from poolray.protocol.state import QueryState, StateRows
 from poolray.protocol.values import (
     FunctionDefinition,
     InArena,
@@ -186,6 +187,7 @@ ClientRequest: TypeAlias = (
     | PinObjects
     | UnpinObjects
     | CancelTasks
+    | QueryState
 )
 
-ClientReply: TypeAlias = ObjectValues | WaitReply | RangeGranted | CallResults
+ClientReply: TypeAlias = ObjectValues | WaitReply | RangeGranted | CallResults | StateRows

@@ -39,6 +39,7 @@ from poolray.protocol.client import (
     WaitObjects,
     WaitReply,
 )
+from poolray.protocol.state import QueryState, StateRows
 from poolray.protocol.values import FunctionDefinition, InArena, InFile, Outcome, TaskClass
 
 
@@ -58,6 +59,8 @@ class ClassDefinition(msgspec.Struct, frozen=True, array_like=True, kw_only=True
 
     index: int
     task_class: TaskClass
+    #: Resource name -> ids of the devices that the worker is to use for its calls from now on.
+    devices: dict[str, list[str]] = {}
 
 
 class RunTasks(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True):
@@ -204,6 +207,7 @@ class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_onl
         | ReturnRange
         | PinObjects
         | UnpinObjects
+        | QueryState
     )
 
 
@@ -223,7 +227,7 @@ FromWorkers: TypeAlias = (
     | ClientMessage
 )
 
-ToWorkerControl: TypeAlias = ObjectValues | WaitReply | RangeGranted
+ToWorkerControl: TypeAlias = ObjectValues | WaitReply | RangeGranted | StateRows
 
 
 class ForkWorker(msgspec.Struct, frozen=True, array_like=True, tag=40, kw_only=True):
