@@ -29,7 +29,6 @@ from poolray.remote_placement import (
     parse_selector,
 )
 from poolray.remote_signature import F_co, Given_co, RemoteCall, RemoteSignature
-from poolray.scheduling.accelerators import check_devices
 from poolray.scheduling.resources import UNIT, to_fixed
 
 P = ParamSpec("P")
@@ -297,6 +296,7 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
             retry_exceptions=_retry_spec(options.get("retry_exceptions", False)),
             max_calls=options.get("max_calls") or 0,
             placement=make_placement(options),
+            is_listed=options.get("enable_task_events", True),
         )
         digest = hashlib.blake2b(msgspec.msgpack.encode(made), digest_size=16).digest()
         return msgspec.structs.replace(made, class_id=ClassId(digest))
@@ -345,17 +345,24 @@ def _demand(options: Mapping[str, Any]) -> dict[str, int]:
     demand = {"CPU": UNIT if cpus is None else to_fixed("CPU", cpus)}
     gpus = options.get("num_gpus")
     if gpus:
-        check_devices("GPU", gpus)
+        _check_devices("GPU", gpus)
         demand["GPU"] = to_fixed("GPU", gpus)
     if options.get("memory"):
         demand["memory"] = to_fixed("memory", options["memory"])
     for name, amount in (options.get("resources") or {}).items():
-        check_devices(name, amount)
+        _check_devices(name, amount)
         demand[name] = to_fixed(name, amount)
     if options.get("accelerator_type"):
         # Next to nothing of what a node with such devices has once.
         demand[f"accelerator_type:{options['accelerator_type']}"] = UNIT // 1000
     return {name: amount for name, amount in demand.items() if amount}
+
+
+def _check_devices(name: str, amount: float) -> None:
+    if amount != int(amount):
+        from poolray.scheduling.accelerators import check_devices  # few programs need it
+
+        check_devices(name, amount)
 
 
 def _retry_spec(value: bool | list[Any] | tuple[Any, ...]) -> bytes:

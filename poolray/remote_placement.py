@@ -27,7 +27,7 @@ from poolray.remote_strategies import (
 )
 
 _NAME = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
-_SELECTOR = re.compile(rf"(!?)(?:in)?\(({_NAME}(?:, ?{_NAME})*)\)|(!?)({_NAME})")
+_SELECTOR = rf"(!?)(?:in)?\(({_NAME}(?:, ?{_NAME})*)\)|(!?)({_NAME})"
 _STRATEGIES = (
     type(None),
     str,
@@ -121,7 +121,7 @@ def parse_selector(selector: Mapping[str, str]) -> list[LabelMatch]:
         _check_key(key)
         if not isinstance(value, str):
             raise TypeError(f"expected string or bytes-like object, got '{type(value).__name__}'")
-        match = _SELECTOR.fullmatch(value)
+        match = re.fullmatch(_SELECTOR, value)
         if match is None:
             raise ValueError(
                 f"Invalid label selector value `{value}`. The label selector value should contain "

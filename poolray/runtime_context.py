@@ -13,7 +13,6 @@ from typing import Any, NoReturn, final
 from poolray.api import find_client, ids_of_process, namespace_of_driver
 from poolray.local import process_state
 from poolray.local import runtime as local_runtime
-from poolray.scheduling import accelerators
 from poolray.scheduling.resources import from_fixed
 
 __all__ = ["RuntimeContext", "get_runtime_context"]
@@ -135,6 +134,8 @@ class RuntimeContext:
 
         Every kind of device is there; a driver has none of any.
         """
+        from poolray.scheduling import accelerators  # few programs ask
+
         devices = process_state.current_devices()
         return {name: list(devices.get(name, [])) for name in accelerators.RESOURCES}
 

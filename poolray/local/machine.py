@@ -8,34 +8,32 @@ Invariants: of a resource with devices there is as much as there are devices.
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Mapping
-from typing import final
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from poolray.config import Config
-from poolray.scheduling import accelerators
 from poolray.scheduling.resources import to_fixed
+
+if TYPE_CHECKING:
+    from poolray.scheduling.accelerators import Found
 
 #: Where the node is, as far as anybody has to know: nothing listens in local mode.
 NODE_ADDRESS = "127.0.0.1"
 HEAD_RESOURCE = "node:__internal_head__"
 
 
-@final
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
+class Wishes(msgspec.Struct, frozen=True, kw_only=True):
     """What the user says of this machine; None: find out."""
 
     num_gpus: int | None = None
     memory_bytes: int | None = None
-    resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    resources: dict[str, float] = {}
+    labels: dict[str, str] = {}
 
 
-@final
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """What a node is made with."""
 
     #: Resource name -> amount, in units of 1/10,000.
@@ -70,6 +68,8 @@ def describe(config: Config, wishes: Wishes, store_bytes: int) -> Machine:
     ValueError
         The user names more devices than a variable such as `CUDA_VISIBLE_DEVICES` allows.
     """
+    from poolray.scheduling import accelerators  # not for programs that only import
+
     given = dict(wishes.resources)
     if wishes.num_gpus is not None:
         given[accelerators.GPU] = wishes.num_gpus
@@ -94,7 +94,7 @@ def describe(config: Config, wishes: Wishes, store_bytes: int) -> Machine:
     )
 
 
-def _found_labels(found: list[accelerators.Found]) -> dict[str, str]:
+def _found_labels(found: list[Found]) -> dict[str, str]:
     types = [devices.type_name for devices in found if devices.type_name]
     return {"ray.io/accelerator-type": types[0]} if types else {}
 

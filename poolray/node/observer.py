@@ -4,9 +4,9 @@ What: keeps a bounded history of ended tasks and dead workers, and answers quest
 about the living.
 Who calls: `node/node.py` with questions; the tasks' and groups' sides when something ends.
 May touch: nothing.
-Invariants: a task's end costs one entry in a list that is made per report of a worker, nothing is
-copied before somebody asks; the history never holds more than `Config.task_history_max` tasks, and
-nothing of their arguments and results.
+Invariants: a task's end costs one entry, and nothing is worked out before somebody asks; the
+history never holds more than `Config.task_history_max` tasks, and nothing of their arguments and
+results.
 """
 
 from __future__ import annotations
@@ -51,87 +51,49 @@ _MESSAGE_CHARS_MAX = 4096
 _DEAD_WORKERS_MAX = 1000
 
 
-#: Id, class, attempts before, whether it failed.
-EndedTask: TypeAlias = tuple[TaskId, ClassQueue, int, bool]
-
-
-@final
-class _Ended:
-    """Tasks whose end one worker reported at once, or one that failed without a worker."""
-
-    __slots__ = ("elapsed_s", "ended_s", "pid", "tasks", "worker_id")
-
-    def __init__(
-        self,
-        worker_id: WorkerId,
-        pid: int,
-        tasks: list[EndedTask],
-        ended_s: float,
-        elapsed_s: float,
-    ) -> None:
-        self.worker_id = worker_id
-        self.pid = pid
-        #: In the order in which they ran.
-        self.tasks = tasks
-        self.ended_s = ended_s
-        #: What they took together.
-        self.elapsed_s = elapsed_s
+#: An ended task: id, class, attempts before, error (type, message) if it failed, worker and its
+#: pid, when that was reported, and the nanoseconds that all tasks of the same report took together.
+#: Plain tuples, for one is made for every task.
+EndedTask: TypeAlias = tuple[
+    TaskId, ClassQueue, int, tuple[str, str] | None, WorkerId, int, float, int
+]
+_NO_WORKER = WorkerId(b"")
 
 
 @final
 class Observer:
     """The memory of a node, and its voice."""
 
-    __slots__ = ("_dead", "_ended", "_errors", "_limit", "_size", "_state")
+    __slots__ = ("_dead", "_state", "ended")
 
     def __init__(self, state: NodeState) -> None:
         self._state = state
-        self._limit = state.config.task_history_max
-        #: Ended tasks, oldest first.
-        self._ended: deque[_Ended] = deque()
-        #: Their number.
-        self._size = 0
-        #: task id -> (type, message), of failed tasks that are in the history.
-        self._errors: dict[TaskId, tuple[str, str]] = {}
+        limit = state.config.task_history_max
+        #: Ended tasks, oldest first; None: they are not remembered. (The tasks' side appends.)
+        self.ended: deque[EndedTask] | None = deque(maxlen=limit) if limit else None
         self._dead: deque[WorkerRow] = deque(maxlen=_DEAD_WORKERS_MAX)
-
-    @property
-    def keeps_history(self) -> bool:
-        """Whether ended tasks are remembered at all."""
-        return self._limit > 0
 
     # ---- what ends -------------------------------------------------------------------------------
 
-    def on_ended(self, worker: WorkerRecord, tasks: list[EndedTask], elapsed_s: float) -> None:
-        """A worker has reported the ends of these."""
-        self._remember(_Ended(worker.worker_id, worker.pid, tasks, self._state.now, elapsed_s))
-
-    def on_raised(self, task_id: TaskId, message: str) -> None:
-        """A task that a worker reports has failed by an exception of its own."""
-        self._errors[task_id] = ("TASK_EXECUTION_EXCEPTION", message[:_MESSAGE_CHARS_MAX])
-
     def on_given_up(self, record: TaskRecord, error_type: str, message: str) -> None:
         """The node has decided that a task fails."""
-        if not self._limit or record.class_queue.task_class.delivery is not Delivery.OBJECTS:
+        if self.ended is None or record.class_queue.task_class.delivery is not Delivery.OBJECTS:
             return
-        self._errors[record.root_id] = (error_type, message[:_MESSAGE_CHARS_MAX])
         worker = self._state.workers.get(record.worker_id) if record.worker_id else None
-        pid = worker.pid if worker is not None else 0
-        worker_id = worker.worker_id if worker is not None else WorkerId(b"")
         # Of an attempt that was lost the task has been charged already.
         attempt = record.attempts - (1 if error_type in ("WORKER_DIED", "NODE_DIED") else 0)
-        task = (record.root_id, record.class_queue, attempt, True)
-        self._remember(_Ended(worker_id, pid, [task], self._state.now, 0.0))
-
-    def _remember(self, ended: _Ended) -> None:
-        self._ended.append(ended)
-        self._size += len(ended.tasks)
-        while self._size > self._limit:
-            oldest = self._ended.popleft()
-            self._size -= len(oldest.tasks)
-            if self._errors:
-                for task_id, _, _, _ in oldest.tasks:
-                    self._errors.pop(task_id, None)
+        self.ended.append(
+            (
+                record.root_id,
+                record.class_queue,
+                attempt,
+                (error_type, message),
+                worker.worker_id if worker is not None else _NO_WORKER,
+                worker.pid if worker is not None else 0,
+                self._state.now,
+                0,
+            )
+        )
 
     def on_worker_lost(self, worker: WorkerRecord, message: WorkerLost, was_told: bool) -> None:
         """A worker's process has ended."""
@@ -198,31 +160,31 @@ class Observer:
         """The living, then the dead, newest first."""
         running = self._running()
         for record in self._state.tasks.values():
+            task_class = record.class_queue.task_class
             if (
                 record.task_id == record.root_id
-                and record.class_queue.task_class.delivery is Delivery.OBJECTS
+                and task_class.is_listed
+                and task_class.delivery is Delivery.OBJECTS
             ):
                 yield self._living(record, running)
-        for ended in reversed(self._ended):
-            share_s = ended.elapsed_s / len(ended.tasks)
-            end_s = ended.ended_s
-            for task_id, queue, attempt, failed in reversed(ended.tasks):
-                error_type, message = self._errors.get(task_id, ("", "")) if failed else ("", "")
-                yield TaskRow(
-                    task_id=task_id,
-                    attempt=attempt,
-                    name=queue.task_class.name,
-                    function_name=queue.function_name,
-                    state="FAILED" if failed else "FINISHED",
-                    required=queue.task_class.resources,
-                    worker_id=ended.worker_id,
-                    pid=ended.pid,
-                    started_s=end_s - share_s,
-                    ended_s=end_s,
-                    error_type=error_type,
-                    error_message=message,
-                )
+        for together in self._reports():
+            end_s = together[0][6]
+            share_s = together[0][7] * 1e-9 / len(together)
+            for task in together:
+                yield _ended_row(task, end_s - share_s, end_s)
                 end_s -= share_s
+
+    def _reports(self) -> Iterator[list[EndedTask]]:
+        """Ended tasks that were reported together, newest first."""
+        together: list[EndedTask] = []
+        for task in reversed(self.ended or ()):
+            if together and task[4:] != together[0][4:]:
+                yield together
+                together = []
+            if task[1].task_class.is_listed:
+                together.append(task)
+        if together:
+            yield together
 
     def _living(self, record: TaskRecord, running: dict[TaskId, float]) -> TaskRow:
         queue = record.class_queue
@@ -274,6 +236,25 @@ class Observer:
                 holders=record.holders,
                 in_store=record.state is READY and not isinstance(record.value, bytes),
             )
+
+
+def _ended_row(task: EndedTask, started_s: float, ended_s: float) -> TaskRow:
+    task_id, queue, attempt, error, worker_id, pid, _, _ = task
+    error_type, message = error or ("", "")
+    return TaskRow(
+        task_id=task_id,
+        attempt=attempt,
+        name=queue.task_class.name,
+        function_name=queue.function_name,
+        state="FAILED" if error is not None else "FINISHED",
+        required=queue.task_class.resources,
+        worker_id=worker_id,
+        pid=pid,
+        started_s=started_s,
+        ended_s=ended_s,
+        error_type=error_type,
+        error_message=message[:_MESSAGE_CHARS_MAX],
+    )
 
 
 def _size_of(record: ObjectRecord) -> int:

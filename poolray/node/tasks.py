@@ -37,7 +37,7 @@ from poolray.ids import (
 from poolray.node.effects import Reply, UnhandledError
 from poolray.node.functions import Functions
 from poolray.node.objects import Objects
-from poolray.node.observer import EndedTask, Observer
+from poolray.node.observer import Observer
 from poolray.node.state import NodeState
 from poolray.node.store import Store
 from poolray.node.workers import Group, GroupState, Packet, WorkerRecord
@@ -77,6 +77,13 @@ _ERROR_TYPES: dict[type[PoolrayError], str] = {
     TaskUnschedulableError: "TASK_UNSCHEDULABLE_ERROR",
 }
 _OTHER_ERROR = "TASK_EXECUTION_EXCEPTION"
+
+
+def _error_of(result: bytes | Outcome) -> tuple[str, str] | None:
+    """What those who look on are told of a failed call."""
+    if isinstance(result, bytes) or not result.is_error:
+        return None
+    return _OTHER_ERROR, result.summary
 
 
 @final
@@ -303,7 +310,8 @@ class Tasks:
         tasks = self._state.tasks
         worker_id = worker.worker_id
         calls = 0
-        ended: list[EndedTask] | None = [] if self._observer.keeps_history else None
+        ended = self._observer.ended
+        now, pid = self._state.now, worker.pid
         for report in message.results:
             results = report.results
             calls += len(results)
@@ -317,13 +325,21 @@ class Tasks:
             elif results:
                 result = results[0]
                 self.finish(record, result, worker.client_id)
-                if ended is not None and record.state >= SUCCEEDED:
-                    failed = record.state is FAILED
-                    ended.append((record.root_id, record.class_queue, record.attempts, failed))
-                    if failed and not isinstance(result, bytes):
-                        self._observer.on_raised(record.root_id, result.summary)
-        if ended:
-            self._observer.on_ended(worker, ended, message.elapsed_ns * 1e-9)
+                if ended is not None and (
+                    type(result) is bytes or record.state >= SUCCEEDED  # else it is tried again
+                ):
+                    ended.append(
+                        (
+                            record.root_id,
+                            record.class_queue,
+                            record.attempts,
+                            None if type(result) is bytes else _error_of(result),
+                            worker_id,
+                            pid,
+                            now,
+                            message.elapsed_ns,
+                        )
+                    )
         return calls
 
     def _deliver(

@@ -114,6 +114,7 @@ class TaskClass(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=Tru
     #: Parent processes' arrays may be written to by the call (Pool and Executor promise it).
     writable: bool = False
     placement: Placement | None = None  #: None: wherever the resources are
+    is_listed: bool = True  #: whether its tasks appear in listings of what goes on
 
 
 class TaskSpec(msgspec.Struct, frozen=True, array_like=True, tag=5, kw_only=True):

@@ -10,19 +10,17 @@ as absent.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import final
+
+import msgspec
 
 GPU = "GPU"
 
 
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class Found:
+class Found(msgspec.Struct, frozen=True):
     """The devices of one kind that this machine has."""
 
     resource: str
@@ -32,9 +30,7 @@ class Found:
     type_name: str = ""
 
 
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(msgspec.Struct, frozen=True):
     """One kind of accelerator.
 
     `count` is given the names in `/dev` and a root folder (other than "/" in tests), and gives the
@@ -233,6 +229,11 @@ KINDS = (
     Kind("TTNPU", "TT_VISIBLE_DEVICES", _count_tenstorrent),
 )
 
+#: How names in `dev` begin that mean any of them: with none there is nothing to look for.
+_HINTS = (
+    *("accel", "aries", "davinci", "dri", "dxg", "hl", "kfd", "mxc", "neuron", "nvidiactl"),
+    *("rbln", "regulus", "rngd", "tenstorrent", "vfio"),
+)
 #: Names of resources that have devices.
 RESOURCES = tuple(dict.fromkeys(kind.resource for kind in KINDS))
 #: Those of which a task takes whole devices only.
@@ -289,7 +290,8 @@ def discover(
     ValueError
         The user names more devices than the variable makes visible.
     """
-    names = _entries(root, "dev") if device_names is None else device_names
+    known = _entries(root, "dev") if device_names is None else device_names
+    names = [name for name in known if name.startswith(_HINTS)]
     found: dict[str, Found] = {}
     for kind in KINDS:
         if kind.resource in found or given.get(kind.resource) == 0:

@@ -296,7 +296,6 @@ def test_the_history_is_bounded_and_can_be_switched_off() -> None:
             worker_id, packet = start(bench, class_id)
             bench.finish(worker_id, packet, [failure])
         assert len(tasks_of(bench)) == limit
-        assert len(bench.node._observer._errors) == limit
 
 
 def test_a_worker_is_answered_in_packets_that_its_channel_takes() -> None:
@@ -335,3 +334,13 @@ def test_an_overdrawn_node_has_nothing_available() -> None:
     ((row,),) = bench.rows(StateKind.NODES)
     assert isinstance(row, NodeRow)
     assert row.available == {"CPU": 0, "gate": 2 * CPU}
+
+
+def test_an_attempt_that_is_tried_again_has_not_ended() -> None:
+    bench = Bench(cpus=1)
+    bench.group()
+    worker_id, packet = start(bench, bench.task_class("f", max_retries=1))
+    failure = Outcome(values=[b"pickled"], is_error=True, retriable=True, summary="again")
+    bench.finish(worker_id, packet, [failure])
+    (row,) = tasks_of(bench)
+    assert (row.state, row.attempt) == ("RUNNING", 1)
