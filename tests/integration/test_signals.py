@@ -298,6 +298,35 @@ def test_an_interrupt_in_one_of_our_finalizers_is_raised_by_the_next_call(
     assert result.stderr == ""
 
 
+def test_ctrl_c_is_held_back_also_where_a_kernel_has_put_the_default_handler_back(
+    script: Callable[..., ScriptResult],
+) -> None:
+    """A notebook's kernel does so before each cell; the machine must not be torn for that."""
+    result = script(
+        """
+        from poolray.local import runtime as local_runtime
+
+        if __name__ == "__main__":
+            poolray.init(num_cpus=1)
+            runtime = local_runtime.current()
+            for enter in (runtime.guard.__enter__, runtime.guard.enter):
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                enter()
+                os.kill(os.getpid(), signal.SIGINT)
+                print("held back", flush=True)
+                if enter == runtime.guard.__enter__:
+                    runtime.guard.lock.release()
+                try:
+                    runtime.guard.leave()
+                except KeyboardInterrupt:
+                    print("raised", flush=True)
+            assert poolray.get(remote_successor.remote(1)) == 2
+        """
+    )
+    assert result.lines() == ["held back", "raised"] * 2, result
+    assert result.exit_code == 0
+
+
 def test_a_handler_of_the_program_is_left_alone(script: Callable[..., ScriptResult]) -> None:
     result = script(
         """
