@@ -118,6 +118,37 @@ def test_a_replaced_stream_gets_what_tasks_print(call: str, script: RunScript) -
     assert result.lines() == ["30", "30", "30"]
 
 
+def test_a_replaced_stream_gets_the_part_that_a_killed_worker_had_sent(script: RunScript) -> None:
+    result = script(
+        """
+        import io
+        from poolray.protocol.worker import WorkerOutput
+
+        def speak(number):
+            part = WorkerOutput(
+                stream=1,
+                text="half a sentence",
+                source=threading.get_native_id(),
+                unfinished=True,
+            )
+            sys.stdout._reports.send(sys.stdout._encode(part))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if __name__ == "__main__":
+            real, sys.stdout = sys.stdout, io.StringIO()
+            with Pool(1, max_retries=0) as pool:
+                try:
+                    pool.apply(speak, (1,))
+                except poolray.exceptions.WorkerCrashedError:
+                    print("it was killed", file=real)
+            poolray.shutdown()
+            written, sys.stdout = sys.stdout.getvalue(), real
+            print(written)
+        """
+    )
+    assert result.lines() == ["it was killed", "half a sentence"], result
+
+
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_a_replaced_stream_gets_what_came_just_before_the_end(call: str, script: RunScript) -> None:
     result = script(
