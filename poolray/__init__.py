@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from poolray import exceptions
+from poolray import actor, exceptions
 from poolray._version import __version__
+from poolray.actor import get_actor, kill, method
 from poolray.api import get, init, is_initialized, put, remote, shutdown, wait
 from poolray.objects.object_ref import ObjectRef
 from poolray.runtime_context import get_runtime_context
@@ -20,11 +21,15 @@ __all__ = [
     "ObjectRef",
     "Pool",
     "__version__",
+    "actor",
     "exceptions",
     "get",
+    "get_actor",
     "get_runtime_context",
     "init",
     "is_initialized",
+    "kill",
+    "method",
     "put",
     "remote",
     "shutdown",

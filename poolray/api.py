@@ -28,6 +28,9 @@ from poolray.remote_signature import DefinitionOptions, Given_co, RemoteSignatur
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from poolray.actor import ActorClass
+    from poolray.remote_signature import ActorOptions
+
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
@@ -448,7 +451,17 @@ def _client_for(ref: ObjectRef[Any]) -> Client:
 class _RemoteDecorator(Protocol):
     """What `remote(...)` with options gives."""
 
+    @overload
+    def __call__(self, actor_class: type[T], /) -> ActorClass[T]: ...  # type: ignore[overload-overlap]
+
+    @overload
     def __call__(self, function: Callable[P, R], /) -> RemoteFunction[P, R]: ...
+
+
+class _ActorDecorator(Protocol):
+    """What `remote(...)` with options that only actors have gives."""
+
+    def __call__(self, actor_class: type[T], /) -> ActorClass[T]: ...
 
 
 class _RemoteDecoratorOf(Protocol[Given_co]):
@@ -457,6 +470,10 @@ class _RemoteDecoratorOf(Protocol[Given_co]):
     def __call__(
         self, function: Callable[P, R], /
     ) -> RemoteSignature[P, R, Callable[P, R], Given_co]: ...
+
+
+@overload
+def remote(actor_class: type[T], /) -> ActorClass[T]: ...  # type: ignore[overload-overlap]
 
 
 @overload
@@ -481,8 +498,12 @@ def remote(
 ) -> _RemoteDecoratorOf[list[ObjectRef[Any]]]: ...
 
 
+@overload
+def remote(**options: Unpack[ActorOptions]) -> _ActorDecorator: ...
+
+
 def remote(*args: Any, **options: Any) -> Any:
-    """Make a function run in workers: `@remote`, or `@remote(num_cpus=2, …)`.
+    """Make a function run in workers, or a class an actor: `@remote`, `@remote(num_cpus=2, …)`.
 
     Parameters
     ----------
@@ -490,16 +511,18 @@ def remote(*args: Any, **options: Any) -> Any:
         See `RemoteFunction.options`.
     max_calls : int
         Calls after which the worker is replaced; 0: never.
+    name, namespace, lifetime, max_restarts, max_concurrency, …
+        Of a class; see `poolray.actor.ActorClass.options`.
 
     Returns
     -------
-    RemoteFunction
+    RemoteFunction or ActorClass
         Call it with `.remote(...)`.
 
     Raises
     ------
     TypeError
-        Not a function; a bad value.
+        Neither a function nor a class; a bad value.
     ValueError
         An unknown option, a value out of range, a coroutine function.
 
@@ -516,16 +539,20 @@ def remote(*args: Any, **options: Any) -> Any:
         return _make_remote(args[0], {})
     if args or not options:
         raise AssertionError(_DECORATOR_USE)
-    check_options(options)
+    from poolray.actor_options import ACTOR_ONLY
+
+    for name in options:
+        if name not in ACTOR_ONLY and name != "object_store_memory":
+            check_options({name: options[name]})  # the rest depends on what is decorated
     return lambda function: _make_remote(function, options)
 
 
 def _make_remote(function: Any, options: dict[str, Any]) -> Any:
     if inspect.isclass(function):
-        raise NotSupportedError(
-            f"Actors are not supported by this version of poolray: {function.__qualname__} is a "
-            "class. Use functions, or a Pool with an initializer."
-        )
+        from poolray.actor import make_actor_class
+
+        return make_actor_class(function, options)
+    check_options(options)
     if not isinstance(function, types.FunctionType):
         raise TypeError(
             "The @ray.remote decorator must be applied to either a function or a class."

@@ -33,7 +33,15 @@ from poolray.exceptions import (
     PoolrayError,
     TaskError,
 )
-from poolray.ids import ClassId, FunctionId, ObjectId, TaskIdSource, return_id
+from poolray.ids import (
+    ActorId,
+    ClassId,
+    FunctionId,
+    ObjectId,
+    TaskId,
+    TaskIdSource,
+    return_id,
+)
 from poolray.objects import object_ref
 from poolray.objects.object_ref import ObjectRef, make_ref
 from poolray.objects.serialization import (
@@ -49,6 +57,7 @@ from poolray.objects.spill_files import (
     load_value,
     write_value_file,
 )
+from poolray.protocol.actors import CallActor
 from poolray.protocol.client import (
     AddReferences,
     DefineClass,
@@ -100,6 +109,9 @@ class Link(Protocol):
 
     def when_ready(self, object_id: ObjectId, call: Callable[[ObjectValues], None]) -> None:
         """Call back once, from some thread, with the object's value."""
+
+    def ask(self, make: Callable[[int], Any]) -> Any:
+        """Send the request that `make` makes of its number; gives the answer, which comes soon."""
 
 
 @final
@@ -171,7 +183,7 @@ class Client:
 
     # ---- references ------------------------------------------------------------------------------
 
-    def _own(self, object_id: ObjectId) -> ObjectRef[Any]:
+    def own(self, object_id: ObjectId) -> ObjectRef[Any]:
         """A handle to an object that the node counts us for from its making on."""
         with self._lock:
             self._counts[object_id] = 1
@@ -474,9 +486,13 @@ class Client:
         return inner
 
     def submit(
-        self, task_class: TaskClass, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        task_class: TaskClass,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        actor_id: ActorId | None = None,
     ) -> list[ObjectRef[Any]]:
-        """Submit one call; gives a handle per return value.
+        """Submit one call, of an actor or not; gives a handle per return value.
 
         Raises
         ------
@@ -505,7 +521,7 @@ class Client:
         try:
             payload, borrows, temporary = self._payload(data)
             task_id = self.task_ids.next_task_id()
-            refs = [self._own(return_id(task_id, i)) for i in range(task_class.num_returns)]
+            refs = [self.own(return_id(task_id, i)) for i in range(task_class.num_returns)]
             spec = TaskSpec(
                 task_id=task_id,
                 class_id=task_class.class_id,
@@ -514,7 +530,11 @@ class Client:
                 slots=slots,
                 borrows=borrows,
             )
-            self.link.send(SubmitTasks(tasks=[spec]))
+            self.link.send(
+                SubmitTasks(tasks=[spec])
+                if actor_id is None
+                else CallActor(actor_id=actor_id, task=spec)
+            )
             if self.config.record_ref_creation_sites:
                 self._note_call_site([ref._id for ref in refs], "(task call)")
                 if temporary is not None:
@@ -553,6 +573,46 @@ class Client:
                 slots.append(name)
                 plain[name] = None
         return plain
+
+    # ---- actors ----------------------------------------------------------------------------------
+
+    def serialize_call(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], more: Any
+    ) -> tuple[TaskSpec, ObjectId | None]:
+        """A call that carries more than its arguments, without ids of task and class.
+
+        Returns
+        -------
+        task : TaskSpec
+        temporary : ObjectId or None
+            An object that was made for large arguments: to be released once the task is sent.
+
+        Raises
+        ------
+        TypeError
+            An argument cannot be serialized.
+        """
+        self.sync_references()
+        dependencies: list[ObjectId] = []
+        slots: list[int | str] = []
+        args = self._take_refs(args, dependencies, slots)
+        kwargs = self._take_keyword_refs(kwargs, dependencies, slots)
+        try:
+            data = self._serializer.dumps((args, kwargs, more))
+        except _PICKLING_ERRORS as error:
+            raise self._argument_error(name, args, kwargs, error) from error
+        payload, borrows, temporary = self._payload(data)
+        task = TaskSpec(
+            task_id=TaskId(b""),
+            class_id=ClassId(b""),
+            calls=[payload],
+            dependencies=dependencies,
+            slots=slots,
+            borrows=borrows,
+        )
+        return task, temporary
+
+    # ---- arguments -------------------------------------------------------------------------------
 
     def _payload(
         self, data: bytes | Serialized
@@ -691,7 +751,7 @@ class Client:
             self.link.send(PutObject(object_id=object_id, value=stored, contained=contained))
             if self.config.record_ref_creation_sites:
                 self._note_call_site([object_id], "(put object)")
-            return self._own(object_id)
+            return self.own(object_id)
         finally:
             self.link.leave()
 

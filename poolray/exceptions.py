@@ -8,6 +8,11 @@
     ├── WorkerStartError              workers of a group do not start (initializer, environment)
     ├── RuntimeEnvSetupError          the environment of a task cannot be made
     ├── GetTimeoutError               also a TimeoutError
+    ├── ActorError                    an actor could not answer a call
+    │   ├── ActorDiedError            it is dead, for good
+    │   └── ActorUnavailableError     it is being restarted
+    ├── ActorAlreadyExistsError       the name is taken; also a ValueError
+    ├── PendingCallsLimitExceeded     more calls of an actor wait than its limit allows
     ├── ObjectStoreFullError          no room for a value in memory, and no way to put it on disk
     │   └── OutOfDiskError            the disk is full, or the share of it that we may use
     ├── ObjectLostError               the value is gone and cannot be made again
@@ -32,6 +37,10 @@ import signal as _signal
 from typing import Any
 
 __all__ = [
+    "ActorAlreadyExistsError",
+    "ActorDiedError",
+    "ActorError",
+    "ActorUnavailableError",
     "GetTimeoutError",
     "IllegalTransition",
     "InternalError",
@@ -43,7 +52,9 @@ __all__ = [
     "ObjectStoreFullError",
     "OutOfDiskError",
     "OwnerDiedError",
+    "PendingCallsLimitExceeded",
     "PoolrayError",
+    "RayActorError",
     "RayError",
     "RaySystemError",
     "RayTaskError",
@@ -275,6 +286,97 @@ class GetTimeoutError(PoolrayError, TimeoutError):
     """`get` had a timeout and not every object was ready in time."""
 
 
+class ActorError(PoolrayError):
+    """An actor could not answer a call: it is dead, or being restarted.
+
+    Attributes
+    ----------
+    actor_id : str
+        The actor's id in hex.
+    class_name : str
+        The actor's class.
+    reason : str
+        What happened to it.
+    """
+
+    def __init__(self, *, actor_id: str, class_name: str, reason: str) -> None:
+        self.actor_id = actor_id
+        self.class_name = class_name
+        self.reason = reason
+        super().__init__(f"{self._what} {class_name} ({actor_id}) {reason}")
+
+    #: How the message begins.
+    _what = "The actor"
+
+    @property
+    def error_msg(self) -> str:
+        """The message, under the reference's name."""
+        return str(self)
+
+    @property
+    def actor_init_failed(self) -> bool:
+        """Whether the actor's constructor raised."""
+        return False
+
+
+class ActorDiedError(ActorError):
+    """The actor is dead and will not come back; the call was not carried out, or not to its end.
+
+    Attributes
+    ----------
+    pid : int
+        The process that it lived in last; 0 if it never had one.
+    cause : TaskError or None
+        What the constructor raised, if that is why.
+    """
+
+    def __init__(
+        self,
+        *,
+        actor_id: str,
+        class_name: str,
+        reason: str,
+        pid: int = 0,
+        cause: TaskError | None = None,
+    ) -> None:
+        super().__init__(actor_id=actor_id, class_name=class_name, reason=reason)
+        self.pid = pid
+        self.cause = cause
+
+    @property
+    def actor_init_failed(self) -> bool:
+        """Whether the actor's constructor raised."""
+        return self.cause is not None
+
+
+class ActorUnavailableError(ActorError):
+    """The actor is being restarted; the call may have been carried out or not. Later calls of the
+    actor may succeed.
+    """
+
+
+class ActorAlreadyExistsError(PoolrayError, ValueError):
+    """The name is that of another actor that lives in the namespace.
+
+    Attributes
+    ----------
+    name, namespace : str
+    """
+
+    def __init__(self, *, name: str, namespace: str) -> None:
+        self.name = name
+        self.namespace = namespace
+        super().__init__(
+            f"The name {name} (namespace={namespace}) is already taken. Use a different name, get "
+            f"the existing actor with get_actor({name!r}, namespace={namespace!r}), or create it "
+            "with get_if_exists=True."
+        )
+
+
+class PendingCallsLimitExceeded(PoolrayError):
+    """A call was refused: as many calls as `max_pending_calls` allows wait for their results."""
+
+
 class ObjectStoreFullError(PoolrayError):
     """There is no room for a value.
 
@@ -376,4 +478,5 @@ class IllegalTransition(InternalError):
 # The reference's names, so that `except ray.exceptions.RayTaskError` keeps working.
 RayError = PoolrayError
 RayTaskError = TaskError
+RayActorError = ActorError
 RaySystemError = InternalError

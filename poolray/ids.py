@@ -21,6 +21,7 @@ TaskId = NewType("TaskId", bytes)
 ObjectId = NewType("ObjectId", bytes)
 FunctionId = NewType("FunctionId", bytes)
 ClassId = NewType("ClassId", bytes)
+ActorId = NewType("ActorId", bytes)
 GroupId = NewType("GroupId", int)
 
 JOB_ID_BYTES = 4
@@ -28,8 +29,10 @@ NODE_ID_BYTES = 28
 WORKER_ID_BYTES = 28
 TASK_ID_BYTES = 24
 OBJECT_ID_BYTES = 28
+ACTOR_ID_BYTES = 16
 PREFIX_BYTES = TASK_ID_BYTES - 8
 
+_HANDLE_SUFFIX = b"actor-handle"
 _INDEX_SUFFIX = tuple(index.to_bytes(4, "little") for index in range(1024))
 
 
@@ -44,6 +47,11 @@ def return_id(task_id: TaskId, index: int) -> ObjectId:
 def task_of(object_id: ObjectId) -> TaskId:
     """The task that makes this object (for a `put`, an id that names no task)."""
     return TaskId(object_id[:TASK_ID_BYTES])
+
+
+def handle_of(actor_id: ActorId) -> ObjectId:
+    """The object, without a value, that whoever has a handle to the actor holds."""
+    return ObjectId(actor_id + _HANDLE_SUFFIX)
 
 
 @final

@@ -298,10 +298,10 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
             kind=CallKind.CALL,
             delivery=Delivery.OBJECTS,
             num_returns=1 if count is None else count,
-            resources=_demand(options),
+            resources=demand_of(options),
             group_id=GroupId(0),
             max_retries=3 if retries is None else retries,
-            retry_exceptions=_retry_spec(options.get("retry_exceptions", False)),
+            retry_exceptions=retry_spec(options.get("retry_exceptions", False)),
             max_calls=options.get("max_calls") or 0,
         )
         digest = hashlib.blake2b(msgspec.msgpack.encode(made), digest_size=16).digest()
@@ -346,7 +346,8 @@ def _takes_anything_positional(function: Callable[..., Any]) -> range:
     return range(least, len(positional) + 1)
 
 
-def _demand(options: Mapping[str, Any]) -> dict[str, int]:
+def demand_of(options: Mapping[str, Any]) -> dict[str, int]:
+    """The resources that options ask for, in units of 1/10,000."""
     cpus = options.get("num_cpus")
     demand = {"CPU": UNIT if cpus is None else to_fixed("CPU", cpus)}
     gpus = options.get("num_gpus")
@@ -364,7 +365,8 @@ def _demand(options: Mapping[str, Any]) -> dict[str, int]:
     return {name: amount for name, amount in demand.items() if amount}
 
 
-def _retry_spec(value: bool | list[Any] | tuple[Any, ...]) -> bytes:
+def retry_spec(value: bool | list[Any] | tuple[Any, ...]) -> bytes:
+    """`retry_exceptions` as a task class has it."""
     if value is True:
         return b"*"
     if not value:

@@ -45,7 +45,7 @@ T6 = TypeVar("T6")
 T7 = TypeVar("T7")
 T8 = TypeVar("T8")
 
-__all__ = ["DefinitionOptions", "RemoteCall", "RemoteSignature", "TaskOptions"]
+__all__ = ["ActorOptions", "DefinitionOptions", "RemoteCall", "RemoteSignature", "TaskOptions"]
 
 
 class TaskOptions(TypedDict, total=False):
@@ -62,8 +62,28 @@ class TaskOptions(TypedDict, total=False):
     enable_task_events: bool
 
 
+class ActorOptions(TypedDict, total=False):
+    """Options of an actor; see `poolray.actor.ActorClass.options`."""
+
+    name: str | None
+    num_cpus: float | None
+    num_gpus: float | None
+    memory: float | None
+    resources: dict[str, float] | None
+    scheduling_strategy: str | None
+    enable_task_events: bool
+    namespace: str | None
+    get_if_exists: bool
+    lifetime: Literal["detached", "non_detached"] | None
+    max_restarts: int | None
+    max_task_retries: int | None
+    max_pending_calls: int | None
+    max_concurrency: int | None
+    allow_out_of_order_execution: bool | None
+
+
 class DefinitionOptions(TaskOptions, total=False):
-    """Options that `@remote(...)` takes beside `num_returns`."""
+    """Options that `@remote(...)` takes on functions beside `num_returns`."""
 
     max_calls: int | None
 

@@ -8,8 +8,9 @@ Invariants: in a driver whatever belongs to a task is None.
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
+from poolray.actor import ActorHandle, current_actor
 from poolray.api import find_client, namespace_of_driver
 from poolray.local import process_state
 from poolray.local import runtime as local_runtime
@@ -61,12 +62,25 @@ class RuntimeContext:
         return process_state.current_function_name() or None
 
     def get_actor_id(self) -> str | None:
-        """None: tasks have no actor."""
-        return None
+        """The running actor's id, 32 hexadecimal digits; None in drivers and tasks."""
+        actor = process_state.actor()
+        return actor.actor_id.hex() if actor is not None else None
 
     def get_actor_name(self) -> str | None:
-        """None: tasks have no actor."""
-        return None
+        """The running actor's name, empty if it has none; None in drivers and tasks."""
+        actor = process_state.actor()
+        return actor.name if actor is not None else None
+
+    @property
+    def current_actor(self) -> ActorHandle[Any]:
+        """A handle to the running actor.
+
+        Raises
+        ------
+        RuntimeError
+            In drivers and tasks.
+        """
+        return current_actor()
 
     def get_placement_group_id(self) -> str | None:
         """None: the task is in no placement group."""

@@ -38,7 +38,9 @@ from poolray.protocol.node import (
     KeyValueGet,
     KeyValueList,
     KeyValuePut,
+    ListNames,
     LookUpName,
+    NamesFound,
     NodeDied,
     NodeView,
     Refused,
@@ -292,6 +294,10 @@ class Head:
                 self._reply(node_id, message.request_id, False, entry[0] if entry else None)
             case ReleaseName():
                 self._release_name(message)
+            case ListNames():
+                space = message.namespace
+                names = [name for name in self._names if space is None or name[0] == space]
+                self._send(node_id, NamesFound(request_id=message.request_id, names=names))
             case KeyValuePut() | KeyValueGet() | KeyValueDelete() | KeyValueList():
                 self._on_key_value(node_id, message)
             case RegisterNode():

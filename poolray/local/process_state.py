@@ -12,10 +12,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, final
 
 from poolray.client import Client
 from poolray.ids import TaskId
+from poolray.protocol.actors import ActorSetup
 
 if TYPE_CHECKING:
     from poolray.local.fork_server import WorkerSetup
@@ -36,9 +38,17 @@ class _State:
         self.task_name = ""
         self.function_name = ""
         self.task_resources: dict[str, int] = {}
+        #: The actor that lives in this worker, if one does.
+        self.actor: ActorSetup | None = None
+        self.actor_label = ""
 
 
 _state = _State()
+#: (task id, task name, function name) of the call that this thread or coroutine runs, in actors
+#: that run several at once.
+_concurrent_task: ContextVar[tuple[TaskId, str, str] | None] = ContextVar(
+    "poolray_task", default=None
+)
 #: Guards the making of a runtime, so that two threads do not make two.
 lock = threading.RLock()
 
@@ -87,19 +97,47 @@ def begin_task(task_id: TaskId, name: str, function_name: str, resources: dict[s
     _state.task_resources = resources
 
 
+def begin_concurrent_task(task_id: TaskId, name: str, function_name: str) -> None:
+    """This thread or coroutine, of several, runs this task now."""
+    _concurrent_task.set((task_id, name, function_name))
+
+
+def become_actor(setup: ActorSetup) -> None:
+    """An actor lives in this worker from now on."""
+    _state.actor = setup
+
+
+def actor() -> ActorSetup | None:
+    """The actor that lives in this worker; None in drivers and in workers of tasks."""
+    return _state.actor
+
+
+def set_actor_label(label: str) -> None:
+    """What lines that the actor prints begin with."""
+    _state.actor_label = label
+
+
+def output_label() -> str:
+    """What lines that this worker prints begin with."""
+    return _state.actor_label or current_task_name()
+
+
 def current_task_id() -> TaskId | None:
     """The task that runs in this worker."""
-    return _state.task_id
+    concurrent = _concurrent_task.get()
+    return concurrent[0] if concurrent is not None else _state.task_id
 
 
 def current_task_name() -> str:
     """Its name; empty in a driver."""
-    return _state.task_name
+    concurrent = _concurrent_task.get()
+    return concurrent[1] if concurrent is not None else _state.task_name
 
 
 def current_function_name() -> str:
     """Module and name of its function; empty in a driver."""
-    return _state.function_name
+    concurrent = _concurrent_task.get()
+    return concurrent[2] if concurrent is not None else _state.function_name
 
 
 def current_task_resources() -> dict[str, int]:

@@ -31,6 +31,7 @@ import msgspec
 from poolray.client import Client
 from poolray.config import Config
 from poolray.exceptions import PoolrayError, WorkerStartError
+from poolray.head.head import Head
 from poolray.ids import (
     NODE_ID_BYTES,
     WORKER_ID_BYTES,
@@ -57,6 +58,7 @@ from poolray.node.effects import (
     Nudge,
     Reply,
     RestoreObject,
+    SendHead,
     SendWorker,
     SpillObjects,
     StartWorker,
@@ -68,6 +70,7 @@ from poolray.node.effects import (
 from poolray.node.node import Node, NodeStatistics
 from poolray.objects.serialization import Serializer, main_definitions
 from poolray.objects.shared_memory import SLOTS, Arena, create_arena_file
+from poolray.protocol.actors import CallActor
 from poolray.protocol.client import (
     AllocateRange,
     CallResults,
@@ -188,6 +191,8 @@ class LocalRuntime:
             local_client=_LOCAL,
             slots=SLOTS,
         )
+        #: Made when the node has something to say to it.
+        self._head: Head | None = None
         self.guard = Guard()
         self.reactor = Reactor(self, self.guard, config.spin_s, config.takeover_s)
         self.interrupts = Interrupts(self.guard)
@@ -233,6 +238,7 @@ class LocalRuntime:
         self._act: dict[type, Callable[[Any], None]] = {
             SendWorker: self._act_send,
             Reply: self._act_reply,
+            SendHead: self._act_send_head,
             StartWorker: self._act_start_worker,
             TerminateWorker: self._act_terminate_worker,
             TakeBack: self._act_take_back,
@@ -276,7 +282,7 @@ class LocalRuntime:
         with self.guard:
             self.feed(_SHELL, message)
 
-    def submit(self, message: SubmitTasks) -> None:
+    def submit(self, message: SubmitTasks | CallActor) -> None:
         """Tasks of this process: send at once what workers have room for."""
         with self.guard:
             self.feed(_LOCAL, message)
@@ -317,6 +323,15 @@ class LocalRuntime:
             self._deliveries.append(request)
         request.finish()
         self.reactor.wake_if_other()
+
+    def _act_send_head(self, effect: SendHead) -> None:
+        """The head lives here as well, and hears of time only what its one node says."""
+        head, now = self._head, time.monotonic()
+        if head is None:
+            head = self._head = Head(self.config)
+            head.handle(self.node_id, self.node.register(), now)
+        for sent in head.handle(self.node_id, effect.message, now):
+            self._echoes.append(sent.message)
 
     def _act_start_worker(self, effect: StartWorker) -> None:
         host = self._hosts[effect.group_id]
@@ -698,6 +713,16 @@ class LocalRuntime:
             self.tell(ReturnRange(object_id=object_id))  # if it was granted meanwhile
             raise
 
+    def ask(self, make: Callable[[int], Any]) -> Any:
+        """Send the request that `make` makes of its number; gives the answer (`Link`)."""
+        request = _Request()
+        request_id = next(self._request_ids)
+        self._requests[request_id] = request
+        with self.guard:
+            self.feed(_LOCAL, make(request_id))
+        self.reactor.ensure_background()
+        return request.reply
+
     def release(self, object_ids: list[ObjectId]) -> None:
         """This process no longer looks at these objects."""
         if object_ids:
@@ -713,7 +738,7 @@ class LocalRuntime:
 
     def send(self, message: Any) -> None:
         """Tell the node something (`Link`)."""
-        if type(message) is SubmitTasks:
+        if type(message) is SubmitTasks or type(message) is CallActor:
             self.submit(message)
         else:
             self.tell(message)

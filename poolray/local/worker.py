@@ -30,7 +30,7 @@ from poolray.ids import FunctionId, ObjectId, WorkerId, return_id
 from poolray.local import process_state, worker_process
 from poolray.local.channel import SpinningReader
 from poolray.local.worker_client import WorkerClient
-from poolray.local.worker_errors import UnpicklableResult
+from poolray.local.worker_errors import DependencyFailed, UnpicklableResult
 from poolray.objects.serialization import (
     PICKLE_FIRST_BYTE,
     Serialized,
@@ -97,14 +97,14 @@ def run_worker(
         return 1
     try:
         worker.run()
-    except _ToldToExit as told:
+    except ToldToExit as told:
         worker_process.leave()
         return told.code
     worker_process.leave()
     return 0
 
 
-class _ToldToExit(BaseException):
+class ToldToExit(BaseException):
     """The worker ends now, with this code."""
 
     def __init__(self, code: int) -> None:
@@ -112,14 +112,24 @@ class _ToldToExit(BaseException):
 
 
 @final
-class _Function:
+class Function:
     """A task class as the worker knows it."""
 
-    __slots__ = ("call", "for_caller", "kind", "retry_exceptions", "serializer", "task_class")
+    __slots__ = (
+        "call",
+        "for_caller",
+        "kind",
+        "name",
+        "retry_exceptions",
+        "serializer",
+        "task_class",
+    )
 
-    def __init__(self, task_class: TaskClass, serializer: Serializer) -> None:
+    def __init__(self, task_class: TaskClass, serializer: Serializer, name: str) -> None:
+        #: Module and name of what it calls.
+        self.name = name
         self.task_class = task_class
-        self.kind = task_class.kind
+        self.kind = _CALL if task_class.kind is CallKind.METHOD else task_class.kind
         #: Its results go straight to the caller, and are no objects.
         self.for_caller = task_class.delivery is _CALLER
         #: For its results.
@@ -148,11 +158,15 @@ class Worker:
         self._reports = reports
         self._arena = arena
         self._config = config
+        self.tasks = tasks
         self._reader = SpinningReader(tasks, config.spin_s)
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(ToWorkerQueue).decode
+        self.encode = msgspec.msgpack.Encoder().encode
+        self.decode = msgspec.msgpack.Decoder(ToWorkerQueue).decode
         #: Index of a task class -> what to call.
-        self._classes: dict[int, _Function] = {}
+        self.classes: dict[int, Function] = {}
+        #: Once an actor lives here: gives its methods by name.
+        self.bind_method: Callable[[str], Callable[..., Any]] | None = None
+        self.actor_class_name = ""  #: with its module
         #: Functions as defined; loaded at their first call.
         self._definitions: dict[FunctionId, FunctionDefinition] = {}
         self._loaded: dict[FunctionId, Callable[..., Any]] = {}
@@ -197,14 +211,14 @@ class Worker:
                 )
             elif not (isinstance(error, SystemExit) and error.code in (0, None)):
                 sys.stderr.write(text)
-            self._send(self._encode(failure))
+            self.send(self.encode(failure))
             return False
-        self._send(self._encode(WorkerReady(worker_id=self.worker_id, pid=os.getpid())))
+        self.send(self.encode(WorkerReady(worker_id=self.worker_id, pid=os.getpid())))
         return True
 
     def run(self) -> None:
         """Packets until told to stop or until the node is gone."""
-        receive, decode = self._reader.receive, self._decode
+        receive, decode = self._reader.receive, self.decode
         while True:
             packet = receive()
             if not packet:
@@ -212,19 +226,30 @@ class Worker:
             message = decode(packet)
             if type(message) is not RunTasks:
                 return  # an order to stop
-            self._run_packet(message)
+            if message.classes and message.classes[0].task_class.kind is CallKind.CREATE:
+                from poolray.local.actor_worker import run_actor
+
+                run_actor(self, message, receive)
+                return
+            self.run_packet(message)
             # A blocked worker must not keep the last call's values alive.
             packet = message = b""
 
-    def _send(self, data: bytes) -> None:
+    def mark_begun(self, sequence: int) -> None:
+        """From here on the packet's only call counts as begun, should the process die."""
+        self._arena.progress[self._slot * 8] = sequence << 24
+
+    def send(self, data: bytes) -> None:
+        """Tell the node something."""
         try:
             self._reports.send(data)
         except (BrokenPipeError, ConnectionResetError):
-            raise _ToldToExit(0) from None  # the node is gone, and with it who wants results
+            raise ToldToExit(0) from None  # the node is gone, and with it who wants results
 
     # ---- packets ---------------------------------------------------------------------------------
 
-    def _run_packet(self, message: RunTasks) -> None:
+    def read_definitions(self, message: RunTasks) -> None:
+        """Learn what comes with a packet."""
         if message.forget:
             self._forget(message.forget)
         for definition in message.functions:
@@ -232,7 +257,20 @@ class Worker:
             self._loaded.pop(definition.function_id, None)
         for known in message.classes:
             serializer = self.client.serializer_for(known.task_class.delivery)
-            self._classes[known.index] = _Function(known.task_class, serializer)
+            self.classes[known.index] = Function(
+                known.task_class, serializer, self._name_of(known.task_class)
+            )
+
+    def _name_of(self, task_class: TaskClass) -> str:
+        if task_class.method:
+            return f"{self.actor_class_name}.{task_class.method}"
+        definition = self._definitions.get(task_class.function_id)
+        return definition.name if definition is not None else ""
+
+    def run_packet(self, message: RunTasks) -> None:
+        """Run the calls of a packet, one after the other."""
+        if message.classes or message.functions or message.forget:
+            self.read_definitions(message)
         self._task_limit = len(message.tasks)
         self._position = 0
         self._call_index = self._call_limit = 0
@@ -274,9 +312,9 @@ class Worker:
             self._definitions.pop(function_id, None)
             self._loaded.pop(function_id, None)
         gone = set(function_ids)
-        for index, known in list(self._classes.items()):
+        for index, known in list(self.classes.items()):
             if known.task_class.function_id in gone:
-                del self._classes[index]
+                del self.classes[index]
 
     def _end_task(self, task: TaskCall) -> None:
         if self._partial or not task.calls:
@@ -327,7 +365,7 @@ class Worker:
         self._finished = []
         self._buffered_bytes = 0
         self._started_ns = now
-        self._send(self._encode(report))
+        self.send(self.encode(report))
 
     # ---- handing back ----------------------------------------------------------------------------
 
@@ -354,8 +392,8 @@ class Worker:
         """Give the calls back that have not begun."""
         self._nudged = False
         packet = self._packet
-        if packet is None:
-            return
+        if packet is None or self.bind_method is not None:
+            return  # an actor's calls have nowhere else to go
         # In user code call `_call_index` runs; between calls it has been counted already.
         begun = self._call_index + (1 if self._in_user_code else 0)
         handed: list[tuple[Any, int]] = []
@@ -367,45 +405,45 @@ class Worker:
             handed.append((later.task_id, 0))
         self._task_limit = self._position + 1
         if handed:
-            self._send(self._encode(TasksHandedBack(worker_id=self.worker_id, tasks=handed)))
+            self.send(self.encode(TasksHandedBack(worker_id=self.worker_id, tasks=handed)))
 
     # ---- one call --------------------------------------------------------------------------------
 
     def _run_call(self, task: TaskCall) -> None:
         payload = task.calls[self._call_index]
-        function = self._classes[task.class_index]
+        function = self.classes[task.class_index]
         task_class = function.task_class
         for_caller = function.for_caller
         outcome: Outcome | bytes
         try:
-            call = function.call or self._load_function(function)
+            call = function.call or self.load_function(function)
             kind = function.kind
             if not for_caller:
                 process_state.begin_task(
                     task.task_id,
                     task_class.name,
-                    self._definitions[task_class.function_id].name,
+                    function.name,
                     task_class.resources,
                 )
             if kind is _CALL:
                 if for_caller and type(payload) is bytes and payload[0] == PICKLE_FIRST_BYTE:
                     args, kwargs = pickle.loads(payload)
                 else:
-                    args, kwargs = self._arguments(task, payload, task_class)
+                    args, kwargs = self.arguments(task, payload, task_class)
                 self._in_user_code = True
                 result = call(*args, **kwargs)
             elif kind is _APPLY:
-                call, args, kwargs = self._load(payload, True)
+                call, args, kwargs = self.load(payload, True)
                 self._in_user_code = True
                 result = call(*args, **kwargs)
             elif kind is _MAP:
-                args = self._load(payload, True)
+                args = self.load(payload, True)
                 self._in_user_code = True
                 result = list(map(call, args))
                 if len(result) != len(args):
                     raise RuntimeError(f"{task_class.name} raised StopIteration")
             else:
-                args = self._load(payload, True)
+                args = self.load(payload, True)
                 self._in_user_code = True
                 result = [call(*arguments) for arguments in args]
             self._in_user_code = False
@@ -421,8 +459,8 @@ class Worker:
                     return
                 outcome = Outcome(values=[self._place(data, task, 0)])
             else:
-                outcome = self._returned(result, task, function)
-        except _ToldToExit:
+                outcome = self.returned(result, task, function)
+        except ToldToExit:
             raise
         except SystemExit as error:
             self._in_user_code = False
@@ -431,15 +469,15 @@ class Worker:
                 assert self._packet is not None
                 if self._finished or self._partial:
                     self._flush(self._packet, False)
-                raise _ToldToExit(_exit_code(error)) from None
-            outcome = self._raised(error, task, function)
+                raise ToldToExit(exit_code_of(error)) from None
+            outcome = self.raised(error, task, function)
         except BaseException as error:
             self._in_user_code = False
-            outcome = self._raised(error, task, function)
+            outcome = self.raised(error, task, function)
         self._partial.append(outcome)
         self._buffered_bytes += 256
 
-    def _returned(self, result: Any, task: TaskCall, function: _Function) -> Outcome | bytes:
+    def returned(self, result: Any, task: TaskCall, function: Function) -> Outcome | bytes:
         """A task's return values, serialized each on its own."""
         serializer = function.serializer
         count = function.task_class.num_returns
@@ -477,34 +515,42 @@ class Worker:
         )
         return self.client.store(object_id, data)
 
-    def _arguments(
+    def arguments(
         self, task: TaskCall, payload: bytes | InArena | InFile, task_class: TaskClass
     ) -> tuple[Any, Any]:
-        args, kwargs = self._load(payload, task_class.writable)
-        if not task.slots:
-            return args, kwargs
+        """A call's positional and keyword arguments, those from refs in their places."""
+        args, kwargs = self.load(payload, task_class.writable)
+        return self.fill_slots(task, args, kwargs) if task.slots else (args, kwargs)
+
+    def fill_slots(self, task: TaskCall, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Put the values of refs among the arguments in their places."""
         positional = list(args)
         for index in task.error_arguments:
-            raise _DependencyFailed(self._load(task.arguments[index], False))
+            raise DependencyFailed(self.load(task.arguments[index], False))
         for slot, value in zip(task.slots, task.arguments, strict=True):
             try:
-                loaded = self._load(value, False)
+                loaded = self.load(value, False)
             except ObjectLostError as lost:
-                raise _DependencyFailed(lost) from lost
+                raise DependencyFailed(lost) from lost
             if isinstance(slot, int):
                 positional[slot] = loaded
             else:
                 kwargs[slot] = loaded
         return positional, kwargs
 
-    def _load(self, value: bytes | InArena | InFile, writable: bool) -> Any:
+    def load(self, value: bytes | InArena | InFile, writable: bool) -> Any:
+        """A value from where it is."""
         if isinstance(value, bytes):
             return deserialize(value, writable)
         return self.client.load(value, writable)
 
-    def _load_function(self, function: _Function) -> Callable[..., Any]:
+    def load_function(self, function: Function) -> Callable[..., Any]:
+        """What to call for a class of tasks, or of an actor's methods."""
         function_id = function.task_class.function_id
         if not function_id:
+            if self.bind_method is not None and function.task_class.method:
+                function.call = self.bind_method(function.task_class.method)
+                return function.call
             return _no_function
         loaded = self._loaded.get(function_id)
         if loaded is None:
@@ -512,18 +558,18 @@ class Worker:
             for entry in definition.sys_path:
                 if entry not in sys.path:
                     sys.path.append(entry)
-            loaded = self._loaded[function_id] = self._load(definition.blob, False)
+            loaded = self._loaded[function_id] = self.load(definition.blob, False)
         function.call = loaded
         return loaded
 
     # ---- errors ----------------------------------------------------------------------------------
 
-    def _raised(self, error: BaseException, task: TaskCall, function: _Function) -> Outcome:
+    def raised(self, error: BaseException, task: TaskCall, function: Function) -> Outcome:
         """What the caller gets for an exception."""
         from poolray.local import worker_errors
 
         task_class = function.task_class
-        if isinstance(error, _DependencyFailed):
+        if isinstance(error, DependencyFailed):
             encoded = worker_errors.encode_dependency_error(error.error, task_class.name)
             return Outcome(values=[encoded], is_error=True)
         if function.for_caller:
@@ -539,7 +585,7 @@ class Worker:
             value = self.client.store(self.client.next_object_id(), encoded)
         return Outcome(values=[value], is_error=True, retriable=retriable)
 
-    def _is_retriable(self, error: BaseException, function: _Function) -> bool:
+    def _is_retriable(self, error: BaseException, function: Function) -> bool:
         names = function.task_class.retry_exceptions
         if not names or not isinstance(error, Exception):
             return False
@@ -550,14 +596,8 @@ class Worker:
         return isinstance(error, function.retry_exceptions)
 
 
-class _DependencyFailed(Exception):
-    """An argument of the call is the error of another task."""
-
-    def __init__(self, error: object) -> None:
-        self.error = error
-
-
-def _exit_code(error: SystemExit) -> int:
+def exit_code_of(error: SystemExit) -> int:
+    """The code that a process ends with."""
     if isinstance(error.code, int):
         return error.code & 0xFF
     if error.code is None:

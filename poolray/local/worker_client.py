@@ -24,6 +24,7 @@ from poolray.ids import ObjectId, TaskIdSource, WorkerId
 from poolray.local.channel import SpinningReader, receive_nowait, wait_readable
 from poolray.objects.serialization import Serialized, Serializer
 from poolray.objects.shared_memory import Arena
+from poolray.protocol.actors import ActorReply, CallCount, NamedActors
 from poolray.protocol.client import (
     AllocateRange,
     CancelRequest,
@@ -43,6 +44,9 @@ from poolray.protocol.worker import (
 
 if TYPE_CHECKING:
     from poolray.local.fork_server import WorkerSetup
+
+
+_Reply = ObjectValues | WaitReply | RangeGranted | ActorReply | NamedActors | CallCount
 
 
 @final
@@ -71,7 +75,10 @@ class WorkerLink:
         self._reading = False
         self._next_request = 0
         #: request id -> replies that came (a large one comes in parts), of open requests only.
-        self._replies: dict[int, list[ObjectValues | WaitReply | RangeGranted]] = {}
+        #: request id -> whom to call with the reply, for requests that no thread waits for.
+        self._calls: dict[int, Callable[[ObjectValues], None]] = {}
+        self._caller: threading.Thread | None = None
+        self._replies: dict[int, list[_Reply]] = {}
 
     def enter(self) -> None:
         """Ctrl-C does not reach workers: there is nothing to hold back."""
@@ -136,15 +143,49 @@ class WorkerLink:
         assert isinstance(parts[0], RangeGranted)
         return parts[0]
 
+    def ask(self, make: Callable[[int], Any]) -> Any:
+        """Send the request that `make` makes of its number; gives the answer."""
+        request_id = self._open()
+        try:
+            self.send(make(request_id))
+            parts = self._await(request_id, None, tell=False)
+        finally:
+            self._close(request_id)
+        assert parts is not None
+        return parts[0]
+
     def when_ready(self, object_id: ObjectId, call: Callable[[ObjectValues], None]) -> None:
-        """Call back once with the object's value, from a thread made for that."""
+        """Call back once with the object's value, from whichever thread reads it."""
+        with self._condition:
+            self._next_request = request_id = self._next_request + 1
+            self._replies[request_id] = []
+            self._calls[request_id] = call
+            if self._caller is None:
+                self._caller = threading.Thread(
+                    target=self._call_back, name="poolray-futures", daemon=True
+                )
+                self._caller.start()
+            self._condition.notify_all()
+        self.send(GetObjects(request_id=request_id, object_ids=[object_id]))
 
-        def run() -> None:
-            reply = self.get([object_id], None)
-            assert reply is not None
-            call(reply)
-
-        threading.Thread(target=run, name="poolray-future", daemon=True).start()
+    def _call_back(self) -> None:
+        """The thread that reads replies while nobody waits but those who are called back."""
+        while True:
+            with self._condition:
+                if self._reading or not self._calls:
+                    self._condition.wait()
+                    continue
+                self._reading = True
+            try:
+                packet = self._read(None)
+            finally:
+                with self._condition:
+                    self._reading = False
+                    self._condition.notify_all()
+            if packet == b"":
+                return  # the node is gone: nothing will come any more
+            if packet is not None:
+                self._take(packet)
 
     # ---- replies ---------------------------------------------------------------------------------
 
@@ -160,7 +201,7 @@ class WorkerLink:
 
     def _await(
         self, request_id: int, deadline: float | None, tell: bool = True
-    ) -> list[ObjectValues | WaitReply | RangeGranted] | None:
+    ) -> list[_Reply] | None:
         """All parts of a reply; None when the time is up."""
         told = False
         try:
@@ -207,7 +248,13 @@ class WorkerLink:
             parts = self._replies.get(message.request_id)
             if parts is not None:
                 parts.append(message)
+            call = self._calls.pop(message.request_id, None) if self._calls else None
+            if call is not None:
+                del self._replies[message.request_id]
             self._condition.notify_all()
+        if call is not None:
+            assert isinstance(message, ObjectValues)  # of one value, hence in one part
+            call(message)
 
     def _tell_blocked(self) -> bool:
         """The task has to wait: let go of what it holds. Of several threads, the task's own one

@@ -16,7 +16,11 @@ from typing import Any
 
 import cloudpickle
 
-from poolray.exceptions import PoolrayError, TaskError
+from poolray.exceptions import ActorDiedError, PoolrayError, TaskError
+from poolray.protocol.actors import ActorSetup
+
+#: A report of a death must fit one packet of the report channel.
+_DEATH_BYTES_MAX = 64 * 1024
 
 
 class UnpicklableResult(Exception):
@@ -36,6 +40,13 @@ class UnpicklableResult(Exception):
         self.value_repr = value_repr
 
 
+class DependencyFailed(Exception):
+    """An argument of the call is the error of another task."""
+
+    def __init__(self, error: object) -> None:
+        self.error = error
+
+
 def encode_task_error(error: BaseException, name: str, pid: int) -> bytes:
     """An exception of a task, for `get`."""
     if isinstance(error, UnpicklableResult):
@@ -49,6 +60,32 @@ def encode_task_error(error: BaseException, name: str, pid: int) -> bytes:
     if frames is not None:
         made._traceback_dict = frames  # type: ignore[attr-defined]
     return _dumps(made)
+
+
+def encode_constructor_error(error: BaseException, setup: ActorSetup, pid: int) -> bytes:
+    """The death of an actor whose constructor raised, for its callers."""
+    name = f"{setup.class_name}.__init__"
+    if isinstance(error, DependencyFailed):
+        encoded = encode_dependency_error(error.error, name)
+    else:
+        encoded = encode_task_error(error, name, pid)
+    cause = pickle.loads(encoded)
+    text = "The actor died because of an error raised in its creation task, "
+    died = ActorDiedError(
+        actor_id=setup.actor_id.hex(),
+        class_name=setup.class_name,
+        reason=f"died: its constructor raised\n{text}{cause}",
+        pid=pid,
+        cause=cause if isinstance(cause, TaskError) else None,
+    )
+    data = _dumps(died)
+    if len(data) > _DEATH_BYTES_MAX:
+        short = f"died: its constructor raised\n{text}{str(cause)[:1000]}"
+        died = ActorDiedError(
+            actor_id=setup.actor_id.hex(), class_name=setup.class_name, reason=short, pid=pid
+        )
+        data = _dumps(died)
+    return data
 
 
 def encode_dependency_error(error: object, name: str) -> bytes:
@@ -97,10 +134,14 @@ def encode_plain(error: BaseException) -> bytes:
     return data if chained is error else _dumps((chained, text, None))
 
 
+def _is_ours(path: str) -> bool:
+    return "/poolray/local/worker" in path or "/poolray/local/actor_worker" in path
+
+
 def _user_frames(error: BaseException) -> Any:
     """The traceback without our own frames on top."""
     frames = error.__traceback__
-    while frames is not None and "/poolray/local/worker" in frames.tb_frame.f_code.co_filename:
+    while frames is not None and _is_ours(frames.tb_frame.f_code.co_filename):
         frames = frames.tb_next
     return frames if frames is not None else error.__traceback__
 

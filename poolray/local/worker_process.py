@@ -200,7 +200,7 @@ class PrefixedStream(io.TextIOBase):
     def _emit(self, text: str) -> None:
         from poolray.local import process_state
 
-        name = process_state.current_task_name()
+        name = process_state.output_label()
         head = f"\x1b[36m({name} pid={os.getpid()})\x1b[0m " if name else ""
         lines = text.splitlines(keepends=True)
         if self._in_line:

@@ -33,11 +33,13 @@ from poolray.tasks.class_queue import ClassQueue
 from poolray.tasks.lifecycle import RUNNING, TaskRecord
 
 if TYPE_CHECKING:
+    from poolray.node.actors import Actors
     from poolray.node.groups import Groups
 
 _IDLE = WorkerState.IDLE
 _BUSY = WorkerState.BUSY
 _BLOCKED = WorkerState.BLOCKED
+_ACTOR = WorkerState.ACTOR
 _STOPPING = WorkerState.STOPPING
 
 #: Unread packets worth less than this are not taken from their worker to feed an idle one.
@@ -68,11 +70,21 @@ class _News:
 class Dispatcher:
     """The worker side of a node: what is sent to workers and what they report."""
 
-    __slots__ = ("_short", "_state", "_tasks", "deadline_s", "groups", "peers", "try_forward")
+    __slots__ = (
+        "_short",
+        "_state",
+        "_tasks",
+        "actors",
+        "deadline_s",
+        "groups",
+        "peers",
+        "try_forward",
+    )
 
     def __init__(self, state: NodeState, tasks: Tasks) -> None:
         self._state = state
         self._tasks = tasks
+        self.actors: Actors
         self.groups: Groups
         #: Groups with calls that wait for resources, or for a worker's place: also another group's
         #: worker can free these.
@@ -239,7 +251,7 @@ class Dispatcher:
         return index, news
 
     def _calls_allowed(self, group: Group, worker: WorkerRecord, queue: ClassQueue) -> int:
-        limit = queue.packet_calls(self._state.config, len(group.workers))
+        limit = queue.packet_calls(self._state.config, len(group.workers) - group.actors)
         if group.max_tasks_per_worker:
             limit = min(limit, max(1, group.max_tasks_per_worker - worker.calls_sent))
         if queue.task_class.max_calls:
@@ -313,7 +325,7 @@ class Dispatcher:
             packet.calls += wanted
             packet.size_bytes += size
             if record.dependencies:
-                calls.append(self._call_with_arguments(record, packet, index))
+                calls.append(self.call_with_arguments(record, packet, index))
                 break  # inline arguments can be large together: such a task travels last
             sent = record.calls
             if record.borrows:
@@ -323,7 +335,8 @@ class Dispatcher:
                 break
         return calls
 
-    def _call_with_arguments(self, record: TaskRecord, packet: Packet, index: int) -> TaskCall:
+    def call_with_arguments(self, record: TaskRecord, packet: Packet, index: int) -> TaskCall:
+        """A call as the worker reads it, with the values of refs among its arguments."""
         pins: list[ObjectId] = []
         arguments, errors = self._tasks.arguments_of(record, pins)
         packet.pins = (packet.pins or []) + pins
@@ -382,11 +395,13 @@ class Dispatcher:
         packets = worker.packets
         while packets and packets[0].sequence <= message.sequence:
             packet = packets.popleft()
-            self._let_go(packet)
+            self.let_go(packet)
         if len(packets) < 2 and worker.group.stocked:
             worker.group.stocked.pop(worker.worker_id, None)
         if worker.state is _BUSY:
             self._feed(worker)
+        elif worker.state is _ACTOR:
+            self.actors.on_reported(worker, message, calls)
         elif not packets:
             if worker.state is _BLOCKED:  # the task is over all the same: its thread waits on
                 worker.move(_BUSY)
@@ -485,7 +500,7 @@ class Dispatcher:
     def _unsend(self, worker: WorkerRecord, packet: Packet) -> None:
         """A packet was not read: its calls are queued again, its definitions unknown again."""
         self._uncount(worker, packet, packet.calls)
-        self._let_go(packet)
+        self.let_go(packet)
         if packet.defines_class:
             worker.class_indexes.pop(packet.queue.task_class.class_id, None)
         for function_id in packet.functions or ():
@@ -495,7 +510,7 @@ class Dispatcher:
             if _is_in(record, worker, packet.sequence):
                 self._tasks.requeue(record)
 
-    def _let_go(self, packet: Packet) -> None:
+    def let_go(self, packet: Packet) -> None:
         """A worker is done with a packet: it no longer looks at what that brought."""
         if packet.pins is not None:
             self._tasks.store.unpin_many(packet.pins)
@@ -540,7 +555,7 @@ class Dispatcher:
     def on_blocked(self, worker_id: WorkerId) -> None:
         """A worker's task waits: its resources are free for others meanwhile."""
         worker = self._state.workers.get(worker_id)
-        if worker is None or worker.lease is None:
+        if worker is None or worker.lease is None or worker.state is _ACTOR:
             return
         self.release_lease(worker)
         if worker.state is _BUSY:
@@ -586,7 +601,7 @@ class Dispatcher:
         packets = list(worker.packets)
         worker.packets.clear()
         for packet in reversed(packets):
-            self._let_go(packet)
+            self.let_go(packet)
             for position in range(len(packet.records) - 1, -1, -1):
                 record = packet.records[position]
                 if not _is_in(record, worker, packet.sequence):
@@ -647,7 +662,7 @@ class Dispatcher:
                     held[name] = held.get(name, 0) + amount
         state.resources.check_invariants(held)
         for task in state.tasks.values():
-            if task.state is RUNNING:
+            if task.state is RUNNING and not task.actor_id:
                 assert task.worker_id is not None
                 packets = state.workers[task.worker_id].packets
                 assert any(
@@ -683,6 +698,9 @@ class Dispatcher:
         elif worker.state is _BLOCKED:
             assert worker.packets
             assert worker.lease is None
+        elif worker.state is _ACTOR:
+            assert not worker.packets
+            assert worker.lease is not None
         elif worker.state is not _STOPPING:
             assert not worker.packets
             assert worker.lease is None

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import msgspec
 
 from poolray.ids import ClientId, GroupId, NodeId, WorkerId
+from poolray.protocol.actors import ActorReply, CallCount, NamedActors
 from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, WaitReply
 from poolray.protocol.node import HeadRequest, PeerMessage
 from poolray.protocol.values import InArena, InFile
@@ -31,7 +32,9 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
     """Answer a client."""
 
     client_id: ClientId
-    message: ObjectValues | WaitReply | RangeGranted | CallResults
+    message: (
+        ObjectValues | WaitReply | RangeGranted | CallResults | ActorReply | NamedActors | CallCount
+    )
 
 
 class StartWorker(msgspec.Struct, frozen=True, gc=False):

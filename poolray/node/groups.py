@@ -12,7 +12,7 @@ word of its own; a group that was closed is drained exactly once, with its last 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from poolray.exceptions import InternalError, PoolrayError, WorkerStartError, describe_exit
 from poolray.ids import ClientId, GroupId, WorkerId
@@ -20,6 +20,7 @@ from poolray.node.dispatch import Dispatcher
 from poolray.node.effects import (
     GroupDrained,
     GroupFailed,
+    Nudge,
     SendWorker,
     StartWorker,
     TerminateWorker,
@@ -34,10 +35,14 @@ from poolray.scheduling.resources import UNIT
 from poolray.tasks.class_queue import ClassQueue
 from poolray.tasks.lifecycle import QUEUED, TaskRecord
 
+if TYPE_CHECKING:
+    from poolray.node.actors import Actors
+
 _IDLE = WorkerState.IDLE
 _BUSY = WorkerState.BUSY
 _STARTING = WorkerState.STARTING
 _STOPPING = WorkerState.STOPPING
+_ACTOR = WorkerState.ACTOR
 
 #: Pause after workers failed to start again and again while others of the group live on.
 _START_PAUSE_S = 1.0
@@ -47,7 +52,15 @@ _START_PAUSE_S = 1.0
 class Groups:
     """The workers of a node, by group."""
 
-    __slots__ = ("_dispatcher", "_free_slots", "_next_worker_id", "_slots", "_state", "_tasks")
+    __slots__ = (
+        "_dispatcher",
+        "_free_slots",
+        "_next_worker_id",
+        "_slots",
+        "_state",
+        "_tasks",
+        "actors",
+    )
 
     def __init__(
         self,
@@ -57,6 +70,7 @@ class Groups:
         next_worker_id: Callable[[], WorkerId],
         slots: int,
     ) -> None:
+        self.actors: Actors
         self._state = state
         self._tasks = tasks
         self._dispatcher = dispatcher
@@ -216,7 +230,7 @@ class Groups:
             if group.size:
                 if len(group.workers) >= group.size:
                     return False
-            elif len(group.workers) >= self._state.config.workers_max:
+            elif len(group.workers) - group.actors >= self._state.config.workers_max:
                 return False
             # The ones that start already will take as much.
             elif not resources.fits_times(demand, group.starting + 1):
@@ -307,12 +321,16 @@ class Groups:
         if not stopping:
             worker.move(_STOPPING)
         self._dispatcher.on_packets_lost(worker, message)
+        self.actors.on_worker_lost(message)
         group.leaving -= 1
+        group.actors -= worker.is_actor
         group.stocked.pop(message.worker_id, None)
         del self._state.workers[message.worker_id]
         del group.workers[message.worker_id]
         self._free_slots.append(worker.slot)
         self._tasks.drop_client(ClientId(message.worker_id))
+        if not stopping or worker.is_actor:
+            self.actors.on_client_lost(ClientId(message.worker_id))
         if not stopping:
             if never_ready:
                 self._on_start_failure(group, self._death(message, WorkerStartError))
@@ -369,6 +387,9 @@ class Groups:
             worker.deadline_s = now + timeout_s
         elif worker.state is _BUSY:
             self._dispatcher.on_silent(worker, now)
+        elif worker.state is _ACTOR:
+            self.actors.nudged(worker)
+            self._state.effects.append(Nudge(worker.worker_id))
         else:
             self.stop(worker)
 
@@ -380,6 +401,8 @@ class Groups:
             return self._dispatcher.may_nudge(worker) or (
                 len(worker.packets) > 1 and bool(worker.group.idle)
             )
+        if worker.state is _ACTOR:
+            return self.actors.may_nudge(worker)
         return worker.state is _IDLE and self._is_surplus(worker.group)
 
     def _is_surplus(self, group: Group) -> bool:
@@ -387,7 +410,7 @@ class Groups:
         if group.size:
             return False
         keep = max(1, self._state.resources.total.get("CPU", 0) // UNIT)
-        return len(group.workers) - group.leaving > keep
+        return len(group.workers) - group.leaving - group.actors > keep
 
     # ---- checks ----------------------------------------------------------------------------------
 
@@ -407,6 +430,7 @@ class Groups:
             states = [worker.state for worker in group.workers.values()]
             assert group.starting == states.count(_STARTING)
             assert group.leaving == states.count(_STOPPING)
+            assert group.actors == sum(w.is_actor for w in group.workers.values())
             assert len(group.idle) == states.count(_IDLE)
             assert all(state.workers[worker_id] is w for worker_id, w in group.workers.items())
             total += len(group.workers)

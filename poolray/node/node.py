@@ -1,7 +1,7 @@
 """The node machine: one per machine, the same in a driver, in a daemon and in the simulator.
 
     clients ──requests──▶ ┌──────────────────────────────┐ ──Reply──────────▶ clients
-    workers ──reports───▶ │ Objects  Tasks  Dispatcher   │ ──SendWorker …──▶ workers (by the shell)
+    workers ──reports───▶ │ Objects Tasks Actors Dispatch│ ──SendWorker …──▶ workers (by the shell)
     peers   ──messages──▶ │ Functions  Groups  Peers     │ ──SendPeer──────▶ peers
     head    ──messages──▶ └──────────────────────────────┘ ──SendHead──────▶ head
                   Store       NodeState (the tables)
@@ -23,6 +23,7 @@ import msgspec
 from poolray.config import Config
 from poolray.exceptions import InternalError, PoolrayError
 from poolray.ids import ClientId, NodeId, TaskId, WorkerId
+from poolray.node.actors import Actors
 from poolray.node.dispatch import Dispatcher
 from poolray.node.effects import Effect, SendHead, Warn
 from poolray.node.functions import Functions
@@ -34,6 +35,14 @@ from poolray.node.state import NodeState
 from poolray.node.store import Store, StoreStatistics
 from poolray.node.tasks import Tasks
 from poolray.objects.allocator import AllocatorStatistics, RangeAllocator
+from poolray.protocol.actors import (
+    CallActor,
+    CountCalls,
+    CreateActor,
+    KillActor,
+    ListActors,
+    LookUpActor,
+)
 from poolray.protocol.client import (
     AddReferences,
     AllocateRange,
@@ -66,6 +75,7 @@ from poolray.protocol.node import (
     HeadMessage,
     HeadReply,
     Heartbeat,
+    NamesFound,
     NodeDied,
     ObjectData,
     PacketsTakenBack,
@@ -85,6 +95,8 @@ from poolray.protocol.node import (
 )
 from poolray.protocol.values import FunctionDefinition, InArena
 from poolray.protocol.worker import (
+    ActorExiting,
+    ActorStarted,
     ClientMessage,
     TasksFinished,
     TasksHandedBack,
@@ -105,6 +117,8 @@ WorkerReport: TypeAlias = (
     | WorkerUnblocked
     | WorkerStopping
     | ClientMessage
+    | ActorStarted
+    | ActorExiting
 )
 ShellMessage: TypeAlias = (
     CreateGroup
@@ -139,6 +153,7 @@ class NodeStatistics:
     groups: int
     functions: int
     open_requests: int
+    actors: int  #: that are not dead
     resources_total: dict[str, float]
     resources_available: dict[str, float]
     arena: AllocatorStatistics
@@ -200,6 +215,7 @@ class Node:
         dispatcher = Dispatcher(state, tasks)
         groups = Groups(state, tasks, dispatcher, next_worker_id, slots)
         peers = Peers(state, store, objects, tasks, functions)
+        actors = Actors(state, objects, tasks, dispatcher, groups)
         # The parts know each other: they are one machine, in files of readable size.
         tasks.objects, tasks.dispatcher, tasks.groups, tasks.peers = (
             objects,
@@ -207,6 +223,8 @@ class Node:
             groups,
             peers,
         )
+        tasks.actors = dispatcher.actors = groups.actors = self._actors = actors
+        objects.on_actor_freed = actors.on_freed
         objects.pull, objects.on_local = peers.pull, tasks.on_object_local
         objects.is_dead = peers.dead.__contains__
         dispatcher.groups, dispatcher.try_forward = groups, peers.try_forward
@@ -248,6 +266,8 @@ class Node:
         elif isinstance(message, SubmitTasks):
             # (Calling a NewType costs 50 ns.)
             self._tasks.submit(sender, message.tasks)  # type: ignore[arg-type]
+        elif isinstance(message, CallActor):
+            self._actors.on_request(sender, message)  # type: ignore[arg-type]
         elif isinstance(message, ClientRequest):
             self._on_client(ClientId(sender), message)
         elif isinstance(message, WorkerReport):
@@ -304,6 +324,15 @@ class Node:
                 objects.note_call_site(message.object_ids, message.call_site)
             case CancelTasks():
                 self._tasks.cancel(message.task_ids)
+            case (
+                CallActor()
+                | CreateActor()
+                | KillActor()
+                | LookUpActor()
+                | ListActors()
+                | CountCalls()
+            ):
+                self._actors.on_request(client_id, message)
             case _:
                 _assert_never(message)
 
@@ -338,6 +367,10 @@ class Node:
                 groups.on_failed(message)
             case WorkerStopping():
                 groups.on_stopping(message.worker_id)
+            case ActorStarted():
+                self._actors.on_started(message)
+            case ActorExiting():
+                self._actors.on_exiting(message)
             case _:
                 _assert_never(message)
 
@@ -403,7 +436,9 @@ class Node:
             case Refused():
                 text = f"The cluster's head refuses this node: {message.reason}"
                 self.state.effects.append(Warn(text))
-            case HeadReply() | FunctionFound():
+            case HeadReply() | NamesFound():
+                self._actors.on_head_reply(message)
+            case FunctionFound():
                 raise InternalError(f"a node does not ask for {type(message).__name__}")
             case _:
                 _assert_never(message)
@@ -469,6 +504,7 @@ class Node:
             groups=len(state.groups),
             functions=len(state.functions),
             open_requests=sum(len(client.requests) for client in state.clients.values()),
+            actors=self._actors.count(),
             resources_total=from_fixed(state.resources.total),
             resources_available=from_fixed(state.resources.available),
             arena=state.allocator.statistics(),
@@ -498,15 +534,18 @@ class Node:
         self._tasks.check_invariants()
         self._functions.check_invariants()
         self._groups.check_invariants()
+        self._actors.check_invariants()
         self._dispatcher.check_invariants()
         self._peers.check_invariants()
         packets = [packet for worker in state.workers.values() for packet in worker.packets]
-        self._store.check_invariants(o for packet in packets for o in packet.pins or ())
-        records = [r for r in (*state.tasks.values(), *self._tasks.lineage()) if r.owner_pins]
+        pins = [o for packet in packets for o in packet.pins or ()]
+        self._store.check_invariants([*pins, *self._actors.pins()])
+        kept = (*self._tasks.lineage(), *self._actors.kept_creations())
+        records = [r for r in (*state.tasks.values(), *kept) if r.owner_pins]
         for packet in packets:
             records.extend(packet.cancelled or ())
         held = [i for record in records for i in (*record.dependencies, *record.borrows)]
-        self._objects.check_invariants([*held, *self._functions.blobs()])
+        self._objects.check_invariants([*held, *self._functions.blobs(), *self._actors.holds()])
 
 
 def _assert_never(message: NoReturn) -> NoReturn:  # typing's own is not in Python 3.10

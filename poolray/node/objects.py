@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
 from poolray.exceptions import ObjectLostError
-from poolray.ids import ClientId, NodeId, ObjectId, TaskId
+from poolray.ids import ActorId, ClientId, NodeId, ObjectId, TaskId
 from poolray.node.effects import Reply, SendPeer, UnhandledError, WriteObject
 from poolray.node.state import NodeState
 from poolray.node.store import Store
@@ -47,7 +47,9 @@ class Objects:
         "_to_release",
         "_wake_task",
         "call_sites",
+        "handles",
         "is_dead",
+        "on_actor_freed",
         "on_local",
         "pull",
     )
@@ -75,6 +77,10 @@ class Objects:
         self._releasing = False
         #: Called with the id of each object that cannot be lost with another node (any more).
         self.on_local: Callable[[ObjectId], None] = lambda object_id: None
+        #: object that stands for an actor's handles -> actor.
+        self.handles: dict[ObjectId, ActorId] = {}
+        #: Told of actors that nobody has a handle to any more.
+        self.on_actor_freed: Callable[[ActorId], None] = lambda actor_id: None
         #: Whether a node is known to be dead.
         self.is_dead: Callable[[NodeId], bool] = lambda node_id: False
 
@@ -500,6 +506,10 @@ class Objects:
             original = self._remote.pop(object_id, None)
             if original is not None:
                 self._release_at(*original)
+        if self.handles:
+            actor_id = self.handles.pop(object_id, None)
+            if actor_id is not None:
+                self.on_actor_freed(actor_id)
         self.on_local(object_id)
 
     def forget_originals(self, node_id: NodeId) -> None:

@@ -33,6 +33,7 @@ from poolray.protocol.node import (
     PullObject,
 )
 from poolray.protocol.values import (
+    CallKind,
     Delivery,
     FunctionDefinition,
     InArena,
@@ -111,6 +112,8 @@ class Peers:
         """Whether a task can run elsewhere: all that it needs goes along by value or by place."""
         return (
             record.class_queue.task_class.delivery is Delivery.OBJECTS
+            # (An actor lives where it was made.)
+            and record.class_queue.task_class.kind is not CallKind.CREATE
             and not record.is_foreign
             # Refs that the task would find inside its arguments mean nothing on another node.
             and not record.borrows

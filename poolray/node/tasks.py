@@ -42,7 +42,7 @@ from poolray.node.workers import Group, GroupState, Packet, WorkerRecord
 from poolray.objects.directory import READY, ObjectRecord
 from poolray.protocol.client import CallResults
 from poolray.protocol.node import WorkerLost
-from poolray.protocol.values import Delivery, InFile, Outcome, TaskSpec, Value
+from poolray.protocol.values import CallKind, Delivery, InFile, Outcome, TaskSpec, Value
 from poolray.protocol.worker import TasksFinished
 from poolray.tasks.lifecycle import (
     FAILED,
@@ -55,11 +55,13 @@ from poolray.tasks.lifecycle import (
 )
 
 if TYPE_CHECKING:
+    from poolray.node.actors import Actors
     from poolray.node.dispatch import Dispatcher
     from poolray.node.groups import Groups
     from poolray.node.peers import Peers
 
 _CALLER = Delivery.CALLER
+_CREATE = CallKind.CREATE
 _OPEN = GroupState.OPEN
 _FAILED_GROUP = GroupState.FAILED
 
@@ -72,6 +74,7 @@ class Tasks:
         "_lineage",
         "_parts",
         "_state",
+        "actors",
         "dispatcher",
         "functions",
         "groups",
@@ -85,6 +88,7 @@ class Tasks:
         self.store = store
         self.functions = functions
         self.objects: Objects
+        self.actors: Actors
         self.dispatcher: Dispatcher
         self.groups: Groups
         self.peers: Peers
@@ -124,7 +128,7 @@ class Tasks:
                     records[object_id] = ObjectRecord(1)
                     client.held[object_id] = None
             if spec.dependencies or spec.borrows:
-                self._hold_inputs(record, spec)
+                self.hold_inputs(record, spec)
             if group is None or group.state >= _FAILED_GROUP:
                 self.fail_encoded(record, self._no_group_error(record, group))
             elif record.missing == 0:
@@ -154,13 +158,14 @@ class Tasks:
         group = self._state.groups.get(queue.task_class.group_id)
         if group is not None:
             group.unfinished += 1
-        self._hold_inputs(record, spec)
-        if self._usable_group(record) is None:
+        self.hold_inputs(record, spec)
+        if self.usable_group(record) is None:
             self.fail_encoded(record, self._no_group_error(record, group))
         elif record.missing == 0:
             self.enqueue(record)
 
-    def _hold_inputs(self, record: TaskRecord, spec: TaskSpec) -> None:
+    def hold_inputs(self, record: TaskRecord, spec: TaskSpec) -> None:
+        """A task keeps its arguments, and waits for those that are not here."""
         record.dependencies = spec.dependencies
         record.slots = spec.slots
         record.borrows = spec.borrows
@@ -177,7 +182,8 @@ class Tasks:
             for object_id in record.borrows:
                 self.objects.hold(object_id)
 
-    def _unpin(self, record: TaskRecord) -> None:
+    def unpin(self, record: TaskRecord) -> None:
+        """A task does not need its arguments any more."""
         if record.owner_pins:
             record.owner_pins = False
             self.objects.release_all(record.dependencies)
@@ -228,7 +234,10 @@ class Tasks:
 
     def enqueue(self, record: TaskRecord, front: bool = False) -> None:
         """A task may run: queue it and see whether a worker is free for it."""
-        group = self._usable_group(record)
+        if record.actor_id:
+            self.actors.on_ready(record)
+            return
+        group = self.usable_group(record)
         if group is None:
             known = self._state.groups.get(record.class_queue.task_class.group_id)
             self.fail_encoded(record, self._no_group_error(record, known))
@@ -241,7 +250,7 @@ class Tasks:
             group.ready[record.class_queue.task_class.class_id] = record.class_queue
         self.dispatcher.dispatch(group)
 
-    def _usable_group(self, record: TaskRecord) -> Group | None:
+    def usable_group(self, record: TaskRecord) -> Group | None:
         """The workers that may run a task; None when they are gone, or do not start."""
         group = self._state.groups.get(record.class_queue.task_class.group_id)
         return group if group is not None and group.state < _FAILED_GROUP else None
@@ -342,7 +351,7 @@ class Tasks:
             for value in result.values:
                 self.objects.deliver(record.client_id, value, writer)
             self.peers.send_result(record, result)
-        elif result.is_error and result.retriable and self._may_retry(record):
+        elif result.is_error and result.retriable and self.may_retry(record):
             self._discard(result, writer)
             record.attempts += 1
             self._try_again(record)
@@ -406,7 +415,7 @@ class Tasks:
             self._end_part(record)
         if not self._lineage or self._lineage.get(record.root_id) is not record:
             if record.owner_pins:
-                self._unpin(record)
+                self.unpin(record)
             queue.tasks -= 1
             if queue.released and not queue.tasks:
                 self.functions.forget_class(queue)
@@ -415,6 +424,8 @@ class Tasks:
             group.unfinished -= 1
             if group.unfinished == 0 and group.state is not _OPEN:
                 self.groups.on_group_empty(group)
+        if record.actor_id:
+            self.actors.on_ended(record)
 
     def _end_part(self, record: TaskRecord) -> None:
         parts = self._parts[record.root_id]
@@ -424,13 +435,16 @@ class Tasks:
 
     # ---- failures --------------------------------------------------------------------------------
 
-    def _may_retry(self, record: TaskRecord) -> bool:
+    def may_retry(self, record: TaskRecord) -> bool:
         """Whether one more attempt is allowed."""
         limit = record.class_queue.task_class.max_retries
         return limit < 0 or record.attempts < limit
 
     def _try_again(self, record: TaskRecord) -> None:
         """A task that ran here or elsewhere runs again, once its arguments are here."""
+        if record.actor_id:
+            self.actors.try_again(record)
+            return
         if record.dependencies:
             record.has_restored = True  # what has left memory meanwhile is mapped from its file
             self._wait_for_dependencies(record)
@@ -448,7 +462,9 @@ class Tasks:
         """The same, for an error that is serialized already."""
         outcome = Outcome(values=[error], is_error=True, retriable=retriable)
         record.move(FAILED)
-        if record.class_queue.task_class.delivery is _CALLER:
+        if record.class_queue.task_class.kind is _CREATE:
+            self.actors.on_creation_failed(record, error)
+        elif record.class_queue.task_class.delivery is _CALLER:
             reply = CallResults(
                 task_id=record.root_id, start=record.offset, results=[outcome] * len(record.calls)
             )
@@ -479,7 +495,7 @@ class Tasks:
             # Each call that had begun goes on alone: the one that kills must not take the
             # attempts of its neighbours.
             rest = self.cut(record, record.offset + 1) if len(record.calls) > 1 else None
-            may_retry = self._may_retry(record) and not group.break_on_death
+            may_retry = self.may_retry(record) and not group.break_on_death
             record.attempts += 1
             if may_retry and not record.is_foreign:
                 again.append(record)
@@ -494,7 +510,9 @@ class Tasks:
         for record in reversed(again):
             self.requeue(record)
 
-    def _crash_error(self, record: TaskRecord, message: WorkerLost) -> WorkerCrashedError:
+    def _crash_error(self, record: TaskRecord, message: WorkerLost) -> PoolrayError:
+        if record.class_queue.task_class.kind is _CREATE:
+            return self.actors.creation_error(record, message)
         return WorkerCrashedError(
             task_name=record.class_queue.task_class.name,
             task_id=record.root_id.hex(),
@@ -506,7 +524,7 @@ class Tasks:
 
     def on_lost_with_node(self, record: TaskRecord, node_id: NodeId) -> None:
         """The node that a task was forwarded to died: it counts as tried."""
-        may_retry = self._may_retry(record)
+        may_retry = self.may_retry(record)
         record.attempts += 1
         if may_retry:
             self._try_again(record)
@@ -541,21 +559,27 @@ class Tasks:
             record = tasks.get(task_id)
             if record is None:
                 continue
-            if record.state is RUNNING and record.worker_id is not None:
+            if record.state is RUNNING and record.worker_id is not None and not record.actor_id:
                 sent.setdefault(record.worker_id, []).append(record.sequence)
             self._withdraw(record)
             record.move(FAILED)
             if record.class_queue.task_class.delivery is not _CALLER and not record.is_foreign:
                 error = TaskCancelledError(task_id=record.root_id.hex(), reason=reason)
-                outcome = Outcome(values=[self._state.encode_error(error)], is_error=True)
-                self._store(record, outcome, record.client_id)
+                encoded = self._state.encode_error(error)
+                if record.class_queue.task_class.kind is _CREATE:
+                    self.actors.on_creation_failed(record, encoded)
+                else:
+                    outcome = Outcome(values=[encoded], is_error=True)
+                    self._store(record, outcome, record.client_id)
             self.end(record)
         for worker_id, sequences in sent.items():
             self.dispatcher.on_cancelled(worker_id, sequences)
 
     def _withdraw(self, record: TaskRecord) -> None:
         """Take a task from where it is, before it ends."""
-        if record.state is QUEUED:
+        if record.actor_id:
+            self.actors.withdraw(record)
+        elif record.state is QUEUED:
             queue = record.class_queue
             queue.remove(record)
             if not queue.queued_calls:
@@ -615,8 +639,8 @@ class Tasks:
         maker = self._lineage.pop(task_id, None)
         if maker is None and task_id in self._state.tasks:
             return  # lost together with another return value, for which it runs again already
-        if maker is not None and self._may_retry(maker) and self._usable_group(maker) is not None:
-            self._run_again(maker)
+        if maker is not None and self.may_retry(maker) and self.usable_group(maker) is not None:
+            self.run_again(maker)
             return
         error: ObjectLostError = ObjectLostError(object_id=object_id.hex(), reason=reason)
         if maker is not None:
@@ -624,7 +648,7 @@ class Tasks:
                 object_id=object_id.hex(),
                 reason=f"{reason}, and its task was tried {maker.attempts + 1} time(s)",
             )
-            self._drop_lineage(maker)
+            self.drop_lineage(maker)
         encoded = self._state.encode_error(error)
         self.objects.seal(object_id, record, encoded, True, [], ClientId(b""))
 
@@ -634,7 +658,7 @@ class Tasks:
         record.move(FAILED)
         self.end(record)
 
-    def _run_again(self, maker: TaskRecord) -> None:
+    def run_again(self, maker: TaskRecord) -> None:
         """An ended task makes its objects once more."""
         maker.attempts += 1
         self._state.tasks[maker.task_id] = maker
@@ -657,11 +681,11 @@ class Tasks:
             if record is not None and record.location() is not None:
                 return
         del self._lineage[maker.root_id]
-        self._drop_lineage(maker)
+        self.drop_lineage(maker)
 
-    def _drop_lineage(self, maker: TaskRecord) -> None:
+    def drop_lineage(self, maker: TaskRecord) -> None:
         """What a task made can no longer be lost, or can no longer be made again."""
-        self._unpin(maker)
+        self.unpin(maker)
         queue = maker.class_queue
         queue.tasks -= 1
         if queue.released and not queue.tasks:
@@ -706,6 +730,9 @@ class Tasks:
             assert (record.missing > 0) == (record.state is WAITING)
             if task_id != record.root_id:
                 assert task_id in self._parts[record.root_id]
+            counts[record.class_queue.task_class.class_id] += 1
+        for record in self.actors.kept_creations():
+            assert record.task_id not in state.tasks
             counts[record.class_queue.task_class.class_id] += 1
         for root_id, record in self._lineage.items():
             assert record.state is SUCCEEDED, "lineage that runs"

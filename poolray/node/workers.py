@@ -3,7 +3,7 @@
     STARTING ──ready──▶ IDLE ──packet──▶ BUSY ──blocked──▶ BLOCKED
         │                ▲ │              │ ▲                │
         │                │ │              │ └───unblocked────┘
-        │                └─┼──all done────┘
+        │                └─┼──all done────┘ └──▶ ACTOR (of its own, for life)
         └──────────────────┴──▶ STOPPING ──▶ (exit reported: the record is dropped)
 
 What: records of workers, their packets on the way, and the groups they belong to.
@@ -33,22 +33,27 @@ class WorkerState(enum.IntEnum):
     IDLE = 1
     BUSY = 2  #: has packets
     BLOCKED = 3  #: its task waits in `get` or `wait`
+    ACTOR = 5  #: an actor lives in it, whose calls it runs and no others
     STOPPING = 4  #: gets no more packets; it finishes what it has (also waits in it) and exits
 
 
 # Names of the module are found faster than members of an enum, and these are on every task's path.
-_STARTING, _IDLE, _BUSY, _STOPPING = (
+_STARTING, _IDLE, _BUSY, _STOPPING, _ACTOR = (
     WorkerState.STARTING,
     WorkerState.IDLE,
     WorkerState.BUSY,
     WorkerState.STOPPING,
+    WorkerState.ACTOR,
 )
 
 _WORKER_MOVES: dict[WorkerState, frozenset[WorkerState]] = {
     WorkerState.STARTING: frozenset({WorkerState.IDLE, WorkerState.STOPPING}),
     WorkerState.IDLE: frozenset({WorkerState.BUSY, WorkerState.STOPPING}),
-    WorkerState.BUSY: frozenset({WorkerState.IDLE, WorkerState.BLOCKED, WorkerState.STOPPING}),
-    WorkerState.BLOCKED: frozenset({WorkerState.BUSY, WorkerState.STOPPING}),
+    WorkerState.BUSY: frozenset(
+        {WorkerState.IDLE, WorkerState.BLOCKED, WorkerState.ACTOR, WorkerState.STOPPING}
+    ),
+    WorkerState.BLOCKED: frozenset({WorkerState.BUSY, WorkerState.ACTOR, WorkerState.STOPPING}),
+    WorkerState.ACTOR: frozenset({WorkerState.STOPPING}),
     WorkerState.STOPPING: frozenset(),
 }
 
@@ -107,6 +112,7 @@ class WorkerRecord:
         "forget",
         "functions",
         "group",
+        "is_actor",
         "lease",
         "next_class_index",
         "nudged_sequence",
@@ -130,6 +136,8 @@ class WorkerRecord:
         self.pid = 0
         #: STARTING: when to give it up. IDLE: since when. BUSY: when to wonder why it is silent.
         self.deadline_s = 0.0
+        #: An actor lives in it, or did until it was told to stop.
+        self.is_actor = False
         self.packets: deque[Packet] = deque()
         self.sequence = 0  # of the last packet sent
         self.nudged_sequence = 0  # of the last packet that it was asked to hand back from
@@ -176,6 +184,9 @@ class WorkerRecord:
             group.idle[self.worker_id] = self
         elif state is _STOPPING:
             group.leaving += 1
+        elif state is _ACTOR:
+            self.is_actor = True
+            group.actors += 1
         self.state = state
 
 
@@ -193,6 +204,7 @@ class Group:
     """Workers that may run the same tasks: a Pool's, an Executor's, or those of plain tasks."""
 
     __slots__ = (
+        "actors",
         "break_on_death",
         "error",
         "group_id",
@@ -236,6 +248,8 @@ class Group:
         self.hungry: dict[WorkerId, WorkerRecord] = {}
         #: Ones that have more than one packet, so that an idle one could be given some of it.
         self.stocked: dict[WorkerId, WorkerRecord] = {}
+        #: Workers that actors live in.
+        self.actors = 0
         self.starting = 0
         self.leaving = 0  # STOPPING
         #: Deaths in a row of workers that never became ready.

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import msgspec
 
 from poolray.ids import FunctionId, ObjectId, TaskId
+from poolray.protocol.actors import ActorReply, ActorRequest, CallCount, NamedActors
 from poolray.protocol.values import (
     FunctionDefinition,
     InArena,
@@ -186,6 +187,9 @@ ClientRequest: TypeAlias = (
     | PinObjects
     | UnpinObjects
     | CancelTasks
+    | ActorRequest
 )
 
-ClientReply: TypeAlias = ObjectValues | WaitReply | RangeGranted | CallResults
+ClientReply: TypeAlias = (
+    ObjectValues | WaitReply | RangeGranted | CallResults | ActorReply | NamedActors | CallCount
+)

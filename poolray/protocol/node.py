@@ -291,6 +291,13 @@ class ReleaseName(msgspec.Struct, frozen=True, array_like=True, tag=313, kw_only
     target: bytes
 
 
+class ListNames(msgspec.Struct, frozen=True, array_like=True, tag=314, kw_only=True):
+    """Which names are taken? `NamesFound` tells."""
+
+    request_id: int
+    namespace: str | None = None  #: None: those of all namespaces
+
+
 HeadRequest: TypeAlias = (
     RegisterNode
     | Heartbeat
@@ -305,6 +312,7 @@ HeadRequest: TypeAlias = (
     | RegisterName
     | LookUpName
     | ReleaseName
+    | ListNames
 )
 
 
@@ -351,10 +359,17 @@ class HeadReply(msgspec.Struct, frozen=True, array_like=True, tag=354, kw_only=T
     found: bytes | list[bytes] | None = None
 
 
+class NamesFound(msgspec.Struct, frozen=True, array_like=True, tag=356, kw_only=True):
+    """Names that are taken, with their namespaces."""
+
+    request_id: int
+    names: list[tuple[str, str]]  #: (namespace, name) pairs, in the order in which they were taken
+
+
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=355, kw_only=True):
     """The node may not join: the reason in words."""
 
     reason: str
 
 
-HeadMessage: TypeAlias = ClusterView | NodeDied | FunctionFound | HeadReply | Refused
+HeadMessage: TypeAlias = ClusterView | NodeDied | FunctionFound | HeadReply | NamesFound | Refused

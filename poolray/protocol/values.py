@@ -24,6 +24,8 @@ class CallKind(enum.IntEnum):
     MAP = 1  #: payload is a list of items; the result is the list of f(item)
     STARMAP = 2  #: payload is a list of argument tuples; the result is the list of f(*item)
     APPLY = 3  #: payload is (function, args, kwargs): for callables with state of their own
+    CREATE = 4  #: payload is (args, kwargs, `ActorSetup`): the worker becomes the actor
+    METHOD = 5  #: payload is (args, kwargs) of the actor's method that the class names
 
 
 class Delivery(enum.IntEnum):
@@ -84,6 +86,7 @@ class TaskClass(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=Tru
     max_calls: int = 0  #: calls of this function after which its worker is replaced; 0: never
     #: Parent processes' arrays may be written to by the call (Pool and Executor promise it).
     writable: bool = False
+    method: str = ""  #: what `CallKind.METHOD` calls; empty for all other kinds
 
 
 class TaskSpec(msgspec.Struct, frozen=True, array_like=True, tag=5, kw_only=True):

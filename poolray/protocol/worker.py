@@ -18,7 +18,8 @@ from typing import TypeAlias
 
 import msgspec
 
-from poolray.ids import FunctionId, GroupId, ObjectId, TaskId, WorkerId
+from poolray.ids import ActorId, FunctionId, GroupId, ObjectId, TaskId, WorkerId
+from poolray.protocol.actors import ActorReply, ActorRequest, CallCount, NamedActors
 from poolray.protocol.client import (
     AddReferences,
     AllocateRange,
@@ -204,7 +205,23 @@ class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_onl
         | ReturnRange
         | PinObjects
         | UnpinObjects
+        | ActorRequest
     )
+
+
+class ActorStarted(msgspec.Struct, frozen=True, array_like=True, tag=24, kw_only=True):
+    """Worker to node: the constructor has returned, or raised: then the worker exits."""
+
+    worker_id: WorkerId
+    error: bytes = b""  #: an `ActorDiedError`; empty when the actor lives
+
+
+class ActorExiting(msgspec.Struct, frozen=True, array_like=True, tag=25, kw_only=True):
+    """Worker to node: the actor ends itself, for good; the process exits."""
+
+    worker_id: WorkerId
+    actor_id: ActorId
+    reason: str
 
 
 FromWorkers: TypeAlias = (
@@ -221,9 +238,13 @@ FromWorkers: TypeAlias = (
     | ForkServerReady
     | ForkServerFailed
     | ClientMessage
+    | ActorStarted
+    | ActorExiting
 )
 
-ToWorkerControl: TypeAlias = ObjectValues | WaitReply | RangeGranted
+ToWorkerControl: TypeAlias = (
+    ObjectValues | WaitReply | RangeGranted | ActorReply | NamedActors | CallCount
+)
 
 
 class ForkWorker(msgspec.Struct, frozen=True, array_like=True, tag=40, kw_only=True):

@@ -18,7 +18,7 @@ import enum
 from typing import final
 
 from poolray.exceptions import IllegalTransition
-from poolray.ids import ClientId, NodeId, ObjectId, TaskId, WorkerId
+from poolray.ids import ActorId, ClientId, NodeId, ObjectId, TaskId, WorkerId
 from poolray.protocol.values import InArena, InFile
 from poolray.tasks.class_queue import ClassQueue
 
@@ -52,7 +52,7 @@ MOVES: dict[TaskState, frozenset[TaskState]] = {
     # Done there; failed there; its node died or gave it back: it is tried again, at once or when
     # the arguments that were lost with the node are there again.
     FORWARDED: frozenset({SUCCEEDED, FAILED, QUEUED, WAITING}),
-    # Its result was lost with a node and is made again.
+    # Its result was lost with a node and is made again; the actor that it made is restarted.
     SUCCEEDED: frozenset({WAITING}),
     FAILED: frozenset(),
 }
@@ -61,6 +61,7 @@ MOVES: dict[TaskState, frozenset[TaskState]] = {
 #: Most tasks name no objects; these lists are shared and never changed.
 _NOTHING: list[ObjectId] = []
 _NO_SLOTS: list[int | str] = []
+_NO_ACTOR = ActorId(b"")
 
 
 @final
@@ -68,6 +69,7 @@ class TaskRecord:
     """One task, or a part of one that was split, as the node keeps it."""
 
     __slots__ = (
+        "actor_id",
         "attempts",
         "borrows",
         "calls",
@@ -113,6 +115,8 @@ class TaskRecord:
         #: Attempts that have been charged: a worker or node died while it ran.
         self.attempts = attempts
         self.state = WAITING
+        #: The actor that it calls; empty for all but calls of actors.
+        self.actor_id = _NO_ACTOR
         #: It belongs to another node, which is to be told what came of it.
         self.is_foreign = False
         #: Dependencies that are not ready yet.

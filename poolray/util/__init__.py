@@ -11,6 +11,7 @@ Invariants: nothing here is imported by `import poolray` itself, so that the sta
 
 from __future__ import annotations
 
+from poolray.actor import named_actors
 from poolray.util.check_serialize import inspect_serializability
 from poolray.util.memory import memory_summary
 from poolray.util.serialization import deregister_serializer, register_serializer
@@ -18,6 +19,33 @@ from poolray.util.serialization import deregister_serializer, register_serialize
 __all__ = [
     "deregister_serializer",
     "inspect_serializability",
+    "list_named_actors",
     "memory_summary",
     "register_serializer",
 ]
+
+
+def list_named_actors(all_namespaces: bool = False) -> list[str] | list[dict[str, str]]:
+    """Names of actors that live.
+
+    Parameters
+    ----------
+    all_namespaces : bool, default False
+        Those of all namespaces, each as a dict of `namespace` and `name`; else the names in the
+        job's own.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> from poolray.util import list_named_actors
+    >>> @poolray.remote
+    ... class Named:
+    ...     def ping(self) -> None: ...
+    >>> actor = Named.options(name="listed").remote()
+    >>> "listed" in list_named_actors()
+    True
+    """
+    found = named_actors(all_namespaces)
+    if all_namespaces:
+        return [{"name": name, "namespace": namespace} for namespace, name in found]
+    return [name for _, name in found]

@@ -46,6 +46,9 @@ WORKER_MOVES = {
     (W.BUSY, W.STOPPING),
     (W.BLOCKED, W.BUSY),
     (W.BLOCKED, W.STOPPING),
+    (W.BUSY, W.ACTOR),
+    (W.BLOCKED, W.ACTOR),
+    (W.ACTOR, W.STOPPING),
 }
 
 
@@ -92,6 +95,7 @@ def test_a_worker_makes_the_moves_of_its_table_and_no_others(
         W.IDLE: [W.IDLE],
         W.BUSY: [W.IDLE, W.BUSY],
         W.BLOCKED: [W.IDLE, W.BUSY, W.BLOCKED],
+        W.ACTOR: [W.IDLE, W.BUSY, W.ACTOR],
         W.STOPPING: [W.STOPPING],
     }
     for state in paths[before]:

@@ -27,11 +27,15 @@ PUBLIC_NAMES = {
         "ObjectRef",
         "Pool",
         "__version__",
+        "actor",
         "exceptions",
         "get",
+        "get_actor",
         "get_runtime_context",
         "init",
         "is_initialized",
+        "kill",
+        "method",
         "put",
         "remote",
         "shutdown",
@@ -39,6 +43,10 @@ PUBLIC_NAMES = {
         "wait",
     ],
     "poolray.exceptions": [
+        "ActorAlreadyExistsError",
+        "ActorDiedError",
+        "ActorError",
+        "ActorUnavailableError",
         "GetTimeoutError",
         "IllegalTransition",
         "InternalError",
@@ -50,7 +58,9 @@ PUBLIC_NAMES = {
         "ObjectStoreFullError",
         "OutOfDiskError",
         "OwnerDiedError",
+        "PendingCallsLimitExceeded",
         "PoolrayError",
+        "RayActorError",
         "RayError",
         "RaySystemError",
         "RayTaskError",
@@ -71,7 +81,19 @@ PUBLIC_NAMES = {
     ],
     "poolray.executor": ["Executor", "WorkerDiedError"],
     "poolray.remote_function": ["OptionedFunction", "RemoteFunction", "check_options"],
+    "poolray.actor": [
+        "ActorClass",
+        "ActorHandle",
+        "ActorMethod",
+        "OptionedClass",
+        "exit_actor",
+        "get_actor",
+        "kill",
+        "method",
+    ],
+    "poolray.actor_options": ["check_actor_options", "method"],
     "poolray.remote_signature": [
+        "ActorOptions",
         "DefinitionOptions",
         "RemoteCall",
         "RemoteSignature",
@@ -81,6 +103,7 @@ PUBLIC_NAMES = {
     "poolray.util": [
         "deregister_serializer",
         "inspect_serializability",
+        "list_named_actors",
         "memory_summary",
         "register_serializer",
     ],
@@ -133,12 +156,16 @@ ERROR_CLASSES = sorted(
 )
 #: A value for each parameter that the constructors of errors have.
 SAMPLES: dict[str, Any] = {
+    "actor_id": "5e6f" * 8,
     "attempts": 4,
+    "class_name": "Counter",
     "cause": ValueError("inner", 3),
     "event": "WorkerReady",
     "exit_code": None,
     "function_name": "resize",
     "history": ("QUEUED", "RUNNING"),
+    "name": "counter",
+    "namespace": "job",
     "node_id": "b71d" * 8,
     "object_id": "0a1b" * 14,
     "pid": 4121,
@@ -280,7 +307,9 @@ def test_the_tree_on_top_of_the_module_is_the_tree() -> None:
     path: list[str] = []
     for line in exceptions.__doc__.splitlines():
         if found := re.match(
-            r"^(    (?:[│ ] {3})*(?:[├└]── )?)(\w+Error|IllegalTransition)\b", line
+            r"^(    (?:[│ ] {3})*(?:[├└]── )?)"
+            r"(\w+Error|IllegalTransition|PendingCallsLimitExceeded)\b",
+            line,
         ):
             depth = len(found[1]) // 4 - 1
             path[depth:] = [found[2]]

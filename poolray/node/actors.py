@@ -1,0 +1,823 @@
+"""The node's actors: made, called, restarted, ended.
+
+    CreateActor ──▶ a task of the class's own makes a worker the actor's ──ActorStarted──▶ ALIVE
+    CallActor ────▶ `CallOrder` ──packets──▶ that worker ──TasksFinished──▶ objects, as of tasks
+    WorkerLost ───▶ the constructor's task runs again, or all calls fail
+
+What: which worker is whose, which calls it has, and what the end of a process means for them.
+Who calls: `node/node.py` with requests and reports; `node/tasks.py` when a call is ready, tried
+again or over; `node/groups.py` when a worker is gone; `node/objects.py` with the last handle.
+May touch: nothing.
+Invariants: an actor that is ALIVE has a worker of its own and nobody else's; every call is in its
+`CallOrder` or was sent, until it ends; calls end once, also those of an actor that is dead.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, final
+
+from poolray.actors.call_order import CallOrder
+from poolray.actors.lifecycle import ALIVE, DEAD, PENDING, RESTARTING, ActorLife
+from poolray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    InternalError,
+    PoolrayError,
+    describe_exit,
+)
+from poolray.ids import ActorId, ClientId, ObjectId, TaskId, WorkerId, handle_of, return_id
+from poolray.node.effects import Reply, SendHead, SendWorker, TerminateWorker
+from poolray.node.state import NodeState
+from poolray.node.tasks import Tasks
+from poolray.node.workers import Packet, WorkerRecord, WorkerState
+from poolray.objects.directory import ObjectRecord
+from poolray.protocol.actors import (
+    ActorReply,
+    ActorRequest,
+    CallActor,
+    CallCount,
+    CountCalls,
+    CreateActor,
+    KillActor,
+    ListActors,
+    LookUpActor,
+    NamedActors,
+)
+from poolray.protocol.node import (
+    HeadReply,
+    ListNames,
+    LookUpName,
+    NamesFound,
+    RegisterName,
+    ReleaseName,
+    WorkerLost,
+)
+from poolray.protocol.values import CallKind
+from poolray.protocol.worker import (
+    ActorExiting,
+    ActorStarted,
+    ClassDefinition,
+    RunTasks,
+    TaskCall,
+    TasksFinished,
+)
+from poolray.tasks.lifecycle import QUEUED, RUNNING, SUCCEEDED, WAITING, TaskRecord
+
+if TYPE_CHECKING:
+    from poolray.node.dispatch import Dispatcher
+    from poolray.node.groups import Groups
+    from poolray.node.objects import Objects
+
+_CREATE = CallKind.CREATE
+_ACTOR = WorkerState.ACTOR
+_STOPPING = WorkerState.STOPPING
+
+#: Weight of a new report in the estimate of a call's run time.
+_NEW_WEIGHT = 0.4
+#: Calls that wait in the queue of a worker that runs several at once, beyond those that run.
+_AHEAD_MAX = 64
+
+
+@final
+class Actor:
+    """One actor that lives, lived or will live on this node."""
+
+    __slots__ = (
+        "calls_by_caller",
+        "creation",
+        "death",
+        "estimate_s",
+        "is_freed",
+        "life",
+        "message",
+        "order",
+        "owner",
+        "packets",
+        "pid",
+        "pins",
+        "sent",
+        "unfinished",
+        "worker",
+    )
+
+    def __init__(self, message: CreateActor, owner: ClientId) -> None:
+        #: How it was asked for.
+        self.message = message
+        self.life = ActorLife(message.actor_id, message.class_name)
+        #: Who made it: its end is the actor's, unless that is detached.
+        self.owner = owner
+        #: The constructor's call; kept with its arguments while the actor may be restarted.
+        self.creation: TaskRecord | None = None
+        #: The worker that is its own (ALIVE).
+        self.worker: WorkerRecord | None = None
+        self.pid = 0
+        #: Calls that were not sent.
+        self.order: CallOrder[TaskRecord] = CallOrder(message.ordered)
+        #: task id -> calls that were sent and have not ended, in the order of sending.
+        self.sent: dict[TaskId, TaskRecord] = {}
+        #: task id -> objects in memory that such a call brought, and its worker may look at.
+        self.pins: dict[TaskId, list[ObjectId]] = {}
+        #: Packets that the worker has not ended, where it runs them one after the other:
+        #: (sequence number, calls as sent).
+        self.packets: deque[tuple[int, list[TaskRecord]]] = deque()
+        #: Calls that have not ended.
+        self.unfinished = 0
+        #: The same by caller, where somebody counts them.
+        self.calls_by_caller: dict[ClientId, int] = {}
+        #: Nobody has a handle any more.
+        self.is_freed = False
+        #: The error of calls from now on (DEAD).
+        self.death = b""
+        #: Seconds per call, moving average; None until a first report.
+        self.estimate_s: float | None = None
+
+    @property
+    def is_serial(self) -> bool:
+        """Whether its calls run one after the other."""
+        return self.message.serial
+
+
+@final
+class Actors:
+    """The actors of a node."""
+
+    __slots__ = (
+        "_actors",
+        "_asked",
+        "_by_creation",
+        "_by_worker",
+        "_dispatcher",
+        "_groups",
+        "_next_request",
+        "_objects",
+        "_owned",
+        "_state",
+        "_tasks",
+    )
+
+    def __init__(
+        self,
+        state: NodeState,
+        objects: Objects,
+        tasks: Tasks,
+        dispatcher: Dispatcher,
+        groups: Groups,
+    ) -> None:
+        self._state = state
+        self._objects = objects
+        self._tasks = tasks
+        self._dispatcher = dispatcher
+        self._groups = groups
+        #: Actors that live, and dead ones that somebody has a handle to.
+        self._actors: dict[ActorId, Actor] = {}
+        self._by_worker: dict[WorkerId, Actor] = {}
+        #: task id of the constructor's call -> actor that is not dead.
+        self._by_creation: dict[TaskId, Actor] = {}
+        #: client -> actors it made that are neither dead nor detached.
+        self._owned: dict[ClientId, dict[ActorId, None]] = {}
+        #: request id at the head -> who asked for what.
+        self._asked: dict[int, tuple[ClientId, CreateActor | LookUpActor | ListActors]] = {}
+        self._next_request = 0
+
+    # ---- requests --------------------------------------------------------------------------------
+
+    def on_request(self, client_id: ClientId, message: ActorRequest) -> None:
+        """What a client wants of an actor."""
+        if isinstance(message, CallActor):
+            self._on_call(client_id, message)
+        elif isinstance(message, CreateActor):
+            if message.name:
+                self._ask_head(client_id, message)
+            else:
+                self._create(client_id, message)
+        elif isinstance(message, KillActor):
+            self._on_kill(message)
+        elif isinstance(message, CountCalls):
+            actor = self._actors.get(message.actor_id)
+            count = 0 if actor is None else actor.calls_by_caller.get(client_id, 0)
+            reply = CallCount(request_id=message.request_id, count=count)
+            self._state.effects.append(Reply(client_id, reply))
+        else:
+            self._ask_head(client_id, message)
+
+    def _ask_head(
+        self, client_id: ClientId, message: CreateActor | LookUpActor | ListActors
+    ) -> None:
+        """Names belong to the head: it is asked, and answers with the number of the request."""
+        self._next_request = number = self._next_request + 1
+        self._asked[number] = (client_id, message)
+        question: RegisterName | LookUpName | ListNames
+        if isinstance(message, CreateActor):
+            question = RegisterName(
+                request_id=number,
+                namespace=message.namespace,
+                name=message.name,
+                target=message.actor_id,
+                node_id=self._state.node_id,
+            )
+        elif isinstance(message, LookUpActor):
+            question = LookUpName(request_id=number, namespace=message.namespace, name=message.name)
+        else:
+            question = ListNames(request_id=number, namespace=message.namespace)
+        self._state.effects.append(SendHead(question))
+
+    def on_head_reply(self, message: HeadReply | NamesFound) -> None:
+        """The head's answer, for whoever asked."""
+        asked = self._asked.pop(message.request_id, None)
+        if asked is None:
+            return
+        client_id, request = asked
+        if isinstance(message, NamesFound):
+            names = NamedActors(request_id=request.request_id, names=message.names)
+            self._state.effects.append(Reply(client_id, names))
+        elif isinstance(request, CreateActor) and message.done:
+            self._create(client_id, request)
+            self._answer(client_id, request.request_id, self._actors[request.actor_id])
+        else:
+            found = message.found if isinstance(message.found, bytes) else b""
+            wanted = not isinstance(request, CreateActor) or request.get_if_exists
+            actor = self._actors.get(ActorId(found)) if wanted else None
+            self._answer(client_id, request.request_id, actor)
+
+    def _answer(self, client_id: ClientId, request_id: int, actor: Actor | None) -> None:
+        if actor is None or actor.life.state is DEAD:
+            self._state.effects.append(Reply(client_id, ActorReply(request_id=request_id)))
+            return
+        actor_id = actor.message.actor_id
+        self._objects.add_references(client_id, [handle_of(actor_id)])
+        reply = ActorReply(
+            request_id=request_id, actor_id=actor_id, description=actor.message.description
+        )
+        self._state.effects.append(Reply(client_id, reply))
+
+    # ---- creation --------------------------------------------------------------------------------
+
+    def _create(self, client_id: ClientId, message: CreateActor) -> None:
+        """An actor is wanted: its constructor's call is a task that makes a worker its own."""
+        actor_id, task_id = message.actor_id, message.task.task_id
+        if actor_id in self._actors:
+            raise InternalError(f"actor {actor_id.hex()} exists already")
+        actor = self._actors[actor_id] = Actor(message, client_id)
+        self._by_creation[task_id] = actor
+        handle = handle_of(actor_id)
+        self._state.objects[handle] = ObjectRecord()
+        self._objects.handles[handle] = actor_id
+        self._objects.add_references(client_id, [handle])
+        if message.detached:
+            self._objects.hold(handle)
+        else:
+            self._owned.setdefault(client_id, {})[actor_id] = None
+        # Arguments that are known to be errors may end it before this returns.
+        self._tasks.submit(client_id, [message.task])
+        actor.creation = self._state.tasks.get(task_id)
+
+    def on_started(self, message: ActorStarted) -> None:
+        """A constructor has returned, or raised."""
+        worker = self._state.workers.get(message.worker_id)
+        if worker is None or not worker.packets:
+            return
+        packet = worker.packets.popleft()
+        record = packet.records[0] if packet.records else None
+        self._dispatcher.let_go(packet)
+        actor = None if record is None else self._by_creation.get(record.task_id)
+        if (
+            actor is None
+            or record is None
+            or record.worker_id != worker.worker_id
+            or worker.state is _STOPPING
+        ):
+            self._discard(worker)  # it was killed meanwhile
+        elif message.error:
+            self._discard(worker)
+            self._tasks.fail_encoded(record, message.error)
+        else:
+            self._move_in(actor, record, worker)
+
+    def _discard(self, worker: WorkerRecord) -> None:
+        """A worker has begun to be an actor and is of no other use."""
+        if worker.state is not _STOPPING:
+            self._groups.stop(worker)
+        self._dispatcher.release_lease(worker)
+        worker.runs = None
+
+    def _move_in(self, actor: Actor, record: TaskRecord, worker: WorkerRecord) -> None:
+        """The worker is the actor's from now on, with the resources of the constructor's call."""
+        if worker.lease is None and worker.runs is not None:  # a thread of it still waits in `get`
+            self._state.resources.acquire_anyway(worker.runs.task_class.resources)
+            worker.lease = worker.runs
+        worker.move(_ACTOR)
+        actor.worker = worker
+        actor.pid = worker.pid
+        self._by_worker[worker.worker_id] = actor
+        self._end_creation(record)
+        actor.life.move(ALIVE)
+        if actor.message.max_restarts == 0:
+            self._tasks.unpin(record)
+        self._after_call(actor)
+        self._feed(actor)
+
+    def _end_creation(self, record: TaskRecord) -> None:
+        """The constructor's call is over; its class stays, for the worker holds its resources."""
+        record.move(SUCCEEDED)
+        record.worker_id = None
+        del self._state.tasks[record.task_id]
+        group = self._state.groups[record.class_queue.task_class.group_id]
+        group.unfinished -= 1
+        if group.unfinished == 0:
+            self._groups.on_group_empty(group)
+
+    def creation_error(self, record: TaskRecord, message: WorkerLost) -> PoolrayError:
+        """What calls get of an actor whose constructor took the worker along."""
+        actor = self._by_creation[record.task_id]
+        how = describe_exit(message.exit_code, message.signal)
+        return self._died(
+            actor,
+            f"died in its constructor: its process (pid {message.pid}) {how}"
+            + _tried(record.attempts),
+            message.pid,
+        )
+
+    def on_creation_failed(self, record: TaskRecord, error: bytes) -> None:
+        """The constructor's call is given up; the caller ends the record."""
+        actor = self._by_creation.get(record.task_id)
+        if actor is not None:
+            actor.creation = None
+            self._bury(actor, error)
+
+    # ---- calls -----------------------------------------------------------------------------------
+
+    def _on_call(self, client_id: ClientId, message: CallActor) -> None:
+        state, spec = self._state, message.task
+        queue = state.classes.get(spec.class_id)
+        if queue is None:
+            raise InternalError(f"call {spec.task_id.hex()} cannot be taken: its class is unknown")
+        record = TaskRecord(spec.task_id, spec.task_id, client_id, queue, spec.calls, 0, 0)
+        record.actor_id = message.actor_id
+        state.tasks[spec.task_id] = record
+        queue.tasks += 1
+        group = state.groups.get(queue.task_class.group_id)
+        if group is not None:
+            group.unfinished += 1
+        client = state.clients.get(client_id) or self._objects.client(client_id)
+        for index in range(queue.task_class.num_returns):
+            object_id = return_id(spec.task_id, index)
+            state.objects[object_id] = ObjectRecord(1)
+            client.held[object_id] = None
+        if spec.dependencies or spec.borrows:
+            self._tasks.hold_inputs(record, spec)
+        actor = self._actors.get(message.actor_id)
+        if actor is None:
+            self._tasks.fail(record, self._unknown(record))
+            return
+        actor.unfinished += 1
+        if actor.message.counted:
+            actor.calls_by_caller[client_id] = actor.calls_by_caller.get(client_id, 0) + 1
+        if actor.life.state is DEAD:
+            self._tasks.fail_encoded(record, actor.death)
+        elif actor.life.state is RESTARTING and not queue.task_class.max_retries:
+            self._tasks.fail(record, self._unavailable(actor))
+        else:
+            waits = record.missing > 0
+            if not waits:
+                record.move(QUEUED)
+            actor.order.add(client_id, record, waits)
+            if actor.order.ready and actor.worker is not None:
+                self._feed(actor)
+
+    def on_ready(self, record: TaskRecord) -> None:
+        """The arguments of a call are here."""
+        actor = self._actors[record.actor_id]
+        record.move(QUEUED)
+        actor.order.on_ready(record.client_id, record)
+        if actor.life.state is RESTARTING:
+            self._refuse_ready(actor)
+        self._feed(actor)
+
+    def try_again(self, record: TaskRecord) -> None:
+        """A call raised and is tried once more, before all others."""
+        actor = self._actors[record.actor_id]
+        self._unsend(actor, record)
+        actor.order.put_back([record])
+
+    def _unsend(self, actor: Actor, record: TaskRecord) -> None:
+        actor.sent.pop(record.task_id, None)
+        self._unpin(actor, record)
+        record.move(QUEUED)
+        record.worker_id = None
+
+    def withdraw(self, record: TaskRecord) -> None:
+        """A call that has not been sent is not wanted any more; the caller ends it."""
+        actor = self._actors.get(record.actor_id)
+        if actor is not None and record.state is not RUNNING:
+            actor.order.remove(record.client_id, record)
+
+    def on_ended(self, record: TaskRecord) -> None:
+        """A call is over."""
+        actor = self._actors.get(record.actor_id)
+        if actor is None:
+            return
+        actor.sent.pop(record.task_id, None)
+        self._unpin(actor, record)
+        actor.unfinished -= 1
+        if actor.message.counted:
+            left = actor.calls_by_caller.get(record.client_id, 0) - 1
+            if left > 0:
+                actor.calls_by_caller[record.client_id] = left
+            else:
+                actor.calls_by_caller.pop(record.client_id, None)
+        if actor.is_freed:
+            self._after_call(actor)
+
+    def _after_call(self, actor: Actor) -> None:
+        """Nobody may need the actor any more."""
+        if actor.unfinished or not actor.is_freed:
+            return
+        if actor.life.state is ALIVE:
+            self._stop(actor)
+        elif actor.life.state is DEAD:
+            self._forget(actor)
+
+    # ---- packets ---------------------------------------------------------------------------------
+
+    def _feed(self, actor: Actor) -> None:
+        """Send what the worker has room for."""
+        worker, ready = actor.worker, actor.order.ready
+        if worker is None:
+            return
+        if not actor.is_serial:
+            limit = actor.message.concurrency
+            limit += min(limit, _AHEAD_MAX)
+            while ready and len(actor.sent) < limit:
+                self._send_packet(actor, worker, limit - len(actor.sent))
+            return
+        packets_max = self._state.config.packets_per_worker_max
+        while ready and len(actor.packets) < packets_max:
+            self._send_packet(actor, worker, self._calls_allowed(actor))
+
+    def _calls_allowed(self, actor: Actor) -> int:
+        """How many calls the next packet may hold: about `packet_target_s` of work."""
+        config, estimate = self._state.config, actor.estimate_s
+        if estimate is None:
+            return 1
+        if estimate * config.packet_calls_max <= config.packet_target_s:
+            return config.packet_calls_max
+        return max(1, int(config.packet_target_s / estimate))
+
+    def _send_packet(self, actor: Actor, worker: WorkerRecord, limit: int) -> None:
+        ready, config = actor.order.ready, self._state.config
+        limit = min(limit, config.packet_calls_max)
+        worker.sequence = sequence = worker.sequence + 1
+        calls: list[TaskCall] = []
+        records: list[TaskRecord] = []
+        classes: list[ClassDefinition] = []
+        size = 0
+        while ready and len(calls) < limit:
+            record = ready[0]
+            call, bytes_ = self._call_of(actor, worker, record, classes)
+            if calls and size + bytes_ > config.packet_bytes_max:
+                self._unpin(actor, record)
+                break
+            ready.popleft()
+            size += bytes_
+            record.move(RUNNING)
+            record.worker_id = worker.worker_id
+            actor.sent[record.task_id] = record
+            records.append(record)
+            calls.append(call)
+        if actor.is_serial:
+            actor.packets.append((sequence, records))
+            if len(calls) > 1:
+                estimate = actor.estimate_s or 0.0
+                patience = config.nudge_after_s + 2.0 * estimate * len(calls)
+                self._dispatcher.watch(worker, self._state.now + patience)
+        forget, worker.forget = worker.forget, []
+        message = RunTasks(sequence=sequence, tasks=calls, classes=classes, forget=forget)
+        self._state.effects.append(SendWorker(worker.worker_id, message))
+
+    def _call_of(
+        self,
+        actor: Actor,
+        worker: WorkerRecord,
+        record: TaskRecord,
+        classes: list[ClassDefinition],
+    ) -> tuple[TaskCall, int]:
+        """A call as the worker reads it, and its bytes."""
+        task_class = record.class_queue.task_class
+        index = worker.class_indexes.get(task_class.class_id)
+        if index is None:
+            index = worker.class_indexes[task_class.class_id] = worker.next_class_index
+            worker.next_class_index += 1
+            classes.append(ClassDefinition(index=index, task_class=task_class))
+        payload = record.calls[0]
+        size = len(payload) + 64 if isinstance(payload, bytes) else 128
+        if not record.dependencies and isinstance(payload, bytes):
+            call = TaskCall(task_id=record.task_id, class_index=index, calls=record.calls)
+            return call, size
+        packet = Packet(0, record.class_queue)
+        call = self._dispatcher.call_with_arguments(record, packet, index)
+        if packet.pins:
+            actor.pins[record.task_id] = packet.pins
+        return call, size + packet.size_bytes
+
+    def _unpin(self, actor: Actor, record: TaskRecord) -> None:
+        """A worker does not look at what a call brought any more."""
+        pins = actor.pins.pop(record.task_id, None) if actor.pins else None
+        if pins:
+            self._tasks.store.unpin_many(pins)
+
+    def on_reported(self, worker: WorkerRecord, message: TasksFinished, calls: int) -> None:
+        """An actor's worker has sent results, which have been dealt with."""
+        actor = self._by_worker.get(worker.worker_id)
+        if actor is None:
+            return
+        packets = actor.packets
+        while packets and packets[0][0] <= message.sequence:
+            packets.popleft()
+        if calls:
+            new, old = message.elapsed_ns * 1e-9 / calls, actor.estimate_s
+            actor.estimate_s = new if old is None else old + _NEW_WEIGHT * (new - old)
+        if actor.order.ready:
+            self._feed(actor)
+
+    def may_nudge(self, worker: WorkerRecord) -> bool:
+        """Whether results may wait behind a long call of the packet that a worker runs."""
+        actor = self._by_worker.get(worker.worker_id)
+        if actor is None or not actor.packets:
+            return False
+        sequence, records = actor.packets[0]
+        return len(records) > 1 and worker.nudged_sequence != sequence
+
+    def nudged(self, worker: WorkerRecord) -> None:
+        """A worker was signalled to send the results it has."""
+        worker.nudged_sequence = self._by_worker[worker.worker_id].packets[0][0]
+
+    # ---- ends ------------------------------------------------------------------------------------
+
+    def on_freed(self, actor_id: ActorId) -> None:
+        """The last handle is gone."""
+        actor = self._actors[actor_id]
+        actor.is_freed = True
+        self._after_call(actor)
+
+    def _stop(self, actor: Actor) -> None:
+        """Nobody can call it any more, and all its calls are over: it ends politely."""
+        worker = actor.worker
+        assert worker is not None
+        self._move_out(actor)
+        self._bury(actor, self._state.encode_error(self._died(actor, "went out of scope")))
+        if worker.state is not _STOPPING:
+            self._groups.stop(worker)
+
+    def _on_kill(self, message: KillActor) -> None:
+        actor = self._actors.get(message.actor_id)
+        if actor is None or actor.life.state is DEAD:
+            return
+        if message.no_restart:
+            self._kill(actor, "was killed by kill()")
+        elif (worker := self._worker_of(actor)) is not None:
+            self._state.effects.append(TerminateWorker(worker.worker_id))
+
+    def _worker_of(self, actor: Actor) -> WorkerRecord | None:
+        """The worker that is the actor's, or runs its constructor."""
+        if actor.worker is not None or actor.creation is None:
+            return actor.worker
+        worker_id = actor.creation.worker_id
+        return None if worker_id is None else self._state.workers.get(worker_id)
+
+    def _kill(self, actor: Actor, reason: str) -> None:
+        """It ends by force, for good; its calls fail at once."""
+        worker, creation = self._worker_of(actor), actor.creation
+        error = self._state.encode_error(self._died(actor, reason))
+        self._move_out(actor)
+        if worker is not None:
+            self._terminate(worker)
+        if creation is not None and creation.task_id in self._state.tasks:
+            self._tasks.give_up(creation, error)  # buries it
+        if actor.life.state is not DEAD:
+            self._bury(actor, error)
+
+    def _terminate(self, worker: WorkerRecord) -> None:
+        if worker.state is not _STOPPING:
+            worker.move(_STOPPING)
+        self._state.effects.append(TerminateWorker(worker.worker_id))
+
+    def on_exiting(self, message: ActorExiting) -> None:
+        """An actor ends itself; what it answers to the call that does so is its death."""
+        actor = self._by_worker.get(message.worker_id)
+        if actor is None or actor.message.actor_id != message.actor_id:
+            return
+        worker = actor.worker
+        assert worker is not None
+        self._move_out(actor)
+        self._bury(actor, self._state.encode_error(self._died(actor, message.reason)))
+        if worker.state is not _STOPPING:
+            worker.move(_STOPPING)  # its exit follows
+
+    def on_worker_lost(self, message: WorkerLost) -> None:
+        """The process of an actor has ended."""
+        actor = self._by_worker.get(message.worker_id)
+        if actor is None:
+            return
+        begun, untouched = _split(actor, message)
+        self._move_out(actor)
+        creation = actor.creation
+        if (
+            creation is not None
+            and (actor.unfinished or not actor.is_freed)
+            and self._tasks.may_retry(creation)
+            and self._tasks.usable_group(creation) is not None
+        ):
+            self._restart(actor, creation, begun, untouched)
+            return
+        how = describe_exit(message.exit_code, message.signal)
+        restarts = 0 if creation is None else creation.attempts
+        error = self._died(
+            actor, f"died: its process (pid {message.pid}) {how}" + _tried(restarts), message.pid
+        )
+        self._bury(actor, self._state.encode_error(error))
+
+    def _restart(
+        self,
+        actor: Actor,
+        creation: TaskRecord,
+        begun: list[TaskRecord],
+        untouched: list[TaskRecord],
+    ) -> None:
+        """The constructor runs again; calls that may be tried again wait for it, others fail."""
+        actor.life.move(RESTARTING)
+        again: list[TaskRecord] = []
+        for record in begun:
+            if self._tasks.may_retry(record):
+                record.attempts += 1
+                again.append(record)
+        again.extend(r for r in untouched if r.class_queue.task_class.max_retries)
+        for record in again:
+            self._unsend(actor, record)
+        refused = list(actor.sent.values())
+        actor.order.put_back(again)
+        self._tasks.run_again(creation)
+        for record in refused:
+            self._tasks.fail(record, self._unavailable(actor))
+        self._refuse_ready(actor)
+
+    def _refuse_ready(self, actor: Actor) -> None:
+        """Calls that could go to an actor that is being restarted, and may not be tried again."""
+        for record in [r for r in actor.order.ready if not r.class_queue.task_class.max_retries]:
+            actor.order.ready.remove(record)
+            self._tasks.fail(record, self._unavailable(actor))
+
+    def on_client_lost(self, client_id: ClientId) -> None:
+        """Who made these actors has died: they end, wherever they have handles."""
+        for actor_id in list(self._owned.get(client_id, ())):
+            actor = self._actors[actor_id]
+            if actor.life.state is not DEAD:
+                self._kill(actor, "died with its owner: the process that created it has ended")
+
+    def _move_out(self, actor: Actor) -> None:
+        """The worker is not the actor's any more."""
+        if actor.worker is not None:
+            del self._by_worker[actor.worker.worker_id]
+            actor.worker = None
+        actor.packets.clear()
+
+    def _bury(self, actor: Actor, error: bytes) -> None:
+        """It is dead: its calls fail, its name is free, what it was made with is let go."""
+        message = actor.message
+        actor.life.move(DEAD)
+        actor.death = error
+        self._by_creation.pop(message.task.task_id, None)
+        owned = self._owned.get(actor.owner)
+        if owned is not None and owned.pop(message.actor_id, 0) is None and not owned:
+            del self._owned[actor.owner]
+        if message.name:
+            release = ReleaseName(
+                namespace=message.namespace, name=message.name, target=message.actor_id
+            )
+            self._state.effects.append(SendHead(release))
+        creation, actor.creation = actor.creation, None
+        if creation is not None and creation.state is SUCCEEDED:
+            self._tasks.drop_lineage(creation)
+        for record in [*actor.sent.values(), *actor.order.take_all()]:
+            if self._state.tasks.get(record.task_id) is record:
+                self._tasks.fail_encoded(record, error)
+        if message.detached:
+            self._objects.release_all([handle_of(message.actor_id)])
+        self._after_call(actor)
+
+    def _forget(self, actor: Actor) -> None:
+        """It is dead, and nobody has a handle to it."""
+        self._actors.pop(actor.message.actor_id, None)
+
+    # ---- errors ----------------------------------------------------------------------------------
+
+    def _died(self, actor: Actor, reason: str, pid: int = 0) -> ActorDiedError:
+        return ActorDiedError(
+            actor_id=actor.message.actor_id.hex(),
+            class_name=actor.message.class_name,
+            reason=f"{reason}.",
+            pid=pid or actor.pid,
+        )
+
+    def _unavailable(self, actor: Actor) -> ActorUnavailableError:
+        return ActorUnavailableError(
+            actor_id=actor.message.actor_id.hex(),
+            class_name=actor.message.class_name,
+            reason=f"is unavailable: its process (pid {actor.pid}) died and it is being restarted. "
+            "The call may or may not have run; call again, or allow max_task_retries=.",
+        )
+
+    def _unknown(self, record: TaskRecord) -> ActorDiedError:
+        return ActorDiedError(
+            actor_id=record.actor_id.hex(),
+            class_name=record.class_queue.task_class.name.partition(".")[0],
+            reason="is not known here: it belongs to a runtime that was shut down.",
+        )
+
+    # ---- looking in ------------------------------------------------------------------------------
+
+    def kept_creations(self) -> Iterator[TaskRecord]:
+        """Constructors' calls that are over and kept with the actors that they made."""
+        for actor in self._actors.values():
+            if actor.creation is not None and actor.creation.state is SUCCEEDED:
+                yield actor.creation
+
+    def holds(self) -> Iterable[ObjectId]:
+        """What detached actors hold of themselves."""
+        return [
+            handle_of(actor_id)
+            for actor_id, actor in self._actors.items()
+            if actor.message.detached and actor.life.state is not DEAD
+        ]
+
+    def pins(self) -> Iterator[ObjectId]:
+        """Objects in memory that workers look at for calls that were sent."""
+        for actor in self._actors.values():
+            for pins in actor.pins.values():
+                yield from pins
+
+    def count(self) -> int:
+        """Actors that are not dead."""
+        return sum(actor.life.state is not DEAD for actor in self._actors.values())
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when actors, workers and calls do not agree."""
+        state = self._state
+        calls = dict.fromkeys(self._actors, 0)
+        for record in state.tasks.values():
+            if record.actor_id in calls:
+                calls[record.actor_id] += 1
+        for actor_id, actor in self._actors.items():
+            life = actor.life.state
+            assert actor.unfinished == calls[actor_id], "count of an actor's calls"
+            assert (life is ALIVE) == (actor.worker is not None)
+            assert life is not DEAD or not actor.unfinished, "a call of a dead actor waits"
+            assert life is DEAD or self._by_creation[actor.message.task.task_id] is actor
+            assert (handle_of(actor_id) in self._objects.handles) != actor.is_freed
+            assert not (life is DEAD and actor.is_freed), "a dead actor without handles is kept"
+            assert life in (PENDING, RESTARTING) or not (
+                actor.creation is not None and actor.creation.task_id in state.tasks
+            )
+            actor.order.check_invariants()
+            self._check_sent(actor)
+        for worker_id, actor in self._by_worker.items():
+            assert actor.worker is not None
+            assert actor.worker is state.workers[worker_id]
+            assert actor.worker.state is _ACTOR
+            assert actor.worker.lease is not None
+        assert all(owned for owned in self._owned.values())
+
+    def _check_sent(self, actor: Actor) -> None:
+        for task_id, record in actor.sent.items():
+            assert record.state is RUNNING
+            assert self._state.tasks[task_id] is record
+            assert actor.worker is not None
+            assert record.worker_id == actor.worker.worker_id
+        if actor.is_serial:
+            assert len(actor.packets) <= self._state.config.packets_per_worker_max
+            in_packets = {r.task_id for _, records in actor.packets for r in records}
+            assert actor.sent.keys() <= in_packets, "a call that was sent is in no packet"
+        for record in actor.order.ready:
+            assert record.state is QUEUED, "a call that may be sent is not queued"
+        waiting = WAITING
+        assert all(r.state is not waiting for r in actor.order.ready)
+
+
+def _split(actor: Actor, message: WorkerLost) -> tuple[list[TaskRecord], list[TaskRecord]]:
+    """Calls that were sent to a worker that died: those that had begun, and the others."""
+    if not actor.is_serial:
+        return list(actor.sent.values()), []
+    begun: list[TaskRecord] = []
+    untouched: list[TaskRecord] = []
+    for sequence, records in actor.packets:
+        for index, record in enumerate(records):
+            if record.task_id not in actor.sent or actor.sent[record.task_id] is not record:
+                continue
+            place = (sequence, index)
+            (begun if place <= (message.sequence, message.index) else untouched).append(record)
+    return begun, untouched
+
+
+def _tried(restarts: int) -> str:
+    return f" after {restarts} restart(s)" if restarts else ""
