@@ -151,6 +151,7 @@ class Groups:
         ]
 
     def _kill_all(self, group: Group) -> None:
+        self.actors.on_group_ended(list(group.workers))
         for worker in group.workers.values():
             self._dispatcher.release_lease(worker)
             if worker.state is not _STOPPING:
