@@ -285,6 +285,7 @@ class _Reports:
                 sequence=0,
                 kept=kept,
                 released=released,
+                viewed=worker.client.viewed_only(kept) if kept else kept,
                 pinned=pinned,
                 unpinned=unpinned,
             )

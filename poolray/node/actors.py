@@ -14,12 +14,10 @@ Invariants: an actor that is ALIVE has a worker of its own and nobody else's; ev
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, final
 
-from poolray.actors.call_order import CallOrder
-from poolray.actors.lifecycle import ALIVE, DEAD, PENDING, RESTARTING, ActorLife
+from poolray.actors.lifecycle import ALIVE, DEAD, PENDING, RESTARTING
 from poolray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
@@ -28,6 +26,7 @@ from poolray.exceptions import (
     describe_exit,
 )
 from poolray.ids import ActorId, ClientId, ObjectId, TaskId, WorkerId, handle_of, return_id
+from poolray.node.actor_record import Actor, restarts_text, split_lost
 from poolray.node.effects import Reply, SendHead, SendWorker, TerminateWorker
 from poolray.node.state import NodeState
 from poolray.node.tasks import Tasks
@@ -78,65 +77,6 @@ _STOPPING = WorkerState.STOPPING
 _NEW_WEIGHT = 0.4
 #: Calls that wait in the queue of a worker that runs several at once, beyond those that run.
 _AHEAD_MAX = 64
-
-
-@final
-class Actor:
-    """One actor that lives, lived or will live on this node."""
-
-    __slots__ = (
-        "calls_by_caller",
-        "creation",
-        "death",
-        "estimate_s",
-        "is_freed",
-        "life",
-        "message",
-        "order",
-        "owner",
-        "packets",
-        "pid",
-        "pins",
-        "sent",
-        "unfinished",
-        "worker",
-    )
-
-    def __init__(self, message: CreateActor, owner: ClientId) -> None:
-        #: How it was asked for.
-        self.message = message
-        self.life = ActorLife(message.actor_id, message.class_name)
-        #: Who made it: its end is the actor's, unless that is detached.
-        self.owner = owner
-        #: The constructor's call; kept with its arguments while the actor may be restarted.
-        self.creation: TaskRecord | None = None
-        #: The worker that is its own (ALIVE).
-        self.worker: WorkerRecord | None = None
-        self.pid = 0
-        #: Calls that were not sent.
-        self.order: CallOrder[TaskRecord] = CallOrder(message.ordered)
-        #: task id -> calls that were sent and have not ended, in the order of sending.
-        self.sent: dict[TaskId, TaskRecord] = {}
-        #: task id -> objects in memory that such a call brought, and its worker may look at.
-        self.pins: dict[TaskId, list[ObjectId]] = {}
-        #: Packets that the worker has not ended, where it runs them one after the other:
-        #: (sequence number, calls as sent).
-        self.packets: deque[tuple[int, list[TaskRecord]]] = deque()
-        #: Calls that have not ended.
-        self.unfinished = 0
-        #: The same by caller, where somebody counts them.
-        self.calls_by_caller: dict[ClientId, int] = {}
-        #: Nobody has a handle any more.
-        self.is_freed = False
-        #: The error of calls from now on (DEAD).
-        self.death = b""
-        #: Seconds per call, moving average; None until a first report.
-        self.estimate_s: float | None = None
-
-    @property
-    def is_serial(self) -> bool:
-        """Whether its calls run one after the other."""
-        return self.message.serial
 
 
 @final
@@ -335,7 +275,7 @@ class Actors:
         return self._died(
             actor,
             f"died in its constructor: its process (pid {message.pid}) {how}"
-            + _tried(record.attempts),
+            + restarts_text(record.attempts),
             message.pid,
         )
 
@@ -620,7 +560,7 @@ class Actors:
         actor = self._by_worker.get(message.worker_id)
         if actor is None:
             return
-        begun, untouched = _split(actor, message)
+        begun, untouched = split_lost(actor, message)
         self._move_out(actor)
         creation = actor.creation
         if (
@@ -634,7 +574,9 @@ class Actors:
         how = describe_exit(message.exit_code, message.signal)
         restarts = 0 if creation is None else creation.attempts
         error = self._died(
-            actor, f"died: its process (pid {message.pid}) {how}" + _tried(restarts), message.pid
+            actor,
+            f"died: its process (pid {message.pid}) {how}" + restarts_text(restarts),
+            message.pid,
         )
         self._bury(actor, self._state.encode_error(error))
 
@@ -809,22 +751,3 @@ class Actors:
             assert record.state is QUEUED, "a call that may be sent is not queued"
         waiting = WAITING
         assert all(r.state is not waiting for r in actor.order.ready)
-
-
-def _split(actor: Actor, message: WorkerLost) -> tuple[list[TaskRecord], list[TaskRecord]]:
-    """Calls that were sent to a worker that died: those that had begun, and the others."""
-    if not actor.is_serial:
-        return list(actor.sent.values()), []
-    begun: list[TaskRecord] = []
-    untouched: list[TaskRecord] = []
-    for sequence, records in actor.packets:
-        for index, record in enumerate(records):
-            if record.task_id not in actor.sent or actor.sent[record.task_id] is not record:
-                continue
-            place = (sequence, index)
-            (begun if place <= (message.sequence, message.index) else untouched).append(record)
-    return begun, untouched
-
-
-def _tried(restarts: int) -> str:
-    return f" after {restarts} restart(s)" if restarts else ""

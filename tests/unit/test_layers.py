@@ -46,6 +46,7 @@ FLOORS = (
             "remote_signature",
             "runtime_context",
             "actor",
+            "actor_calls",
             "actor_options",
             "actor_methods",
         ),
