@@ -32,6 +32,7 @@ WITHOUT_EXAMPLE = {
     # The standard library's, and what is only ever given to users.
     *(
         "__version__",
+        "actor",
         "exceptions",
         "util",
         "deregister_serializer",
