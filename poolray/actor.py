@@ -116,9 +116,12 @@ class ActorMethod:
         handle, face = self._handle, self._face
         actor = handle._face
         client = find_client()
-        task_class = actor.prepared.get((face.method.name, self._options))
+        options = self._options
+        # (Hashing the options costs more than all the rest of this look-up.)
+        key = face.method.name if options is NO_OPTIONS else (face.method.name, options)
+        task_class = actor.prepared.get(key)
         if task_class is None or actor.client is not client:
-            task_class = actor.prepare(client, face.method, self._options)
+            task_class = actor.prepare(client, face.method, options, key)
         if kwargs or len(args) not in face.positional:
             face.check(args, kwargs)
         if actor.description.max_pending_calls > 0:

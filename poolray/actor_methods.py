@@ -120,17 +120,23 @@ class ActorFace:
         self.methods = {m.name: MethodFace(m) for m in (*_BUILTINS, *self.description.methods)}
         #: The client that knows the classes.
         self.client: Client | None = None
-        #: (method, options) -> class.
-        self.prepared: dict[tuple[str, Any], TaskClass] = {}
+        #: method, or (method, options) where a call has some -> class.
+        self.prepared: dict[str | tuple[str, CallOptions], TaskClass] = {}
 
-    def prepare(self, client: Client, method: Method, options: CallOptions) -> TaskClass:
+    def prepare(
+        self,
+        client: Client,
+        method: Method,
+        options: CallOptions,
+        key: str | tuple[str, CallOptions],
+    ) -> TaskClass:
         """The class of a method's calls, known to the node."""
         if self.client is not client:
             self.client = client
             self.prepared = {}
         made = self._make_class(method, options)
         client.define_class(made)
-        self.prepared[method.name, options] = made
+        self.prepared[key] = made
         return made
 
     def _make_class(self, method: Method, options: CallOptions) -> TaskClass:
