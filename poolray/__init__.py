@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from poolray import actor, exceptions
 from poolray._version import __version__
 from poolray.actor import get_actor, kill, method
-from poolray.api import get, init, is_initialized, put, remote, shutdown, wait
+from poolray.api import cancel, get, init, is_initialized, put, remote, shutdown, wait
 from poolray.objects.object_ref import ObjectRef
 from poolray.runtime_context import get_runtime_context
 
@@ -22,6 +22,7 @@ __all__ = [
     "Pool",
     "__version__",
     "actor",
+    "cancel",
     "exceptions",
     "get",
     "get_actor",

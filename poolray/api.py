@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 __all__ = [
     "RuntimeContextInfo",
+    "cancel",
     "get",
     "init",
     "is_initialized",
@@ -745,3 +746,50 @@ def _check_wait(refs: Any, num_returns: Any, timeout: Any) -> None:
         raise ValueError(
             "num_returns cannot be greater than the number of ray_waitables provided to ray.wait."
         )
+
+
+def cancel(ray_waitable: ObjectRef[Any], *, force: bool = False, recursive: bool = True) -> None:
+    """Stop the task that makes an object.
+
+    A task that has not begun never runs. One that runs gets a KeyboardInterrupt; if it catches
+    that, what it returns is its result. A task that has ended stays as it is, and an object of
+    `put` too. A cancelled task is not tried again, whatever its `max_retries`.
+
+    Parameters
+    ----------
+    ray_waitable : ObjectRef
+        The ref; of several return values of a task, any.
+    force : bool, default False
+        Kill the worker that runs the task instead of asking it: for code that does not return to
+        the interpreter, or swallows every exception.
+    recursive : bool, default True
+        Stop the tasks that the task has submitted and that have not ended, by the same means.
+
+    Raises
+    ------
+    TypeError
+        It is no ObjectRef.
+
+    Notes
+    -----
+    Does not wait. `get` raises TaskCancelledError, unless the task had ended or ends in its own
+    way; so do tasks that have the ref as an argument. The interrupt is raised in the worker's main
+    thread: threads of the task are left alone.
+
+    Examples
+    --------
+    >>> import time, poolray
+    >>> ref = poolray.remote(lambda: time.sleep(60)).remote()
+    >>> poolray.cancel(ref)
+    >>> try:
+    ...     poolray.get(ref)
+    ... except poolray.exceptions.TaskCancelledError:
+    ...     print("cancelled")
+    cancelled
+    """
+    if type(ray_waitable) is not ObjectRef:
+        raise TypeError(
+            "ray.cancel() only supported for object refs. For actors, try ray.kill(). "
+            f"Got: {type(ray_waitable)}."
+        )
+    find_client().cancel(ray_waitable, bool(force), bool(recursive))

@@ -60,6 +60,7 @@ from poolray.objects.spill_files import (
 from poolray.protocol.actors import CallActor
 from poolray.protocol.client import (
     AddReferences,
+    CancelTask,
     DefineClass,
     DefineFunction,
     NoteCallSite,
@@ -76,6 +77,7 @@ from poolray.protocol.client import (
 from poolray.protocol.values import FunctionDefinition, InArena, InFile, TaskClass, TaskSpec
 
 _REF = ObjectRef
+_NO_TASK = TaskId(b"")
 #: Functions that nobody uses any more and the node still knows: the next use of one is free.
 _UNUSED_FUNCTIONS_MAX = 256
 
@@ -107,8 +109,12 @@ class Link(Protocol):
             Ctrl-C while it waited, in the main thread: nothing has been granted.
         """
 
-    def when_ready(self, object_id: ObjectId, call: Callable[[ObjectValues], None]) -> None:
-        """Call back once, from some thread, with the object's value."""
+    def when_ready(
+        self, object_id: ObjectId, call: Callable[[ObjectValues], None]
+    ) -> Callable[[], None]:
+        """Call back once, from some thread, with the object's value; what it gives takes that
+        back, as far as it has not happened.
+        """
 
     def ask(self, make: Callable[[int], Any]) -> Any:
         """Send the request that `make` makes of its number; gives the answer, which comes soon."""
@@ -148,6 +154,8 @@ class Client:
         self.ended = ""
         self.config = config
         self.task_ids = task_ids
+        #: In a worker: gives the task that runs.
+        self.current_task: Callable[[], TaskId | None] | None = None
         self._arena = arena
         self._serializer = serializer
         #: Ids of handles and views that died; drained by the next call.
@@ -529,6 +537,7 @@ class Client:
                 dependencies=dependencies,
                 slots=slots,
                 borrows=borrows,
+                parent=(self.current_task and self.current_task()) or _NO_TASK,
             )
             self.link.send(
                 SubmitTasks(tasks=[spec])
@@ -626,6 +635,15 @@ class Client:
         value = self.store(object_id, data)
         self.link.send(PutObject(object_id=object_id, value=value))
         return value, [*borrows, object_id], object_id
+
+    def cancel(self, ref: ObjectRef[Any], force: bool, recursive: bool) -> None:
+        """Stop the task that makes an object; see `poolray.cancel`."""
+        message = CancelTask(task_id=ref.task_id(), force=force, recursive=recursive)
+        self.link.enter()
+        try:
+            self.link.send(message)
+        finally:
+            self.link.leave()
 
     def _argument_error(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
@@ -812,24 +830,60 @@ class Client:
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
 
-        def settle(reply: ObjectValues, ref: ObjectRef[Any] = ref) -> None:
-            try:
-                if reply.errors:
-                    future.set_exception(self.load_error(_named(reply.values[0], ref._id)))
-                else:
-                    future.set_result(self._load_as(reply.values[0], ref._id, False))
-            except Exception as error:
+        def settle(reply: ObjectValues) -> None:
+            error, value = self._read_reply(reply, ref)
+            if error is not None:
                 future.set_exception(error)
+            else:
+                future.set_result(value)
 
         self.sync_references()
         self.link.when_ready(ref._id, settle)
         return future
 
+    def _read_reply(
+        self, reply: ObjectValues, ref: ObjectRef[Any]
+    ) -> tuple[BaseException | None, Any]:
+        """The error to raise for an object, or None and its value."""
+        try:
+            if reply.errors:
+                return self.load_error(_named(reply.values[0], ref._id)), None
+            return None, self._load_as(reply.values[0], ref._id, False)
+        except Exception as error:
+            return error, None
+
     def await_value(self, ref: ObjectRef[Any]) -> Generator[Any, None, Any]:
-        """What `await ref` runs."""
+        """What `await ref` runs, in any event loop.
+
+        An await that is cancelled is forgotten; the task goes on, for others may wait for it.
+        """
         import asyncio
 
-        return asyncio.wrap_future(self.future_of(ref)).__await__()
+        loop = asyncio.get_running_loop()
+        arrival: asyncio.Future[ObjectValues] = loop.create_future()
+
+        def note(reply: ObjectValues) -> None:
+            if not arrival.done():
+                arrival.set_result(reply)
+
+        def tell_loop(reply: ObjectValues) -> None:
+            try:
+                loop.call_soon_threadsafe(note, reply)
+            except RuntimeError:
+                pass  # the loop was closed: nobody waits any more
+
+        self.sync_references()
+        forget = self.link.when_ready(ref._id, tell_loop)
+        try:
+            reply = yield from arrival
+        finally:
+            if not arrival.done() or arrival.cancelled():
+                forget()
+        # Read in the loop's thread: unpickling runs user code.
+        error, value = self._read_reply(reply, ref)
+        if error is not None:
+            raise error
+        return value
 
     def install(self) -> None:
         """Unpickled handles belong to this client from now on."""

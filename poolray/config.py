@@ -71,6 +71,14 @@ class Config:
     ignore_unhandled_errors: int = 0
     #: How often a task whose worker died is run again.
     max_retries: int = 3
+    #: The second retry of a task whose workers die waits this long, each further one twice as long
+    #: as the one before (the first does not wait: most deaths are not the task's fault).
+    retry_delay_s: float = 0.05
+    #: But never longer than this.
+    retry_delay_max_s: float = 5.0
+    #: A task that is cancelled by force and has not ended after this long, for it keeps its process
+    #: from looking at signals, is killed with whatever else its worker has been given.
+    force_after_s: float = 1.0
     #: A worker that has not said hello for this long is given up.
     worker_start_timeout_s: float = 60.0
     #: Workers that fail to start in a row before tasks that wait for them are failed.

@@ -116,7 +116,9 @@ class TaskError(PoolrayError):
     def as_instanceof_cause(self) -> TaskError:
         """This error as an instance of the cause's class too, where such a class can be made."""
         cause_class = type(self.cause)
-        if isinstance(self.cause, PoolrayError) or issubclass(TaskError, cause_class):
+        # Of our own errors, the cancellation of a task that it waited for is a task's as well.
+        is_ours = isinstance(self.cause, PoolrayError) and cause_class is not TaskCancelledError
+        if is_ours or issubclass(TaskError, cause_class):
             return self
         try:
             made: TaskError = _dual_class(cause_class)(self)
@@ -252,12 +254,23 @@ def describe_exit(exit_code: int | None, signal: int | None) -> str:
 
 
 class TaskCancelledError(PoolrayError):
-    """The task was cancelled before it had a result."""
+    """The task was cancelled before it had a result.
 
-    def __init__(self, *, task_id: str = "", reason: str = "") -> None:
+    Attributes
+    ----------
+    task_id, task_name : str
+        The task, its id in hex.
+    reason : str
+        More than that somebody asked for it, if there is more: where it was interrupted, or that
+        its workers were terminated.
+    """
+
+    def __init__(self, *, task_id: str = "", reason: str = "", task_name: str = "") -> None:
         self.task_id = task_id
+        self.task_name = task_name
         self.reason = reason
-        super().__init__(f"Task {task_id[:12]} was cancelled{': ' + reason if reason else ''}.")
+        named = f"{task_name} ({task_id[:12]})" if task_name else task_id[:12]
+        super().__init__(f"Task {named} was cancelled{': ' + reason if reason else ''}.")
 
 
 class TaskUnschedulableError(PoolrayError):

@@ -98,7 +98,9 @@ class RuntimeContext:
         return from_fixed(process_state.current_task_resources())
 
     def is_canceled(self) -> bool:
-        """Whether the running task was asked to stop.
+        """Whether the running task was told to stop by `cancel`.
+
+        The KeyboardInterrupt tells it too; this is for code that has caught that and cleans up.
 
         Raises
         ------
@@ -107,7 +109,7 @@ class RuntimeContext:
         """
         if not process_state.is_worker():
             raise RuntimeError("is_canceled is for tasks, not for a driver")
-        return False
+        return process_state.is_current_task_cancelled()
 
     @property
     def namespace(self) -> str:

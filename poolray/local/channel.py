@@ -123,18 +123,22 @@ class SpinningReader:
         poller.register(channel, select.POLLIN)
         self._poll = poller.poll
 
-    def receive_soon(self) -> bytes | None:
-        """Poll; None when nothing came in time, b"" when the other side is gone."""
+    def poll_soon(self) -> bool:
+        """Poll; False when nothing came in time."""
         poll, spinner = self._poll, self._spinner
         end = time.perf_counter() + spinner.spin_s
         while not poll(0):
             if time.perf_counter() > end:
                 spinner.report(False)
-                return None
+                return False
             _YIELD()
         spinner.report(True)
+        return True
+
+    def receive_soon(self) -> bytes | None:
+        """Poll; None when nothing came in time, b"" when the other side is gone."""
         # Another process that reads the channel may have been faster: then nothing is there.
-        return receive_nowait(self._channel)
+        return receive_nowait(self._channel) if self.poll_soon() else None
 
     def receive(self) -> bytes:
         """The next packet: poll first if that is worth it, then sleep until it is there."""

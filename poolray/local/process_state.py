@@ -35,6 +35,8 @@ class _State:
         self.worker_id: bytes | None = None
         #: The task that runs (a worker's loop writes these).
         self.task_id: TaskId | None = None
+        #: The task that was told to stop last.
+        self.cancelled_task_id: TaskId | None = None
         self.task_name = ""
         self.function_name = ""
         self.task_resources: dict[str, int] = {}
@@ -126,6 +128,16 @@ def current_task_id() -> TaskId | None:
     """The task that runs in this worker."""
     concurrent = _concurrent_task.get()
     return concurrent[0] if concurrent is not None else _state.task_id
+
+
+def cancel_current_task() -> None:
+    """A worker's loop: the task that runs was told to stop."""
+    _state.cancelled_task_id = _state.task_id
+
+
+def is_current_task_cancelled() -> bool:
+    """Whether the task that runs was told to stop."""
+    return _state.task_id is not None and _state.task_id == _state.cancelled_task_id
 
 
 def current_task_name() -> str:

@@ -46,7 +46,7 @@ _ROUND_MAX_S = 0.01
 
 
 @final
-class _Doorbell:
+class Doorbell:
     """Wakes a thread that polls; rings that come before it looks count as one."""
 
     __slots__ = ("_writer", "descriptor")
@@ -326,14 +326,14 @@ class Reactor:
         self._foreground = 0
         self._last_pump_s = 0.0
         #: Wakes a leader that sleeps in `poll`.
-        self._bell = _Doorbell()
+        self._bell = Doorbell()
         self._poller = select.poll()
         self._poller.register(self._bell.descriptor, select.POLLIN)
         #: file descriptor -> (channel or None for a server's channel, host).
         self._watched: dict[int, tuple[socket.socket | None, Any]] = {}
         self._background: threading.Thread | None = None
         #: Wakes the background thread; it sleeps on this and, while parked, on servers' news.
-        self._park = _Doorbell()
+        self._park = Doorbell()
         self._parked = False
         #: The background thread was the last to lead: callers do not wait by themselves.
         self._background_led = False

@@ -55,6 +55,7 @@ from poolray.node.effects import (
     DeleteUnsealed,
     GroupDrained,
     GroupFailed,
+    Interrupt,
     Nudge,
     Reply,
     RestoreObject,
@@ -75,6 +76,7 @@ from poolray.protocol.client import (
     AllocateRange,
     CallResults,
     CancelRequest,
+    CancelTask,
     DefineClass,
     GetObjects,
     ObjectValues,
@@ -243,6 +245,7 @@ class LocalRuntime:
             TerminateWorker: self._act_terminate_worker,
             TakeBack: self._act_take_back,
             Nudge: self._act_nudge,
+            Interrupt: self._act_interrupt,
             GroupFailed: self._deliveries.append,
             GroupDrained: self._deliveries.append,
             SpillObjects: self._spill_threads.start,
@@ -364,6 +367,9 @@ class LocalRuntime:
 
     def _act_nudge(self, effect: Nudge) -> None:
         self._host_by_worker[effect.worker_id].nudge(effect.worker_id)
+
+    def _act_interrupt(self, effect: Interrupt) -> None:
+        self._host_by_worker[effect.worker_id].interrupt(effect.worker_id, effect.message)
 
     def _with_path(self, message: RangeGranted) -> RangeGranted:
         """A client is to write a file: the folder is there, and locked, before it is told."""
@@ -678,8 +684,10 @@ class LocalRuntime:
         self._requests.pop(request_id, None)
         return request.reply
 
-    def when_ready(self, object_id: ObjectId, call: Callable[[ObjectValues], None]) -> None:
-        """Call back once with the object's value."""
+    def when_ready(
+        self, object_id: ObjectId, call: Callable[[ObjectValues], None]
+    ) -> Callable[[], None]:
+        """Call back once with the object's value; what it gives takes that back (`Link`)."""
         request = _Request()
         request.call = call
         request_id = next(self._request_ids)
@@ -689,6 +697,12 @@ class LocalRuntime:
         if self._deliveries:
             self._settle_at_once()
         self.reactor.ensure_background()
+
+        def forget() -> None:
+            if self._requests.pop(request_id, None) is not None and not self._closed:
+                self.tell(CancelRequest(request_id=request_id))
+
+        return forget
 
     def allocate(self, object_id: ObjectId, size_bytes: int) -> RangeGranted:
         """Where to write an object; waits while the machine makes room (`Link`)."""
@@ -740,8 +754,10 @@ class LocalRuntime:
         """Tell the node something (`Link`)."""
         if type(message) is SubmitTasks or type(message) is CallActor:
             self.submit(message)
-        else:
-            self.tell(message)
+            return
+        self.tell(message)
+        if type(message) is CancelTask:
+            self.settle_now()  # some may wait for what is now an error
 
     # ---- groups ----------------------------------------------------------------------------------
 

@@ -18,8 +18,11 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
+from _thread import start_new_thread
+from collections import deque
 from typing import TYPE_CHECKING, Any, final
 
 import msgspec
@@ -29,7 +32,8 @@ from poolray.exceptions import ObjectLostError, PoolrayError, TaskCancelledError
 from poolray.ids import FunctionId, ObjectId, WorkerId, return_id
 from poolray.local import process_state, worker_process
 from poolray.local.channel import SpinningReader
-from poolray.local.worker_client import WorkerClient
+from poolray.local.reactor import Guard
+from poolray.local.worker_client import WorkerClient, WorkerLink
 from poolray.local.worker_errors import DependencyFailed, UnpicklableResult
 from poolray.objects.serialization import (
     PICKLE_FIRST_BYTE,
@@ -49,6 +53,7 @@ from poolray.protocol.values import (
 )
 from poolray.protocol.worker import (
     ForkWorker,
+    InterruptTask,
     RunTasks,
     TaskCall,
     TaskResult,
@@ -61,6 +66,7 @@ from poolray.protocol.worker import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
     from poolray.local.fork_server import WorkerSetup
 
@@ -71,6 +77,8 @@ NUDGE_SIGNAL = signal.SIGURG
 _CALL, _APPLY, _MAP = CallKind.CALL, CallKind.APPLY, CallKind.MAP
 _CALLER = Delivery.CALLER
 
+#: User code that could not be interrupted where it was is looked at again after this long.
+_LOOK_AGAIN_S = 1e-3
 #: Results are sent early when they add up to this much.
 _FLUSH_BYTES = 64 * 1024
 
@@ -88,7 +96,15 @@ def run_worker(
     arena.forget_parent()
     worker_process.settle(setup, number, reports)
     worker = Worker(command, tasks, reports, arena, setup.config)
-    client = WorkerClient(worker.worker_id, control, reports, arena, setup, worker.prepare_to_block)
+    client = WorkerClient(
+        worker.worker_id,
+        control,
+        reports,
+        arena,
+        setup,
+        worker.prepare_to_block,
+        worker.on_order,
+    )
     worker.client = client
     process_state.set_worker_id(worker.worker_id)
     worker_process.install_client(client, setup)
@@ -178,6 +194,15 @@ class Worker:
         self._call_limit = 0  #: calls of the running task from here on have been handed back
         self._in_user_code = False
         self._nudged = False
+        #: A signal came that may mean an order: the control channel is to be read.
+        self._signalled = False
+        #: Orders that were read and not dealt with; appended to by any thread.
+        self._orders: deque[InterruptTask] = deque()
+        #: The signal handler is reading orders: it needs no signal for them.
+        self._obeying = False
+        #: A thread will signal us again: user code could not be interrupted where it was.
+        self._signal_due = False
+        self._thread = threading.get_ident()
         #: Results not sent yet; the last may be the first part of the running task's.
         self._finished: list[TaskResult] = []
         self._partial: list[bytes | Outcome] = []
@@ -276,6 +301,8 @@ class Worker:
         self._call_index = self._call_limit = 0
         self._nudged = False
         self._packet = message  # from here on a nudge counts
+        if self._signalled:
+            self._obey_before(message)
         self._started_ns = time.perf_counter_ns()
         progress, slot = self._arena.progress, self._slot * 8
         word = message.sequence << 24
@@ -288,9 +315,13 @@ class Worker:
             while self._call_index < self._call_limit:
                 progress[slot] = word
                 word += 1
-                self._run_call(task)
+                try:
+                    self._run_call(task)
+                except KeyboardInterrupt as interrupt:
+                    self._end_interrupted(interrupt, task)
                 self._call_index += 1
                 if self._nudged:
+                    self._read_orders()
                     self._hand_back()
                     self._flush(message, False)
                 elif (
@@ -367,19 +398,96 @@ class Worker:
         self._started_ns = now
         self.send(self.encode(report))
 
-    # ---- handing back ----------------------------------------------------------------------------
+    # ---- signals ---------------------------------------------------------------------------------
 
-    def _on_nudge(self, signal_number: int, frame: object) -> None:
-        """The node wonders why nothing comes. In user code: give back what has not begun, now;
-        between two calls the loop does it in a moment.
+    def _on_nudge(self, signal_number: int, frame: FrameType | None) -> None:
+        """The node wonders why nothing comes, or wants a task stopped. In user code: give back what
+        has not begun, now; between two calls the loop does it in a moment.
         """
         if not self._in_user_code:
+            self._signalled = True
             self._nudged = self._packet is not None
-            return
+        elif _is_interruptible(frame):
+            self._obey()
+        elif not self._signal_due:
+            # Our own code between two steps: leave it alone, and look again in a moment.
+            self._signal_due = True
+            start_new_thread(self._signal_soon, ())
+
+    def _signal_soon(self) -> None:
+        time.sleep(_LOOK_AGAIN_S)
+        self._signal_due = False
+        signal.pthread_kill(self._thread, NUDGE_SIGNAL)
+
+    def on_order(self, order: InterruptTask) -> None:
+        """The node wants a task stopped, as some thread has read."""
+        self._orders.append(order)
+        if not self._obeying:
+            signal.pthread_kill(self._thread, NUDGE_SIGNAL)
+
+    def _read_orders(self) -> None:
+        """Read what has come; drop the orders for packets and tasks that are done."""
+        self._signalled = False
+        self._obeying = True
+        self.client.link.receive_all()
+        self._obeying = False
+
+    def _obey(self) -> None:
+        """In user code: hand back the rest; stop the running task if that was ordered.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            It was.
+        """
+        packet = self._packet
+        assert packet is not None
+        self._read_orders()
         self._hand_back()
         if self._finished or self._partial:
-            assert self._packet is not None
-            self._flush(self._packet, False)
+            self._flush(packet, False)
+        task_id = packet.tasks[self._position].task_id
+        orders = self._take_orders(packet.sequence)
+        mine = [order for order in orders if order.task_id == task_id]
+        if any(order.force for order in mine):
+            worker_process.flush_output()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if mine:
+            process_state.cancel_current_task()
+            raise KeyboardInterrupt
+
+    def _obey_before(self, packet: RunTasks) -> None:
+        """Orders may have come before their packet: then nothing of it is begun here."""
+        self._read_orders()
+        if self._take_orders(packet.sequence):
+            handed = [(task.task_id, 0) for task in packet.tasks]
+            self._task_limit = 0
+            self.send(self.encode(TasksHandedBack(worker_id=self.worker_id, tasks=handed)))
+
+    def _take_orders(self, sequence: int) -> list[InterruptTask]:
+        """The orders for a packet; those for earlier ones are forgotten."""
+        orders, later = [], []
+        while self._orders:
+            order = self._orders.popleft()
+            if order.sequence == sequence:
+                orders.append(order)
+            elif order.sequence > sequence:
+                later.append(order)
+        self._orders.extend(later)
+        return orders
+
+    def _end_interrupted(self, interrupt: KeyboardInterrupt, task: TaskCall) -> None:
+        """The order struck when the call had raised something else already."""
+        while True:
+            try:
+                self._in_user_code = False
+                break
+            except KeyboardInterrupt:
+                continue  # a second order, before the first was dealt with
+        self._partial.append(self.raised(interrupt, task, self.classes[task.class_index]))
+        self._buffered_bytes += 256
+
+    # ---- handing back ----------------------------------------------------------------------------
 
     def prepare_to_block(self) -> None:
         """User code is about to wait in `get` or `wait`: nothing may wait behind it."""
@@ -431,6 +539,8 @@ class Worker:
                 else:
                     args, kwargs = self.arguments(task, payload, task_class)
                 self._in_user_code = True
+                if self._nudged:
+                    self._obey()
                 result = call(*args, **kwargs)
             elif kind is _APPLY:
                 call, args, kwargs = self.load(payload, True)
@@ -575,7 +685,11 @@ class Worker:
         if function.for_caller:
             encoded = worker_errors.encode_plain(error)
         elif isinstance(error, KeyboardInterrupt):
-            cancelled = TaskCancelledError(task_id=task.task_id.hex(), reason="interrupted")
+            cancelled = TaskCancelledError(
+                task_id=task.task_id.hex(),
+                task_name=task_class.name,
+                reason=worker_errors.describe_interrupt(error),
+            )
             encoded = pickle.dumps(cancelled)
         else:
             encoded = worker_errors.encode_task_error(error, task_class.name, os.getpid())
@@ -594,6 +708,27 @@ class Worker:
         if function.retry_exceptions is None:
             function.retry_exceptions = tuple(pickle.loads(names))
         return isinstance(error, function.retry_exceptions)
+
+
+#: Where user code may be interrupted: in itself, and where it waits in ours.
+_OPEN_CODE = frozenset({Worker._run_call.__code__, WorkerLink.sleep.__code__, Guard.sleep.__code__})
+_OUR_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+def _is_interruptible(frame: FrameType | None) -> bool:
+    """Whether an exception may be raised in a frame below `Worker._run_call`.
+
+    Not in our own code, whose tables it would leave torn, nor in what that calls; not in a
+    finalizer, which would swallow it.
+    """
+    while frame is not None:
+        code = frame.f_code
+        if code in _OPEN_CODE:
+            return True
+        if code.co_name == "__del__" or code.co_filename.startswith(_OUR_FOLDER):
+            return False
+        frame = frame.f_back
+    return False
 
 
 def exit_code_of(error: SystemExit) -> int:

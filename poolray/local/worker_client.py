@@ -1,27 +1,35 @@
 """The worker as a client: how user code in a task reaches the node.
 
-What: requests go out on the report channel, replies come back on the control channel; a task that
-has to wait says so, so that its CPUs serve others meanwhile.
-Who calls: `Client` in the worker's process; user code may do so from several threads.
-May touch: sockets.
-Invariants: one thread at a time reads the control channel, and hands the others their replies.
+What: requests go out on the report channel, replies and orders come back on the control channel; a
+task that has to wait says so, so that its CPUs serve others meanwhile.
+Who calls: `Client` in the worker's process; user code may do so from several threads. The worker's
+signal handler reads what has come while user code runs.
+May touch: sockets, one thread while awaits are outstanding.
+Invariants: one thread at a time waits at the control channel, and hands the others their replies;
+packets are taken in the order in which they came. The main thread may be interrupted (by a
+KeyboardInterrupt of the signal handler) in `sleep` and nowhere else of this file.
 """
 
 from __future__ import annotations
 
+import _thread
 import os
+import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import msgspec
 
 from poolray.client import Client, deadline_of
 from poolray.exceptions import PoolrayError
 from poolray.ids import ObjectId, TaskIdSource, WorkerId
-from poolray.local.channel import SpinningReader, receive_nowait, wait_readable
+from poolray.local import process_state
+from poolray.local.channel import SpinningReader, receive_nowait
+from poolray.local.reactor import Doorbell
 from poolray.objects.serialization import Serialized, Serializer
 from poolray.objects.shared_memory import Arena
 from poolray.protocol.actors import ActorReply, CallCount, NamedActors
@@ -37,6 +45,7 @@ from poolray.protocol.client import (
 from poolray.protocol.values import Delivery, InArena, InFile
 from poolray.protocol.worker import (
     ClientMessage,
+    InterruptTask,
     ToWorkerControl,
     WorkerBlocked,
     WorkerUnblocked,
@@ -46,7 +55,12 @@ if TYPE_CHECKING:
     from poolray.local.fork_server import WorkerSetup
 
 
+T = TypeVar("T")
 _Reply = ObjectValues | WaitReply | RangeGranted | ActorReply | NamedActors | CallCount
+_Parts = list[_Reply]
+
+#: A thread that has handed all awaited values over waits for more this long.
+_LINGER_S = 1.0
 
 
 @final
@@ -60,6 +74,7 @@ class WorkerLink:
         reports: socket.socket,
         spin_s: float,
         prepare_to_block: Callable[[], None],
+        on_order: Callable[[InterruptTask], None],
     ) -> None:
         self._worker_id = worker_id
         self._control = control
@@ -67,21 +82,34 @@ class WorkerLink:
         self._reader = SpinningReader(control, spin_s)
         #: Gives back what waits behind the running call; only its own thread may call it.
         self._prepare_to_block = prepare_to_block
+        #: Told of orders, in whatever thread reads them.
+        self._on_order = on_order
         self._task_thread = threading.get_ident()
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(ToWorkerControl).decode
+        #: Wakes the thread that waits at the channel: another one has taken what came.
+        self._bell = Doorbell()
+        self._poller = select.poll()
+        self._poller.register(control, select.POLLIN)
+        self._poller.register(self._bell.descriptor, select.POLLIN)
+        #: Held from receiving a packet to the end of dealing with it: keeps the order of parts.
+        self._receiving = threading.Lock()
         #: Guards the fields below.
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
         self._reading = False
+        #: Locks of threads that wait while another one reads; released to make them look again.
+        self._followers: list[_thread.LockType] = []
         self._next_request = 0
         #: request id -> replies that came (a large one comes in parts), of open requests only.
-        #: request id -> whom to call with the reply, for requests that no thread waits for.
+        self._replies: dict[int, _Parts] = {}
+        #: request id -> what to call with its reply, of awaited objects.
         self._calls: dict[int, Callable[[ObjectValues], None]] = {}
-        self._caller: threading.Thread | None = None
-        self._replies: dict[int, list[_Reply]] = {}
+        #: Of those, the ones whose replies are complete.
+        self._arrived: deque[int] = deque()
+        self._listening = False  #: a thread hands them over
 
     def enter(self) -> None:
-        """Ctrl-C does not reach workers: there is nothing to hold back."""
+        """Nothing to do: who interrupts a worker's user code sees that it is in ours."""
 
     def leave(self) -> None:
         """The end of `enter`."""
@@ -100,19 +128,14 @@ class WorkerLink:
                 # Answered with nothing, unless the values are on their way already.
                 self.send(CancelRequest(request_id=request_id))
                 parts = self._await(request_id, None, tell=False)
+        except KeyboardInterrupt:
+            self.send(CancelRequest(request_id=request_id))
+            raise
         finally:
             self._close(request_id)
         assert parts is not None
-        if len(parts) == 1:
-            assert isinstance(parts[0], ObjectValues)
-            return parts[0] if parts[0].values else None
-        values: list[bytes | InArena | InFile] = []
-        errors: list[int] = []
-        for part in parts:
-            assert isinstance(part, ObjectValues)
-            errors.extend(len(values) + index for index in part.errors)
-            values.extend(part.values)
-        return ObjectValues(request_id=request_id, values=values, errors=errors)
+        reply = _joined(parts)
+        return reply if reply.values else None
 
     def wait(self, object_ids: list[ObjectId], count: int, timeout_s: float | None) -> list[int]:
         """Indexes of the ready ones, once there are `count` or the time is up."""
@@ -122,7 +145,10 @@ class WorkerLink:
             parts = self._await(request_id, deadline_of(timeout_s))
             if parts is None:
                 self.send(CancelRequest(request_id=request_id))
-                parts = self._await(request_id, None)
+                parts = self._await(request_id, None, tell=False)
+        except KeyboardInterrupt:
+            self.send(CancelRequest(request_id=request_id))
+            raise
         finally:
             self._close(request_id)
         assert parts is not None
@@ -154,107 +180,182 @@ class WorkerLink:
         assert parts is not None
         return parts[0]
 
-    def when_ready(self, object_id: ObjectId, call: Callable[[ObjectValues], None]) -> None:
-        """Call back once with the object's value, from whichever thread reads it."""
-        with self._condition:
-            self._next_request = request_id = self._next_request + 1
-            self._replies[request_id] = []
-            self._calls[request_id] = call
-            if self._caller is None:
-                self._caller = threading.Thread(
-                    target=self._call_back, name="poolray-futures", daemon=True
-                )
-                self._caller.start()
-            self._condition.notify_all()
+    def when_ready(
+        self, object_id: ObjectId, call: Callable[[ObjectValues], None]
+    ) -> Callable[[], None]:
+        """Call back once with the object's value, from a thread that serves all such calls; what
+        it gives takes that back (`Link`).
+        """
+        request_id = self._open(call)
         self.send(GetObjects(request_id=request_id, object_ids=[object_id]))
 
-    def _call_back(self) -> None:
-        """The thread that reads replies while nobody waits but those who are called back."""
-        while True:
-            with self._condition:
-                if self._reading or not self._calls:
-                    self._condition.wait()
-                    continue
-                self._reading = True
-            try:
-                packet = self._read(None)
-            finally:
-                with self._condition:
-                    self._reading = False
-                    self._condition.notify_all()
-            if packet == b"":
-                return  # the node is gone: nothing will come any more
-            if packet is not None:
-                self._take(packet)
+        def forget() -> None:
+            if self._close(request_id):
+                self.send(CancelRequest(request_id=request_id))
+
+        return forget
 
     # ---- replies ---------------------------------------------------------------------------------
 
-    def _open(self) -> int:
-        with self._condition:
+    def _open(self, call: Callable[[ObjectValues], None] | None = None) -> int:
+        with self._lock:
             self._next_request += 1
-            self._replies[self._next_request] = []
-            return self._next_request
+            request_id = self._next_request
+            self._replies[request_id] = []
+            if call is not None:
+                self._calls[request_id] = call
+                if not self._listening:
+                    self._listening = True
+                    thread = threading.Thread(
+                        target=self._listen, name="poolray-replies", daemon=True
+                    )
+                    thread.start()
+                else:
+                    self._wake_followers()
+            return request_id
 
-    def _close(self, request_id: int) -> None:
-        with self._condition:
-            self._replies.pop(request_id, None)
+    def _close(self, request_id: int) -> bool:
+        """Nobody waits for it any more; False when it had been closed."""
+        with self._lock:
+            self._calls.pop(request_id, None)
+            return self._replies.pop(request_id, None) is not None
 
-    def _await(
-        self, request_id: int, deadline: float | None, tell: bool = True
-    ) -> list[_Reply] | None:
-        """All parts of a reply; None when the time is up."""
+    def _await(self, request_id: int, deadline: float | None, tell: bool = True) -> _Parts | None:
+        """All parts of a reply; None when the time is up.
+
+        With `tell` the task may be interrupted meanwhile, and the node is told that it waits.
+        """
+        sleep = self.sleep if tell else _wait_out
         told = False
         try:
             while True:
-                with self._condition:
+                with self._lock:
                     parts = self._replies[request_id]
-                    if parts and not getattr(parts[-1], "more", False):
+                    if parts and _is_last(parts[-1]):
                         return parts
                     if deadline is not None and time.monotonic() >= deadline:
                         return None
-                    if self._reading:
-                        self._condition.wait(_remaining(deadline))
-                        continue
-                    self._reading = True
-                try:
-                    packet = self._poll()
-                    if packet is None and tell and not told:
+                    follower = self._follow_or_read()
+                if follower is not None:
+                    if tell and not told:
                         told = self._tell_blocked()
-                    if packet is None:
-                        packet = self._read(deadline)
+                    sleep(follower.acquire, True, _lock_timeout(deadline))
+                    continue
+                try:
+                    if not self._reader.poll_soon():
+                        if tell and not told:
+                            told = self._tell_blocked()
+                        self._wait_at_channel(deadline, sleep)
+                    self._receive()
                 finally:
-                    with self._condition:
-                        self._reading = False
-                        self._condition.notify_all()
-                if packet is not None:
-                    self._take(packet)
+                    self._stop_reading()
         finally:
             if told:
                 self._reports.send(self._encode(WorkerUnblocked(worker_id=self._worker_id)))
 
-    def _poll(self) -> bytes | None:
-        return self._reader.receive_soon()
-
-    def _read(self, deadline: float | None) -> bytes | None:
-        if not wait_readable(self._control, _remaining(deadline)):
+    def _follow_or_read(self) -> _thread.LockType | None:
+        """Be the one who reads, or get a lock to wait for instead; under the lock."""
+        if not self._reading:
+            self._reading = True
             return None
-        return receive_nowait(self._control)
+        follower = _thread.allocate_lock()
+        follower.acquire()
+        self._followers.append(follower)
+        return follower
+
+    def _stop_reading(self) -> None:
+        with self._lock:
+            self._reading = False
+            self._wake_followers()
+
+    def _wake_followers(self) -> None:
+        """Make the threads that wait for a reader look again; under the lock."""
+        followers, self._followers = self._followers, []
+        for follower in followers:
+            follower.release()
+
+    def sleep(self, wait: Callable[..., T], *args: Any) -> T:
+        """Call what blocks, and may be interrupted."""
+        return wait(*args)
+
+    def _wait_at_channel(self, deadline: float | None, sleep: Callable[..., Any]) -> None:
+        """Until something has come, somebody has taken it, or the time is up."""
+        remaining = _remaining(deadline)
+        timeout_ms = None if remaining is None else remaining * 1000.0
+        for descriptor, _ in sleep(self._poller.poll, timeout_ms):
+            if descriptor == self._bell.descriptor:
+                self._bell.clear()
+
+    def _receive(self) -> bool:
+        """Take the next packet; False when there is none."""
+        with self._receiving:
+            packet = receive_nowait(self._control)
+            if packet is None:
+                return False
+            if not packet:
+                raise PoolrayError("the node that this worker belongs to is gone")
+            self._take(packet)
+            return True
+
+    def receive_all(self) -> None:
+        """From the signal handler: take what has come, whoever waits for it."""
+        try:
+            if not self._receive():
+                return
+            while self._receive():
+                pass
+        except PoolrayError:
+            return  # whoever waits will see it too
+        self._bell.ring()
 
     def _take(self, packet: bytes) -> None:
-        if not packet:
-            raise PoolrayError("the node that this worker belongs to is gone")
         message = self._decode(packet)
-        with self._condition:
+        if isinstance(message, InterruptTask):
+            self._on_order(message)
+            return
+        with self._lock:
             parts = self._replies.get(message.request_id)
             if parts is not None:
                 parts.append(message)
-            call = self._calls.pop(message.request_id, None) if self._calls else None
-            if call is not None:
-                del self._replies[message.request_id]
-            self._condition.notify_all()
-        if call is not None:
-            assert isinstance(message, ObjectValues)  # of one value, hence in one part
-            call(message)
+                if message.request_id in self._calls and _is_last(message):
+                    self._arrived.append(message.request_id)
+            self._wake_followers()
+
+    def _listen(self) -> None:
+        """Hand awaited values over until there have been none for a while."""
+        idle = False
+        while True:
+            arrived: list[tuple[Callable[[ObjectValues], None], _Parts]] = []
+            with self._lock:
+                while self._arrived:
+                    request_id = self._arrived.popleft()
+                    call = self._calls.pop(request_id, None)
+                    if call is not None:
+                        arrived.append((call, self._replies.pop(request_id)))
+                if idle and not arrived and not self._calls:
+                    self._listening = False
+                    return
+                waits = bool(self._calls) and not arrived
+                follower = None
+                if waits:
+                    follower = self._follow_or_read()
+                elif not arrived:
+                    follower = _thread.allocate_lock()
+                    follower.acquire()
+                    self._followers.append(follower)
+            idle = False
+            for call, parts in arrived:
+                call(_joined(parts))
+            if waits and follower is None:
+                try:
+                    self._wait_at_channel(None, _wait_out)
+                    self._receive()
+                except PoolrayError:
+                    return  # the node is gone, and with it this process in a moment
+                finally:
+                    self._stop_reading()
+            elif follower is not None:
+                idle = not follower.acquire(True, -1 if waits else _LINGER_S)
 
     def _tell_blocked(self) -> bool:
         """The task has to wait: let go of what it holds. Of several threads, the task's own one
@@ -265,6 +366,36 @@ class WorkerLink:
         self._prepare_to_block()
         self._reports.send(self._encode(WorkerBlocked(worker_id=self._worker_id)))
         return True
+
+
+def _wait_out(wait: Callable[..., T], *args: Any) -> T:
+    """Call what blocks; nothing interrupts it."""
+    return wait(*args)
+
+
+def _is_last(message: _Reply) -> bool:
+    """Whether a reply is complete with this."""
+    return not (isinstance(message, ObjectValues) and message.more)
+
+
+def _joined(parts: _Parts) -> ObjectValues:
+    """The parts of a reply as one."""
+    first = parts[0]
+    assert isinstance(first, ObjectValues)
+    if len(parts) == 1:
+        return first
+    values: list[bytes | InArena | InFile] = []
+    errors: list[int] = []
+    for part in parts:
+        assert isinstance(part, ObjectValues)
+        errors.extend(len(values) + index for index in part.errors)
+        values.extend(part.values)
+    return ObjectValues(request_id=first.request_id, values=values, errors=errors)
+
+
+def _lock_timeout(deadline: float | None) -> float:
+    remaining = _remaining(deadline)
+    return -1 if remaining is None else min(remaining, threading.TIMEOUT_MAX)
 
 
 def _remaining(deadline: float | None) -> float | None:
@@ -283,9 +414,17 @@ class WorkerClient:
         arena: Arena,
         setup: WorkerSetup,
         prepare_to_block: Callable[[], None],
+        on_order: Callable[[InterruptTask], None],
     ) -> None:
         config = setup.config
-        self.link = WorkerLink(worker_id, control, reports, config.spin_s, prepare_to_block)
+        self.link = WorkerLink(
+            worker_id,
+            control,
+            reports,
+            config.spin_s,
+            prepare_to_block,
+            on_order,
+        )
         #: By value for what only this process has; arrays of plain tasks stay out of band.
         self._object_serializer = Serializer(main_definitions=None, out_of_band_all=True)
         self._caller_serializer = Serializer(main_definitions=None, out_of_band_all=False)
@@ -297,6 +436,7 @@ class WorkerClient:
             self._object_serializer,
             is_worker=True,
         )
+        self.api.current_task = process_state.current_task_id
         self.take_reference_changes = self.api.take_reference_changes
         self.viewed_only = self.api.viewed_only
         self.take_view_changes = self.api.take_view_changes

@@ -10,6 +10,7 @@ Invariants: what is encoded has been loaded once here, so the reader's loading c
 from __future__ import annotations
 
 import builtins
+import os
 import pickle
 import traceback
 from typing import Any
@@ -21,6 +22,8 @@ from poolray.protocol.actors import ActorSetup
 
 #: A report of a death must fit one packet of the report channel.
 _DEATH_BYTES_MAX = 64 * 1024
+
+_OUR_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 class UnpicklableResult(Exception):
@@ -108,6 +111,14 @@ def encode_dependency_error(error: object, name: str) -> bytes:
             passed._traceback_dict = frames  # type: ignore[attr-defined]
         return _dumps(passed)
     return _dumps(error)
+
+
+def describe_interrupt(error: KeyboardInterrupt) -> str:
+    """Where a task was when it was interrupted."""
+    stack = traceback.extract_tb(_user_frames(error))
+    while stack and stack[-1].filename.startswith(_OUR_FOLDER):
+        stack.pop()  # the signal handler, and where user code waits
+    return "it was interrupted here:\n" + "".join(traceback.format_list(stack)).rstrip("\n")
 
 
 def encode_plain(error: BaseException) -> bytes:

@@ -28,6 +28,7 @@ from poolray.protocol.worker import (
     ForkServerFailed,
     ForkServerReady,
     ForkWorker,
+    InterruptTask,
     KillWorker,
     RunTasks,
     StopForkServer,
@@ -47,7 +48,16 @@ _encode = msgspec.msgpack.Encoder().encode
 class WorkerHandle:
     """The channels of one worker."""
 
-    __slots__ = ("control", "outbox", "pid", "queue_in", "queue_out", "slot", "worker_id")
+    __slots__ = (
+        "control",
+        "outbox",
+        "pid",
+        "queue_in",
+        "queue_out",
+        "signal_due",
+        "slot",
+        "worker_id",
+    )
 
     def __init__(
         self,
@@ -67,6 +77,8 @@ class WorkerHandle:
         self.control = control
         #: Packets that found a channel full, in order: (channel, packet).
         self.outbox: deque[tuple[socket.socket, bytes]] = deque()
+        #: There is an order among them that it is to be signalled of.
+        self.signal_due = False
 
     def close(self) -> None:
         """Let go of the channels."""
@@ -156,6 +168,9 @@ class WorkerHost:
                     waiting = True
                     break
                 outbox.popleft()
+            if handle.signal_due and not outbox:
+                handle.signal_due = False
+                self.nudge(handle.worker_id)
         return waiting
 
     def take_back(self, worker_id: WorkerId) -> list[int]:
@@ -183,6 +198,14 @@ class WorkerHost:
         if stop:
             self._post(handle, handle.queue_in, _encode(StopWorker()))
         return sequences
+
+    def interrupt(self, worker_id: WorkerId, message: InterruptTask) -> None:
+        """Send a worker an order and make it look."""
+        handle = self.workers.get(worker_id)
+        if handle is not None:
+            self._post(handle, handle.control, _encode(message))
+            handle.signal_due = bool(handle.outbox)
+            self.nudge(worker_id)
 
     def nudge(self, worker_id: WorkerId) -> None:
         """Signal a worker to hand back what it has not begun."""

@@ -18,7 +18,7 @@ from poolray.protocol.actors import ActorReply, CallCount, NamedActors
 from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, WaitReply
 from poolray.protocol.node import HeadRequest, PeerMessage
 from poolray.protocol.values import InArena, InFile
-from poolray.protocol.worker import RunTasks, StopWorker
+from poolray.protocol.worker import InterruptTask, RunTasks, StopWorker
 
 
 class SendWorker(msgspec.Struct, frozen=True, gc=False):
@@ -61,6 +61,13 @@ class Nudge(msgspec.Struct, frozen=True, gc=False):
     """Signal a worker to hand back the calls of its packet that it has not begun."""
 
     worker_id: WorkerId
+
+
+class Interrupt(msgspec.Struct, frozen=True, gc=False):
+    """Send a worker the order to stop a task, and signal it to look."""
+
+    worker_id: WorkerId
+    message: InterruptTask
 
 
 class GroupFailed(msgspec.Struct, frozen=True, gc=False):
@@ -149,6 +156,7 @@ Effect: TypeAlias = (
     | TerminateWorker
     | TakeBack
     | Nudge
+    | Interrupt
     | GroupFailed
     | GroupDrained
     | SpillObjects

@@ -24,6 +24,7 @@ from poolray.config import Config
 from poolray.exceptions import InternalError, PoolrayError
 from poolray.ids import ClientId, NodeId, TaskId, WorkerId
 from poolray.node.actors import Actors
+from poolray.node.cancellation import Cancellation
 from poolray.node.dispatch import Dispatcher
 from poolray.node.effects import Effect, SendHead, Warn
 from poolray.node.functions import Functions
@@ -31,6 +32,7 @@ from poolray.node.groups import Groups
 from poolray.node.memory import memory_table
 from poolray.node.objects import Objects
 from poolray.node.peers import Peers
+from poolray.node.retries import Retries
 from poolray.node.state import NodeState
 from poolray.node.store import Store, StoreStatistics
 from poolray.node.tasks import Tasks
@@ -47,6 +49,7 @@ from poolray.protocol.client import (
     AddReferences,
     AllocateRange,
     CancelRequest,
+    CancelTask,
     CancelTasks,
     ClientRequest,
     DefineClass,
@@ -64,6 +67,7 @@ from poolray.protocol.client import (
 )
 from poolray.protocol.memory import MemoryTable
 from poolray.protocol.node import (
+    CancelForwarded,
     ClientLeft,
     CloseGroup,
     ClusterView,
@@ -229,6 +233,11 @@ class Node:
         objects.is_dead = peers.dead.__contains__
         dispatcher.groups, dispatcher.try_forward = groups, peers.try_forward
         dispatcher.peers = peers.views
+        tasks.cancellation = cancellation = Cancellation(state, tasks)
+        tasks.retries = retries = Retries(state, tasks)
+        cancellation.dispatcher = retries.dispatcher = dispatcher
+        peers.cancellation = cancellation
+        self._cancellation, self._retries = cancellation, retries
         self._functions, self._tasks, self._objects = functions, tasks, objects
         self._dispatcher, self._groups, self._peers = dispatcher, groups, peers
         self._store = store
@@ -333,6 +342,8 @@ class Node:
                 | CountCalls()
             ):
                 self._actors.on_request(client_id, message)
+            case CancelTask():
+                self._cancellation.cancel(message.task_id, message.force, message.recursive)
             case _:
                 _assert_never(message)
 
@@ -421,6 +432,8 @@ class Node:
                 peers.on_object_data(node_id, message)
             case PeerReleases():
                 peers.on_releases(node_id, message)
+            case CancelForwarded():
+                peers.on_cancel(node_id, message)
             case _:
                 _assert_never(message)
 
@@ -458,6 +471,8 @@ class Node:
 
     def _on_tick(self) -> None:
         self._groups.on_tick()
+        self._cancellation.on_tick()
+        self._retries.on_tick()
         state = self.state
         if self._has_head and state.now >= self._next_heartbeat_s:
             self._next_heartbeat_s = state.now + state.config.heartbeat_interval_s
@@ -537,6 +552,8 @@ class Node:
         self._actors.check_invariants()
         self._dispatcher.check_invariants()
         self._peers.check_invariants()
+        self._cancellation.check_invariants()
+        self._retries.check_invariants()
         packets = [packet for worker in state.workers.values() for packet in worker.packets]
         pins = [o for packet in packets for o in packet.pins or ()]
         self._store.check_invariants([*pins, *self._actors.pins()])

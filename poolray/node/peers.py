@@ -10,7 +10,7 @@ another node's arena is kept there, for this node as a client, until the record 
 
 from __future__ import annotations
 
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import msgspec
 
@@ -23,6 +23,7 @@ from poolray.node.store import Store
 from poolray.node.tasks import Tasks
 from poolray.objects.directory import READY, ObjectRecord
 from poolray.protocol.node import (
+    CancelForwarded,
     ForwardedResult,
     ForwardedResults,
     ForwardedTask,
@@ -44,6 +45,9 @@ from poolray.protocol.values import (
 from poolray.tasks.class_queue import ClassQueue
 from poolray.tasks.lifecycle import FORWARDED, TaskRecord
 
+if TYPE_CHECKING:
+    from poolray.node.cancellation import Cancellation
+
 _PEER_PREFIX = b"node:"
 
 #: Dead peers remembered; the first are forgotten when there are more.
@@ -64,7 +68,17 @@ def node_of(client_id: ClientId) -> NodeId:
 class Peers:
     """The side of a node that faces other nodes."""
 
-    __slots__ = ("_functions", "_objects", "_pulls", "_state", "_store", "_tasks", "dead", "views")
+    __slots__ = (
+        "_functions",
+        "_objects",
+        "_pulls",
+        "_state",
+        "_store",
+        "_tasks",
+        "cancellation",
+        "dead",
+        "views",
+    )
 
     def __init__(
         self, state: NodeState, store: Store, objects: Objects, tasks: Tasks, functions: Functions
@@ -74,6 +88,7 @@ class Peers:
         self._objects = objects
         self._tasks = tasks
         self._functions = functions
+        self.cancellation: Cancellation
         #: Live peers as the head saw them last, less what was forwarded since.
         self.views: dict[NodeId, NodeView] = {}
         #: Peers that are dead for good; what still comes from them is ignored.
@@ -219,6 +234,12 @@ class Peers:
             ):
                 self._tasks.give_back(record)  # its owner has yet to hear of that death
 
+    def on_cancel(self, node_id: NodeId, message: CancelForwarded) -> None:
+        """The owner of a task wants it stopped."""
+        record = self._state.tasks.get(message.task_id)
+        if record is not None and record.is_foreign and record.client_id == client_of(node_id):
+            self.cancellation.cancel(message.task_id, message.force, message.recursive)
+
     def _adopt_argument(self, object_id: ObjectId, value: Value) -> bool:
         """Know an argument under its owner's name.
 
@@ -258,6 +279,7 @@ class Peers:
                 is_error=result.is_error,
                 retriable=result.retriable,
                 contained=result.contained,
+                crashed=result.crashed,
             )
         self._answer(record, ForwardedResult(task_id=record.root_id, result=result))
 

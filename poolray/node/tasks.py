@@ -33,6 +33,7 @@ from poolray.ids import (
     return_id,
     task_of,
 )
+from poolray.node.cancellation import error_of
 from poolray.node.effects import Reply, UnhandledError
 from poolray.node.functions import Functions
 from poolray.node.objects import Objects
@@ -45,6 +46,7 @@ from poolray.protocol.node import WorkerLost
 from poolray.protocol.values import CallKind, Delivery, InFile, Outcome, TaskSpec, Value
 from poolray.protocol.worker import TasksFinished
 from poolray.tasks.lifecycle import (
+    DELAYED,
     FAILED,
     FORWARDED,
     QUEUED,
@@ -56,9 +58,11 @@ from poolray.tasks.lifecycle import (
 
 if TYPE_CHECKING:
     from poolray.node.actors import Actors
+    from poolray.node.cancellation import Cancellation
     from poolray.node.dispatch import Dispatcher
     from poolray.node.groups import Groups
     from poolray.node.peers import Peers
+    from poolray.node.retries import Retries
 
 _CALLER = Delivery.CALLER
 _CREATE = CallKind.CREATE
@@ -75,11 +79,13 @@ class Tasks:
         "_parts",
         "_state",
         "actors",
+        "cancellation",
         "dispatcher",
         "functions",
         "groups",
         "objects",
         "peers",
+        "retries",
         "store",
     )
 
@@ -92,6 +98,8 @@ class Tasks:
         self.dispatcher: Dispatcher
         self.groups: Groups
         self.peers: Peers
+        self.cancellation: Cancellation
+        self.retries: Retries
         #: Ended tasks whose results live elsewhere only: they can be made again.
         self._lineage: dict[TaskId, TaskRecord] = {}
         #: task id -> ids of the parts split off it that have not ended.
@@ -129,6 +137,8 @@ class Tasks:
                     client.held[object_id] = None
             if spec.dependencies or spec.borrows:
                 self.hold_inputs(record, spec)
+            if spec.parent:
+                self.cancellation.adopt(spec.parent, task_id)
             if group is None or group.state >= _FAILED_GROUP:
                 self.fail_encoded(record, self._no_group_error(record, group))
             elif record.missing == 0:
@@ -257,6 +267,9 @@ class Tasks:
 
     def requeue(self, record: TaskRecord) -> None:
         """A task that was sent comes back before the others; the caller dispatches afterwards."""
+        if self._is_stopping(record):
+            self.fail(record, error_of(record))
+            return
         task_class = record.class_queue.task_class
         record.move(QUEUED)
         record.worker_id = None
@@ -351,10 +364,15 @@ class Tasks:
             for value in result.values:
                 self.objects.deliver(record.client_id, value, writer)
             self.peers.send_result(record, result)
+        elif result.crashed and self._is_stopping(record):
+            # It was lost without a result on another node, before the order to stop reached it.
+            self.fail(record, error_of(record))
+            return
         elif result.is_error and result.retriable and self.may_retry(record):
             self._discard(result, writer)
             record.attempts += 1
-            self._try_again(record)
+            if not result.crashed or not self.retries.delay(record):
+                self.try_again(record)
             return
         else:
             record.move(FAILED if result.is_error else SUCCEEDED)
@@ -388,7 +406,8 @@ class Tasks:
         wanted = [i for i in ids if i in objects and objects[i].state is not READY]
         if not wanted:
             # (A large one is freed before it could be shown.)
-            if isinstance(error, bytes) and not any(i in objects for i in ids):
+            known = any(i in objects for i in ids)
+            if isinstance(error, bytes) and not known and not self._is_stopping(record):
                 self._state.effects.append(UnhandledError(error))
             self.objects.discard(error, writer)
         elif isinstance(error, bytes):
@@ -413,6 +432,9 @@ class Tasks:
         queue = record.class_queue
         if self._parts and record.root_id in self._parts:
             self._end_part(record)
+        cancellation = self.cancellation
+        if cancellation.parents or cancellation.stopping:
+            cancellation.on_end(record.task_id)
         if not self._lineage or self._lineage.get(record.root_id) is not record:
             if record.owner_pins:
                 self.unpin(record)
@@ -438,10 +460,18 @@ class Tasks:
     def may_retry(self, record: TaskRecord) -> bool:
         """Whether one more attempt is allowed."""
         limit = record.class_queue.task_class.max_retries
-        return limit < 0 or record.attempts < limit
+        return (limit < 0 or record.attempts < limit) and not self._is_stopping(record)
 
-    def _try_again(self, record: TaskRecord) -> None:
+    def _is_stopping(self, record: TaskRecord) -> bool:
+        """Whether a task was cancelled while a worker or another node had it."""
+        stopping = self.cancellation.stopping
+        return bool(stopping) and record.task_id in stopping
+
+    def try_again(self, record: TaskRecord) -> None:
         """A task that ran here or elsewhere runs again, once its arguments are here."""
+        if self._is_stopping(record):
+            self.fail(record, error_of(record))
+            return
         if record.actor_id:
             self.actors.try_again(record)
             return
@@ -454,13 +484,15 @@ class Tasks:
                 return
         self.enqueue(record, front=True)
 
-    def fail(self, record: TaskRecord, error: PoolrayError, retriable: bool = False) -> None:
-        """A task is given up: its error becomes its result."""
-        self.fail_encoded(record, self._state.encode_error(error), retriable)
+    def fail(self, record: TaskRecord, error: PoolrayError, crashed: bool = False) -> None:
+        """A task is given up here: its error becomes its result (if it crashed, its owner on
+        another node may try it again).
+        """
+        self.fail_encoded(record, self._state.encode_error(error), crashed)
 
-    def fail_encoded(self, record: TaskRecord, error: bytes, retriable: bool = False) -> None:
+    def fail_encoded(self, record: TaskRecord, error: bytes, crashed: bool = False) -> None:
         """The same, for an error that is serialized already."""
-        outcome = Outcome(values=[error], is_error=True, retriable=retriable)
+        outcome = Outcome(values=[error], is_error=True, retriable=crashed, crashed=crashed)
         record.move(FAILED)
         if record.class_queue.task_class.kind is _CREATE:
             self.actors.on_creation_failed(record, error)
@@ -489,6 +521,9 @@ class Tasks:
             How many of the record's calls had begun (the results of all but the last of them are
             lost with the worker, so they count as tried); the others were never touched.
         """
+        if self._is_stopping(record):
+            self.fail(record, error_of(record))
+            return
         group = self._state.groups[record.class_queue.task_class.group_id]
         again: list[TaskRecord] = []
         for _ in range(begun):
@@ -498,10 +533,11 @@ class Tasks:
             may_retry = self.may_retry(record) and not group.break_on_death
             record.attempts += 1
             if may_retry and not record.is_foreign:
-                again.append(record)
+                if not self.retries.delay(record):
+                    again.append(record)
             else:
                 # Of another node's task the owner decides, who has counted all attempts.
-                self.fail(record, self._crash_error(record, message), record.is_foreign)
+                self.fail(record, self._crash_error(record, message), crashed=record.is_foreign)
             if rest is None:
                 break
             record = rest
@@ -524,10 +560,14 @@ class Tasks:
 
     def on_lost_with_node(self, record: TaskRecord, node_id: NodeId) -> None:
         """The node that a task was forwarded to died: it counts as tried."""
+        if self._is_stopping(record):
+            self.fail(record, error_of(record))
+            return
         may_retry = self.may_retry(record)
         record.attempts += 1
         if may_retry:
-            self._try_again(record)
+            if not self.retries.delay(record):
+                self.try_again(record)
             return
         self.fail(
             record,
@@ -541,10 +581,10 @@ class Tasks:
 
     def on_returned(self, record: TaskRecord) -> None:
         """The node that a task was forwarded to could not begin it."""
-        self._try_again(record)
+        self.try_again(record)
 
     def cancel(self, task_ids: Iterable[TaskId], reason: str = "") -> None:
-        """Drop tasks with all their parts.
+        """Drop tasks with all their parts, without asking whoever runs them.
 
         What has not begun never runs. To their caller nothing of them is delivered any more;
         return values that are objects become errors.
@@ -564,7 +604,11 @@ class Tasks:
             self._withdraw(record)
             record.move(FAILED)
             if record.class_queue.task_class.delivery is not _CALLER and not record.is_foreign:
-                error = TaskCancelledError(task_id=record.root_id.hex(), reason=reason)
+                error = TaskCancelledError(
+                    task_id=record.root_id.hex(),
+                    task_name=record.class_queue.task_class.name,
+                    reason=reason,
+                )
                 encoded = self._state.encode_error(error)
                 if record.class_queue.task_class.kind is _CREATE:
                     self.actors.on_creation_failed(record, encoded)
@@ -586,6 +630,8 @@ class Tasks:
                 queue.clear()
                 group = self._state.groups[queue.task_class.group_id]
                 group.ready.pop(queue.task_class.class_id, None)
+        elif record.state is DELAYED:
+            self.retries.forget(record)
         elif record.state is RUNNING and record.owner_pins:
             # The worker may be reading its arguments: they stay until it is done with the packet.
             assert record.worker_id is not None
@@ -724,7 +770,7 @@ class Tasks:
         for task_id, record in state.tasks.items():
             assert task_id == record.task_id
             assert record.calls, "a task without calls has not ended"
-            assert record.state <= FORWARDED, f"a task that {record.state.name} is kept"
+            assert record.state <= DELAYED, f"a task that {record.state.name} is kept"
             assert (record.state is RUNNING) == (record.worker_id is not None)
             assert (record.state is FORWARDED) == (record.node_id is not None)
             assert (record.missing > 0) == (record.state is WAITING)

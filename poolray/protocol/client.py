@@ -132,6 +132,17 @@ class UnpinObjects(msgspec.Struct, frozen=True, array_like=True, tag=115, kw_onl
     object_ids: list[ObjectId]
 
 
+class CancelTask(msgspec.Struct, frozen=True, array_like=True, tag=120, kw_only=True):
+    """Stop a task with objects for results, wherever it is; nothing happens when it has ended.
+
+    What has not begun never runs; what runs is interrupted, and decides itself how it ends.
+    """
+
+    task_id: TaskId
+    force: bool = False  #: do not ask: kill the worker that runs it
+    recursive: bool = True  #: the same for the tasks that it submitted and that have not ended
+
+
 class ObjectValues(msgspec.Struct, frozen=True, array_like=True, tag=151, kw_only=True):
     """The values asked for, or a part of them.
 
@@ -188,6 +199,7 @@ ClientRequest: TypeAlias = (
     | UnpinObjects
     | CancelTasks
     | ActorRequest
+    | CancelTask
 )
 
 ClientReply: TypeAlias = (

@@ -181,7 +181,17 @@ class PeerReleases(msgspec.Struct, frozen=True, array_like=True, tag=205, kw_onl
     object_ids: list[ObjectId]
 
 
-PeerMessage: TypeAlias = ForwardTasks | ForwardedResults | PullObject | ObjectData | PeerReleases
+class CancelForwarded(msgspec.Struct, frozen=True, array_like=True, tag=206, kw_only=True):
+    """Stop a task that I gave you; its result says what came of that."""
+
+    task_id: TaskId
+    force: bool
+    recursive: bool
+
+
+PeerMessage: TypeAlias = (
+    ForwardTasks | ForwardedResults | PullObject | ObjectData | PeerReleases | CancelForwarded
+)
 
 
 # ---- node to head --------------------------------------------------------------------------------

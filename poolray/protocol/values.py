@@ -66,6 +66,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only=True)
     retriable: bool = False  #: an error that the task's `retry_exceptions` names
     #: Objects that the values refer to, per value: they live as long as the value does.
     contained: list[list[ObjectId]] = []
+    crashed: bool = False  #: an error because the worker died
 
 
 class TaskClass(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=True):
@@ -100,6 +101,7 @@ class TaskSpec(msgspec.Struct, frozen=True, array_like=True, tag=5, kw_only=True
     #: Where each dependency goes: a position, or the name of a keyword argument.
     slots: list[int | str] = []
     borrows: list[ObjectId] = []  #: refs inside the payload: kept alive until the task ends
+    parent: TaskId = TaskId(b"")  #: the task that submits it; empty for a driver's
 
 
 class FunctionDefinition(msgspec.Struct, frozen=True, array_like=True, tag=6, kw_only=True):

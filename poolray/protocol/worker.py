@@ -24,6 +24,7 @@ from poolray.protocol.client import (
     AddReferences,
     AllocateRange,
     CancelRequest,
+    CancelTask,
     DefineClass,
     DefineFunction,
     GetObjects,
@@ -76,6 +77,17 @@ class StopWorker(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 ToWorkerQueue: TypeAlias = RunTasks | StopWorker
+
+
+class InterruptTask(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only=True):
+    """Node to worker, control channel, followed by a signal: stop this task if it runs.
+
+    It is for one packet: a task that is tried again is not meant.
+    """
+
+    task_id: TaskId
+    sequence: int  #: of the packet that the task was sent in
+    force: bool  #: end the process instead of raising KeyboardInterrupt
 
 
 class WorkerReady(msgspec.Struct, frozen=True, array_like=True, tag=10, kw_only=True):
@@ -198,6 +210,7 @@ class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_onl
         | GetObjects
         | WaitObjects
         | CancelRequest
+        | CancelTask
         | AddReferences
         | ReleaseReferences
         | AllocateRange
@@ -243,7 +256,7 @@ FromWorkers: TypeAlias = (
 )
 
 ToWorkerControl: TypeAlias = (
-    ObjectValues | WaitReply | RangeGranted | ActorReply | NamedActors | CallCount
+    ObjectValues | WaitReply | RangeGranted | ActorReply | NamedActors | CallCount | InterruptTask
 )
 
 

@@ -3,8 +3,10 @@
     submitted ──▶ WAITING ──▶ QUEUED ──▶ RUNNING ──▶ SUCCEEDED
                      │          │ ▲  ◀──    │  └───▶ FAILED
                      │          ▼ │         │
-                     │       FORWARDED ─────┘   (runs on another node)
-                     └──────────┴──▶ FAILED
+                     │       FORWARDED ─────┤   (runs on another node)
+                     │          │           ▼
+                     │          │        DELAYED ──▶ QUEUED   (killed workers: a pause first)
+                     └──────────┴───────────┴──▶ FAILED
 
 What: the table of moves and `TaskRecord`, the only place where a task's state is kept.
 Who calls: the node machine, through `move`.
@@ -30,14 +32,16 @@ class TaskState(enum.IntEnum):
     QUEUED = 1  #: ready to run, in the queue of its class
     RUNNING = 2  #: in a packet that was sent to a worker
     FORWARDED = 3  #: given to another node
-    SUCCEEDED = 4  #: its results are stored or delivered
-    FAILED = 5  #: its error is stored or delivered
+    DELAYED = 4  #: it is tried again when a pause is over
+    SUCCEEDED = 5  #: its results are stored or delivered
+    FAILED = 6  #: its error is stored or delivered
 
 
 WAITING = TaskState.WAITING
 QUEUED = TaskState.QUEUED
 RUNNING = TaskState.RUNNING
 FORWARDED = TaskState.FORWARDED
+DELAYED = TaskState.DELAYED
 SUCCEEDED = TaskState.SUCCEEDED
 FAILED = TaskState.FAILED
 
@@ -47,12 +51,14 @@ MOVES: dict[TaskState, frozenset[TaskState]] = {
     WAITING: frozenset({QUEUED, FAILED}),
     # Sent; given away; cancelled, or its workers cannot start.
     QUEUED: frozenset({RUNNING, FORWARDED, FAILED}),
-    # Done; failed for good; to be tried again, handed back or taken back.
-    RUNNING: frozenset({SUCCEEDED, FAILED, QUEUED}),
+    # Done; failed for good; to be tried again, at once or later, handed back or taken back.
+    RUNNING: frozenset({SUCCEEDED, FAILED, QUEUED, DELAYED}),
     # Done there; failed there; its node died or gave it back: it is tried again, at once or when
     # the arguments that were lost with the node are there again.
-    FORWARDED: frozenset({SUCCEEDED, FAILED, QUEUED, WAITING}),
-    # Its result was lost with a node and is made again; the actor that it made is restarted.
+    FORWARDED: frozenset({SUCCEEDED, FAILED, QUEUED, WAITING, DELAYED}),
+    # Its time has come (are its arguments still there?); cancelled, or its workers are gone.
+    DELAYED: frozenset({QUEUED, WAITING, FAILED}),
+    # Its result was lost with a node and is made again.
     SUCCEEDED: frozenset({WAITING}),
     FAILED: frozenset(),
 }

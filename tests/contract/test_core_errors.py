@@ -492,6 +492,14 @@ def test_a_retry_that_succeeds_is_the_result(max_retries: int, tmp_path: Path) -
     assert attempts(tmp_path) == 3
 
 
+def test_a_task_that_kills_every_worker_leaves_the_others_their_turn(tmp_path: Path) -> None:
+    killer = call.options(max_retries=-1).remote(count_and_end, tmp_path, ENDS["os._exit(5)"])
+    wait_until(lambda: (tmp_path / "attempts").exists() and attempts(tmp_path) >= 2)
+    assert get([echo.remote(n) for n in range(20)]) == list(range(20))
+    ray.cancel(killer)
+    assert isinstance(failure(killer), ray.exceptions.TaskCancelledError)
+
+
 def test_a_dead_worker_passes_through_dependent_tasks() -> None:
     ref = echo.remote(call.options(max_retries=0).remote(os._exit, 1))
     assert isinstance(failure(ref), ray.exceptions.WorkerCrashedError)

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from poolray.ids import GroupId, ObjectId, TaskId, return_id
+from poolray.ids import GroupId, ObjectId, TaskId, return_id, task_of
 from poolray.node.effects import GroupDrained, GroupFailed
 from poolray.objects.directory import ObjectState
 from poolray.protocol.client import (
@@ -22,6 +22,7 @@ from poolray.protocol.client import (
     AllocateRange,
     CallResults,
     CancelRequest,
+    CancelTask,
     CancelTasks,
     DefineClass,
     DefineFunction,
@@ -258,8 +259,10 @@ class Driver:
                 self._submit_burst,
                 self._submit_and_cancel,
                 self._close_and_cancel,
+                self._cancel_task,
+                self._submit_and_cancel_task,
             ],
-            weights=[12, 6, 8, 3, 5, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+            weights=[12, 6, 8, 3, 5, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 3],
         )[0]
         action()
 
@@ -290,6 +293,8 @@ class Driver:
             if options.max_retries < 0:
                 job.crashes_first = min(job.crashes_first, 3)
         job.puts = world.chance(0.1)
+        job.is_stubborn = world.chance(0.2)
+        job.cancels_child = world.chance(0.1)
         job.keeps_arguments = world.chance(0.3)
         if not options.caller and depth < 2 and world.chance(0.2):
             for _ in range(world.random.randint(1, 3)):
@@ -515,6 +520,40 @@ class Driver:
             return
         self.batches[task_id].cancelled = True
         self.tell(CancelTasks(task_ids=[task_id]))
+
+    def _cancel_task(self) -> None:
+        """Of any object: its task may wait, run here or elsewhere, or have ended."""
+        known = [o for o in self.held if o in self.ledger.job_by_object]
+        if self.world.chance(0.6):  # most wait; those that are under way are of more interest
+            state_of = self.node.node.task_state
+            busy = [o for o in known if state_of(task_of(o)) in ("RUNNING", "FORWARDED", "DELAYED")]
+            known = busy or known
+        if known:
+            self._stop(self.world.random.choice(known))
+
+    def _submit_and_cancel_task(self) -> None:
+        """In the middle of its first attempt, most likely."""
+        before = len(self.held)
+        self._submit_plain()
+        if len(self.held) > before:
+            object_id = list(self.held)[-1]
+            job = self.ledger.job_by_object[object_id][0]
+            delay_s = self.world.between(1e-6, 2 * max(job.duration_s, 1e-3))
+            self.world.after(delay_s, lambda: self._stop(object_id))
+
+    def _stop(self, object_id: ObjectId) -> None:
+        if not self.node.alive:
+            return
+        job = self.ledger.job_by_object[object_id][0]
+        task_id = task_of(object_id)
+        recursive = self.world.chance(0.7)
+        state = self.node.node.task_state(task_id)
+        if state is not None:
+            pending = state in ("WAITING", "QUEUED", "DELAYED")
+            job.begun_max = min(job.begun_max, job.begun + (0 if pending else 1))
+        job.cancelled = True
+        force = self.world.chance(0.3)
+        self.tell(CancelTask(task_id=task_id, force=force, recursive=recursive))
 
     # ---- groups ----------------------------------------------------------------------------------
 

@@ -94,6 +94,10 @@ class Job:
     is_returned: bool = False  #: it is such a child
     #: It puts a value and reads it again.
     puts: bool = False
+    #: It catches the interrupt of a cancellation and returns its value all the same.
+    is_stubborn: bool = False
+    #: It cancels the first of its children.
+    cancels_child: bool = False
     keeps_arguments: bool = False
     #: Values of dependencies and borrowed refs, as they must be; filled in at submission.
     inputs: list[tuple[Job, int]] = dataclasses.field(default_factory=list)
@@ -103,11 +107,32 @@ class Job:
     begun: int = 0
     deaths: int = 0
     cancelled: bool = False
+    #: How often it may have begun in all, from a cancellation on.
+    begun_max: float = float("inf")
     spawned: list[Job] = dataclasses.field(default_factory=list)
+    spawned_by: Job | None = None
 
     def again(self, key: bytes) -> Job:
         """The same job as a submission of its own."""
-        return dataclasses.replace(self, key=key, begun=0, deaths=0, spawned=[])
+        return dataclasses.replace(
+            self,
+            key=key,
+            begun=0,
+            deaths=0,
+            cancelled=False,
+            begun_max=float("inf"),
+            spawned=[],
+            spawned_by=None,
+        )
+
+    def may_be_cancelled(self) -> bool:
+        """Whether it was cancelled, or one was that submitted it."""
+        job: Job | None = self
+        while job is not None:
+            if job.cancelled:
+                return True
+            job = job.spawned_by
+        return False
 
     def value(self, index: int = 0) -> bytes:
         """The right value."""
@@ -168,6 +193,7 @@ class Ledger:
         assert limit < 0 or job.begun <= limit + 1, (
             f"{key!r} began {job.begun} times, with max_retries={limit}"
         )
+        assert job.begun <= job.begun_max or self.node_deaths, f"{key!r} was cancelled and begins"
         return job
 
     def judge(self, job: Job, index: int, value: bytes, is_error: bool) -> None:
@@ -202,9 +228,11 @@ class Ledger:
             assert job.fails or job.raises_first, f"{job.key!r} raised and should not"
             if not job.fails:
                 limit = job.options.max_retries if job.options.retry_exceptions else 0
-                assert job.raises_first + job.deaths > limit or self.node_deaths, (
-                    f"{job.key!r} was given up too early"
-                )
+                assert (
+                    job.raises_first + job.deaths > limit
+                    or self.node_deaths
+                    or job.may_be_cancelled()
+                ), f"{job.key!r} was given up too early"
         elif error.startswith(b"!because "):
             rest = error[len(b"!because ") :]
             for source in job.sources():
@@ -228,7 +256,7 @@ class Ledger:
                     assert error.attempts == limit + 1, str(error)
                 assert self.job_by_task[error.task_id] is job or job.options.caller
             case TaskCancelledError():
-                assert job.cancelled, f"{job.key!r} was not cancelled"
+                assert job.may_be_cancelled(), f"{job.key!r} was not cancelled"
             case NodeDiedError():
                 assert self.node_deaths
                 assert error.attempts == job.options.max_retries + 1

@@ -170,6 +170,10 @@ class SimNode(Endpoint):
             case fx.Nudge(worker_id=worker_id):
                 if worker_id in self.workers:
                     world.after(world.between(1e-6, 1e-4), self.workers[worker_id].on_nudge)
+            case fx.Interrupt(worker_id=worker_id, message=order):
+                if worker_id in self.workers:
+                    ordered = self.workers[worker_id]
+                    world.after(world.between(1e-6, 1e-4), lambda: ordered.on_order(order))
             case fx.GroupFailed() | fx.GroupDrained():
                 self.on_group_event(effect)
             case fx.UnhandledError(value=value):

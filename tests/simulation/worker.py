@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from poolray.ids import ObjectId, TaskId, WorkerId, return_id
+from poolray.exceptions import TaskCancelledError
+from poolray.ids import ObjectId, TaskId, WorkerId, return_id, task_of
 from poolray.protocol.client import (
     AllocateRange,
+    CancelRequest,
+    CancelTask,
     DefineClass,
     DefineFunction,
     GetObjects,
@@ -32,6 +35,7 @@ from poolray.protocol.node import PacketsTakenBack, WorkerLost
 from poolray.protocol.values import InArena, InFile, Outcome, TaskClass, TaskSpec, Value
 from poolray.protocol.worker import (
     ClientMessage,
+    InterruptTask,
     RunTasks,
     StopWorker,
     TaskCall,
@@ -60,6 +64,10 @@ class _Raised(Exception):
     def __init__(self, error: bytes, retriable: bool) -> None:
         self.error = error
         self.retriable = retriable
+
+
+class _Interrupted(BaseException):
+    """User code was told to stop."""
 
 
 class _Died(Exception):
@@ -105,6 +113,8 @@ class SimWorker:
         self._partial: list[bytes | Outcome] = []
         self._partial_start = 0
         self._started_s = 0.0
+        self._signalled = self._held = False
+        self._orders: list[InterruptTask] = []
         self._life = self._live(fate)
         self.world.after(0.0, self._resume(0))
 
@@ -114,22 +124,26 @@ class SimWorker:
         def act() -> None:
             if not self.alive or ticket != self._ticket:
                 return
-            self._ticket += 1
-            self._waiting = False
-            try:
-                pause = next(self._life)
-            except StopIteration as end:
-                self.die(exit_code=int(end.value or 0))
-                return
-            except _Died:
-                self.die(signal=9)
-                return
-            if pause is None:
-                self._waiting = True
-            else:
-                self.world.after(pause, self._resume(self._ticket))
+            self._go_on(lambda: next(self._life))
 
         return act
+
+    def _go_on(self, step: Callable[[], float | None]) -> None:
+        """Live on until the next pause."""
+        self._ticket += 1
+        self._waiting = False
+        try:
+            pause = step()
+        except StopIteration as end:
+            self.die(exit_code=int(end.value or 0))
+            return
+        except _Died:
+            self.die(signal=9)
+            return
+        if pause is None:
+            self._waiting = True
+        else:
+            self.world.after(pause, self._resume(self._ticket))
 
     def wake(self) -> None:
         """Something has come."""
@@ -224,6 +238,12 @@ class SimWorker:
         self._position = 0
         self._nudged = False
         self._started_s = self.world.now
+        if self._signalled:
+            self._signalled = False
+            if self._take_orders(message.sequence):
+                self._task_limit = 0
+                handed = [(task.task_id, 0) for task in message.tasks]
+                self._send(TasksHandedBack(worker_id=self.worker_id, tasks=handed))
         index = 0
         while self._position < self._task_limit:
             task = message.tasks[self._position]
@@ -297,6 +317,36 @@ class SimWorker:
             return
         self._prepare_to_block()
 
+    def on_order(self, order: InterruptTask) -> None:
+        """An order, and the signal to look."""
+        if self.alive:
+            self._orders.append(order)
+            self._look()
+
+    def _look(self) -> None:
+        if not self.alive:
+            return
+        if not self._in_user_code:
+            self._signalled = True
+            self._nudged = self._packet is not None
+        elif self._held:
+            self.world.after(1e-3, self._look)
+        else:
+            packet = self._packet
+            assert packet is not None
+            self._prepare_to_block()
+            task_id = packet.tasks[self._position].task_id
+            mine = [o for o in self._take_orders(packet.sequence) if o.task_id == task_id]
+            if any(order.force for order in mine):
+                self.die(signal=9)
+            elif mine:
+                self._go_on(lambda: self._life.throw(_Interrupted()))
+
+    def _take_orders(self, sequence: int) -> list[InterruptTask]:
+        orders = [order for order in self._orders if order.sequence == sequence]
+        self._orders = [order for order in self._orders if order.sequence > sequence]
+        return orders
+
     def _prepare_to_block(self) -> None:
         self._hand_back()
         if self._finished or self._partial:
@@ -336,6 +386,9 @@ class SimWorker:
             if job.keeps_arguments:
                 self._keep(task.arguments)
             self._in_user_code = True
+            if self._nudged:
+                self._prepare_to_block()
+                yield from self._obey_late(task)
             contained = yield from self._user_code(job)
             self._in_user_code = False
             assert arguments == [self.node.read(value) for value in task.arguments]
@@ -346,7 +399,27 @@ class SimWorker:
             if len(raised.error) > INLINE_MAX_BYTES:
                 error = yield from self._store(self._new_name(), raised.error)
             outcome = Outcome(values=[error], is_error=True, retriable=raised.retriable)
+        except _Interrupted:
+            self._in_user_code = False
+            if job.is_stubborn:
+                outcome = yield from self._returned(job, task, [])
+            else:
+                error = self.node.ledger.encode_error(
+                    TaskCancelledError(task_id=task.task_id.hex(), reason="interrupted")
+                )
+                outcome = Outcome(values=[error], is_error=True)
         self._partial.append(outcome)
+
+    def _obey_late(self, task: TaskCall) -> Life:
+        """The order came after the packet and before the call."""
+        packet = self._packet
+        assert packet is not None
+        mine = [o for o in self._take_orders(packet.sequence) if o.task_id == task.task_id]
+        if any(order.force for order in mine):
+            raise _Died
+        if mine:
+            raise _Interrupted
+        yield 0.0
 
     def _check_arguments(self, job: Job, arguments: list[bytes]) -> None:
         expected = [source.value(index) for source, index in job.inputs]
@@ -397,6 +470,11 @@ class SimWorker:
 
     def _run_children(self, job: Job) -> Life:
         ids = [self._submit(job, child) for child in job.children]
+        if job.cancels_child:
+            if self.world.chance(0.5):
+                yield self.world.between(1e-5, 1e-2)
+            job.spawned[-len(ids)].cancelled = True
+            self._say(CancelTask(task_id=task_of(ids[0]), force=self.world.chance(0.3)))
         if self.world.chance(0.5):
             yield self.world.between(1e-5, 1e-3)
         try:
@@ -409,6 +487,7 @@ class SimWorker:
         # Each attempt of the parent submits anew: the same name, another payload.
         again = child.again(self.node.ids.next_key())
         parent.spawned.append(again)
+        again.spawned_by = parent
         if child.options.name not in self._defined:
             self._defined[child.options.name] = None
             self._say(DefineFunction(definition=child.options.definition()))
@@ -416,10 +495,17 @@ class SimWorker:
         task_id = self.node.ids.next_task_id()
         self.node.ledger.add(again, task_id)
         spec = TaskSpec(
-            task_id=task_id, class_id=again.options.task_class().class_id, calls=[again.key]
+            task_id=task_id,
+            class_id=again.options.task_class().class_id,
+            calls=[again.key],
+            parent=TaskId(self._running_task_id()),
         )
         self._say(SubmitTasks(tasks=[spec]))
         return return_id(task_id, 0)
+
+    def _running_task_id(self) -> bytes:
+        assert self._packet is not None
+        return self._packet.tasks[self._position].task_id
 
     def _put(self, job: Job) -> Life:
         object_id = return_id(self.node.ids.next_task_id(), 0)
@@ -469,30 +555,37 @@ class SimWorker:
         self._replies[number] = []
         self._say(structs.replace(message, request_id=number))
         told = False
-        while True:
-            replies = self._replies[number]
-            if replies and not getattr(replies[-1], "more", False):
-                break
-            if block and not told:
-                yield 2e-4
-                if not self._replies[number]:
-                    told = True
-                    self._prepare_to_block()
-                    self._send(WorkerBlocked(worker_id=self.worker_id))
-                continue
-            yield None
-        if told:
-            self._send(WorkerUnblocked(worker_id=self.worker_id))
-        del self._replies[number]
+        try:
+            while True:
+                replies = self._replies[number]
+                if replies and not getattr(replies[-1], "more", False):
+                    break
+                if block and not told:
+                    yield 2e-4
+                    if not self._replies[number]:
+                        told = True
+                        self._prepare_to_block()
+                        self._send(WorkerBlocked(worker_id=self.worker_id))
+                    continue
+                yield None
+        except _Interrupted:
+            self._say(CancelRequest(request_id=number))
+            raise
+        finally:
+            if told and self.alive:
+                self._send(WorkerUnblocked(worker_id=self.worker_id))
+            del self._replies[number]
         assert all(isinstance(reply, (ObjectValues, RangeGranted)) for reply in replies)
         return replies
 
     def _store(
         self, object_id: ObjectId, data: bytes
     ) -> Generator[float | None, None, InArena | InFile]:
+        held, self._held = self._held, True  # what it asks for now it has to take
         (granted,) = yield from self._request(
             AllocateRange(request_id=0, object_id=object_id, size_bytes=len(data))
         )
+        self._held = held
         return self.node.write(object_id, granted, data)
 
     def _new_name(self) -> ObjectId:

@@ -43,6 +43,7 @@ from poolray.node.node import Node, NodeInput
 from poolray.protocol.client import (
     AddReferences,
     CallResults,
+    CancelTask,
     DefineClass,
     DefineFunction,
     GetObjects,
@@ -228,6 +229,7 @@ class Bench:
         dependencies: list[ObjectId] | None = None,
         borrows: list[ObjectId] | None = None,
         client: bytes = DRIVER,
+        parent: TaskId | None = None,
     ) -> TaskId:
         """One task of one or several calls."""
         task_id = TaskId(b"t%023d" % next(self._tasks))
@@ -240,6 +242,7 @@ class Bench:
             dependencies=dependencies or [],
             slots=list(range(len(dependencies or []))),
             borrows=borrows or [],
+            parent=parent or TaskId(b""),
         )
         self.tell(SubmitTasks(tasks=[spec]), client)
         return task_id
@@ -250,6 +253,11 @@ class Bench:
         specs = [TaskSpec(task_id=i, class_id=class_id, calls=[b"call"]) for i in ids]
         self.tell(SubmitTasks(tasks=specs), DRIVER)
         return ids
+
+    def cancel(
+        self, task_id: TaskId, *, force: bool = False, recursive: bool = True
+    ) -> list[Effect]:
+        return self.tell(CancelTask(task_id=task_id, force=force, recursive=recursive), DRIVER)
 
     def packets(self, worker_id: WorkerId) -> list[RunTasks]:
         """What a worker's queue holds; it is read by this."""

@@ -6,6 +6,7 @@ from collections import deque
 
 import pytest
 
+from poolray.config import Config
 from poolray.ids import ObjectId, TaskId, WorkerId
 from poolray.node.effects import SendWorker, Warn
 from poolray.protocol.client import AllocateRange, CancelTasks, DefineFunction, ReleaseFunction
@@ -25,6 +26,8 @@ from tests.unit.node_harness import (
 )
 
 GROUP = 7
+#: Longer than any pause between two attempts.
+PAUSE_S = Config().retry_delay_max_s
 
 
 def crashed(result: Value | Outcome) -> bool:
@@ -47,6 +50,7 @@ def test_a_task_whose_worker_dies_is_tried_so_often(max_retries: int, attempts: 
         packet = bench.read(worker)
         tried += 1
         bench.lose(worker, packet.sequence, 0)
+        bench.after(PAUSE_S)
     assert tried == attempts
     assert crashed(bench.value_of(result_of(task)))
     bench.drop(result_of(task))
@@ -61,6 +65,7 @@ def test_without_limit_a_task_is_tried_for_ever() -> None:
         bench.start_all()
         (worker,) = bench.busy()
         bench.lose(worker, bench.read(worker).sequence, 0)
+        bench.after(PAUSE_S)
     assert bench.state(task) == "QUEUED"
 
 

@@ -28,6 +28,7 @@ PUBLIC_NAMES = {
         "Pool",
         "__version__",
         "actor",
+        "cancel",
         "exceptions",
         "get",
         "get_actor",

@@ -1,0 +1,170 @@
+"""Cancelling tasks that have objects for results.
+
+      CancelTask ──▶ pending here ──▶ fails at once, never runs
+                 ──▶ with a worker ──▶ unread packets taken back; order and signal to the worker;
+                 │                     by force: the worker is killed
+                 └─▶ with a peer ────▶ CancelForwarded; its result tells what came of it
+What: which tasks a request stops (the task and those that it submitted), and by what means.
+Who calls: `node/node.py` with clients' requests, `node/peers.py` with those of owners,
+`node/tasks.py` as tasks come and go.
+May touch: nothing.
+Invariants: a task in `stopping` is RUNNING or FORWARDED and is not tried again: when it comes back
+in any way without a result, its cancellation is its result. `parents` and `_children` are inverse;
+both ends of each pair have not ended.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+from poolray.exceptions import TaskCancelledError
+from poolray.ids import TaskId, return_id
+from poolray.node.effects import Interrupt, SendPeer, TakeBack, TerminateWorker
+from poolray.node.state import NodeState
+from poolray.node.workers import GroupState, Packet, WorkerRecord, WorkerState
+from poolray.protocol.node import CancelForwarded
+from poolray.protocol.values import Delivery
+from poolray.protocol.worker import InterruptTask
+from poolray.tasks.lifecycle import FORWARDED, RUNNING, TaskRecord
+
+if TYPE_CHECKING:
+    from poolray.node.dispatch import Dispatcher
+    from poolray.node.tasks import Tasks
+
+
+@final
+class Cancellation:
+    """The side of a node that stops tasks."""
+
+    __slots__ = ("_children", "_kill_at", "_state", "_tasks", "dispatcher", "parents", "stopping")
+
+    def __init__(self, state: NodeState, tasks: Tasks) -> None:
+        self._state = state
+        self._tasks = tasks
+        self.dispatcher: Dispatcher
+        #: Tasks that were asked to stop, where they are.
+        self.stopping: dict[TaskId, None] = {}
+        #: task id -> the task that submitted it.
+        self.parents: dict[TaskId, TaskId] = {}
+        #: task id -> the tasks that it submitted.
+        self._children: dict[TaskId, dict[TaskId, None]] = {}
+        #: Of `stopping`, those to be stopped by force -> when their workers are killed.
+        self._kill_at: dict[TaskId, float] = {}
+
+    # ---- who submitted whom ----------------------------------------------------------------------
+
+    def adopt(self, parent: TaskId, child: TaskId) -> None:
+        """A task submits another one."""
+        if parent in self._state.tasks:
+            self.parents[child] = parent
+            self._children.setdefault(parent, {})[child] = None
+
+    def on_end(self, task_id: TaskId) -> None:
+        """A task has ended."""
+        self.stopping.pop(task_id, None)
+        self._kill_at.pop(task_id, None)
+        for child in self._children.pop(task_id, ()):
+            del self.parents[child]
+        parent = self.parents.pop(task_id, None)
+        if parent is not None:
+            siblings = self._children[parent]
+            del siblings[task_id]
+            if not siblings:
+                del self._children[parent]
+
+    # ---- requests --------------------------------------------------------------------------------
+
+    def cancel(self, task_id: TaskId, force: bool, recursive: bool) -> None:
+        """Stop a task, and those that it submitted if asked to."""
+        chosen = {task_id: None}
+        if recursive:
+            pending = [task_id]
+            while pending:
+                for child in self._children.get(pending.pop(), ()):
+                    chosen[child] = None
+                    pending.append(child)
+        for chosen_id in chosen:
+            record = self._state.tasks.get(chosen_id)
+            if record is not None and record.class_queue.task_class.delivery is Delivery.OBJECTS:
+                self._cancel(record, force, recursive)
+
+    def _cancel(self, record: TaskRecord, force: bool, recursive: bool) -> None:
+        for index in range(record.class_queue.task_class.num_returns):
+            value = self._state.objects.get(return_id(record.root_id, index))
+            if value is not None:
+                value.seen = True  # an error that somebody asked for is no news to the user
+        if record.state is RUNNING:
+            self._stop_running(record, force)
+        elif record.state is FORWARDED:
+            assert record.node_id is not None
+            self.stopping[record.task_id] = None
+            message = CancelForwarded(task_id=record.root_id, force=force, recursive=recursive)
+            self._state.effects.append(SendPeer(record.node_id, message))
+        else:
+            self.stopping[record.task_id] = None
+            self._tasks.give_up(record, self._state.encode_error(error_of(record)))
+
+    def _stop_running(self, record: TaskRecord, force: bool) -> None:
+        """A worker has been sent the task; it may run, have ended or be unread."""
+        state = self._state
+        assert record.worker_id is not None
+        worker = state.workers[record.worker_id]
+        if worker.group.state >= GroupState.FAILED:
+            return  # it is being killed
+        self.stopping[record.task_id] = None
+        state.effects.append(TakeBack(worker.worker_id))
+        if force and self._packet_of(worker, record).calls == 1:
+            self._kill(worker)
+            return
+        order = InterruptTask(task_id=record.task_id, sequence=record.sequence, force=force)
+        state.effects.append(Interrupt(worker.worker_id, order))
+        if force and record.task_id not in self._kill_at:
+            # Neighbours in its packet are handed back by the worker first, if it gets to that.
+            due_s = self._kill_at[record.task_id] = state.now + state.config.force_after_s
+            self.dispatcher.watch_time(due_s)
+
+    def _packet_of(self, worker: WorkerRecord, record: TaskRecord) -> Packet:
+        return next(packet for packet in worker.packets if packet.sequence == record.sequence)
+
+    def _kill(self, worker: WorkerRecord) -> None:
+        """End a worker for the task that it runs; it gets nothing more to do."""
+        if worker.state is not WorkerState.STOPPING:
+            worker.move(WorkerState.STOPPING)
+        self._state.effects.append(TerminateWorker(worker.worker_id))
+
+    # ---- time ------------------------------------------------------------------------------------
+
+    def on_tick(self) -> None:
+        """Kill the workers of tasks that did not stop in time."""
+        if not self._kill_at:
+            return
+        now = self._state.now
+        for task_id in [task_id for task_id, due_s in self._kill_at.items() if due_s <= now]:
+            del self._kill_at[task_id]
+            record = self._state.tasks[task_id]
+            if record.state is RUNNING and record.worker_id is not None:
+                self._kill(self._state.workers[record.worker_id])
+        if self._kill_at:
+            self.dispatcher.watch_time(min(self._kill_at.values()))
+
+    # ---- checks ----------------------------------------------------------------------------------
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when tables of orders and families do not agree."""
+        tasks = self._state.tasks
+        for task_id in self.stopping:
+            assert tasks[task_id].state in (RUNNING, FORWARDED), "a stopped task goes on"
+        assert all(task_id in self.stopping for task_id in self._kill_at)
+        pairs = [(c, p) for p, children in self._children.items() for c in children]
+        assert dict(pairs) == self.parents
+        assert all(self._children.values())
+        for child, parent in pairs:
+            assert child in tasks
+            assert parent in tasks
+
+
+def error_of(record: TaskRecord) -> TaskCancelledError:
+    """The result of a task that was cancelled before it had another."""
+    return TaskCancelledError(
+        task_id=record.root_id.hex(), task_name=record.class_queue.task_class.name
+    )
