@@ -292,6 +292,14 @@ def _dumps_by_table(value: object, keep: Callable[[pickle.PickleBuffer], bool]) 
 
 
 _INHERITED_REDUCERS: Any = cloudpickle.Pickler.dispatch_table.maps
+#: What cloudpickle (3.1.3 and later) writes in the place of the name of a function's file.
+_NAMELESS_FILE = "<dynamic-code>"
+
+
+def _reduce_code(code: types.CodeType) -> Any:
+    """cloudpickle's way, but with the name of the file: tracebacks of tasks show where they are."""
+    make, arguments = cloudpickle.cloudpickle._code_reduce(code)[:2]
+    return make, tuple(code.co_filename if a == _NAMELESS_FILE else a for a in arguments)
 
 
 class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -307,7 +315,11 @@ class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
     ) -> None:
         # Connections and sockets travel by handing over their descriptor, as in multiprocessing.
         # Set first: the C pickler looks at it once, in its __init__.
-        table = {memoryview: reducers.reduce_memoryview, **reducers.table()}
+        table = {
+            memoryview: reducers.reduce_memoryview,
+            types.CodeType: _reduce_code,
+            **reducers.table(),
+        }
         self.dispatch_table = ChainMap(table, descriptor_reducers(), *_INHERITED_REDUCERS)
         super().__init__(stream, protocol=5, buffer_callback=keep)
         self._by_value_module = by_value
