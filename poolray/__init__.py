@@ -8,6 +8,13 @@ from poolray import actor, exceptions
 from poolray._version import __version__
 from poolray.actor import get_actor, kill, method
 from poolray.api import cancel, get, init, is_initialized, put, remote, shutdown, wait
+from poolray.cluster_state import (
+    available_resources,
+    cluster_resources,
+    get_gpu_ids,
+    nodes,
+    timeline,
+)
 from poolray.objects.object_ref import ObjectRef
 from poolray.runtime_context import get_runtime_context
 
@@ -22,18 +29,23 @@ __all__ = [
     "Pool",
     "__version__",
     "actor",
+    "available_resources",
     "cancel",
+    "cluster_resources",
     "exceptions",
     "get",
     "get_actor",
+    "get_gpu_ids",
     "get_runtime_context",
     "init",
     "is_initialized",
     "kill",
     "method",
+    "nodes",
     "put",
     "remote",
     "shutdown",
+    "timeline",
     "util",
     "wait",
 ]

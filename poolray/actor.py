@@ -48,6 +48,7 @@ from poolray.objects.serialization import note_reference
 from poolray.protocol.actors import ActorSetup
 from poolray.protocol.values import CallKind, TaskClass
 from poolray.remote_function import demand_of, retry_spec
+from poolray.remote_placement import make_placement
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -434,12 +435,6 @@ class ActorClass(Generic[C]):
             self._export[1] = client.define_function(self._class, name)
             self._export[0] = client
         options = self._options
-        strategy = options.get("scheduling_strategy")
-        if isinstance(strategy, str) and strategy not in ("DEFAULT", "SPREAD"):
-            raise ValueError(
-                f"Invalid scheduling_strategy value {strategy}. Valid values are "
-                '["DEFAULT" | "SPREAD"]'
-            )
         cpus = options.get("num_cpus")
         task_class = identified(
             TaskClass(
@@ -451,6 +446,8 @@ class ActorClass(Generic[C]):
                 resources=demand_of({**options, "num_cpus": 0 if cpus is None else cpus}),
                 group_id=PLAIN_TASKS,
                 max_retries=options.get("max_restarts") or 0,
+                placement=make_placement(options),
+                is_listed=options.get("enable_task_events", True),
                 max_calls=1,  # a worker becomes one actor, and nothing waits behind the constructor
             )
         )

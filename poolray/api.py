@@ -21,8 +21,10 @@ from poolray.exceptions import NotSupportedError
 from poolray.local import process_state
 from poolray.local import runtime as local_runtime
 from poolray.local.fork_server import WorkerSetup
+from poolray.local.machine import HEAD_RESOURCE, NODE_ADDRESS, Wishes, memory_bytes
 from poolray.objects.object_ref import ObjectRef
 from poolray.remote_function import RemoteFunction, check_options
+from poolray.remote_placement import check_labels
 from poolray.remote_signature import DefinitionOptions, Given_co, RemoteSignature
 
 if TYPE_CHECKING:
@@ -101,6 +103,7 @@ def init(
     num_cpus: int | None = None,
     num_gpus: int | None = None,
     resources: dict[str, float] | None = None,
+    labels: dict[str, str] | None = None,
     object_store_memory: int | None = None,
     object_spilling_directory: str | os.PathLike[str] | Sequence[str] | None = None,
     ignore_reinit_error: bool = False,
@@ -109,6 +112,7 @@ def init(
     logging_level: Any = None,
     log_to_driver: bool = True,
     configure_logging: bool = True,
+    _memory: int | None = None,
     **options: Any,
 ) -> RuntimeContextInfo:
     """Start the runtime in this process.
@@ -119,10 +123,13 @@ def init(
         None or "local": this machine, no daemon. Clusters are not supported by this version.
     num_cpus : int, default: CPUs that this process may run on
         CPUs that tasks may use at once.
-    num_gpus : int, default 0
-        Not supported by this version beyond 0.
+    num_gpus : int, default: GPUs that this process may use
+        GPUs that tasks may use at once; they are found by themselves, as `CUDA_VISIBLE_DEVICES`
+        and its like allow. More than there are may be named, for tests.
     resources : dict of str to float
-        Custom resources of this node.
+        Custom resources of this node, in whole numbers.
+    labels : dict of str to str
+        Labels of this node, for `label_selector`.
     object_store_memory : int, bytes, default 30 % of the machine's memory
         Capacity of the shared memory for large objects; pages are taken as they are used. When it
         is used up, objects that nobody looks at go to disk, and come back when they are needed.
@@ -141,6 +148,8 @@ def init(
         Whether what tasks print arrives here, each line with the task's name and pid.
     configure_logging : bool, default True
         Whether `logging_level` is applied.
+    _memory : int, bytes, default: the machine's, less `object_store_memory`
+        What tasks with `memory=` share.
     **options
         Fields of `poolray.config.Config`, by name.
 
@@ -173,6 +182,12 @@ def init(
     """
     _check_init(address, num_cpus, num_gpus, resources, object_store_memory, namespace, options)
     directories = _spill_directories(object_spilling_directory)
+    wishes = Wishes(
+        num_gpus=int(num_gpus) if num_gpus is not None else None,
+        memory_bytes=_memory,
+        resources=resources or {},
+        labels=check_labels(labels),
+    )
     if include_dashboard:
         raise NotSupportedError("include_dashboard=True: this version of poolray has no dashboard.")
     with process_state.lock:
@@ -191,7 +206,7 @@ def init(
         config = Config.load(
             num_cpus=num_cpus, object_store_memory_bytes=object_store_memory, **options
         )
-        _start(config, resources or {}, namespace, log_to_driver, directories)
+        _start(config, wishes, namespace, log_to_driver, directories)
         return _context()
 
 
@@ -224,18 +239,16 @@ def _check_init(
         )
     for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)):
         _check_whole(name, amount)
-    if num_gpus:
-        raise NotSupportedError("num_gpus: this version of poolray does not schedule GPUs.")
     _check_custom(resources)
     if object_store_memory is not None and object_store_memory < _STORE_MIN_BYTES:
         raise ValueError(
             f"Attempting to cap object store memory usage at {object_store_memory} bytes, but the "
             f"minimum allowed is {_STORE_MIN_BYTES} bytes."
         )
-    if object_store_memory is not None and object_store_memory > local_runtime.memory_bytes():
+    if object_store_memory is not None and object_store_memory > memory_bytes():
         raise ValueError(
             f"object_store_memory is {object_store_memory} bytes, and this machine has "
-            f"{local_runtime.memory_bytes()} bytes of memory: what the store has no room for goes "
+            f"{memory_bytes()} bytes of memory: what the store has no room for goes "
             "to disk, so a smaller one will do."
         )
     if namespace is not None and not isinstance(namespace, str):
@@ -313,16 +326,14 @@ def _check_custom(resources: dict[str, float] | None) -> None:
             )
         if not isinstance(amount, (int, float)):
             raise TypeError(f"The quantity of resource {name} must be a number: {amount!r}")
-        if amount < 0:
-            raise ValueError(
-                "Resource quantities must be nonnegative. Violated by resource "
-                f"'{name}' in {resources}."
-            )
+        if name == HEAD_RESOURCE:
+            raise ValueError(f"{name} is a reserved resource name, use another name instead.")
+        _check_whole(name, amount)
 
 
 def _start(
     config: Config,
-    resources: dict[str, float],
+    wishes: Wishes,
     namespace: str | None,
     log_to_driver: bool,
     spill_directories: tuple[str, ...] = (),
@@ -332,7 +343,7 @@ def _start(
     import uuid
 
     _default_namespace = namespace or str(uuid.uuid4())
-    runtime = local_runtime.ensure(config, resources, spill_directories)
+    runtime = local_runtime.ensure(config, wishes, spill_directories)
     if runtime.default_group is None:
         _make_default_group(runtime, log_to_driver)
     assert runtime.default_group is not None
@@ -371,7 +382,7 @@ def _context() -> RuntimeContextInfo:
         {
             "node_id": node_id.hex(),
             "address": "local",
-            "node_ip_address": "127.0.0.1",
+            "node_ip_address": NODE_ADDRESS,
             "session_dir": "",
             "object_store_address": "",
         }
@@ -417,6 +428,16 @@ def is_initialized() -> bool:
     return process_state.is_worker() or local_runtime.current() is not None
 
 
+def ids_of_process() -> tuple[bytes, bytes]:
+    """Ids of the node and the job that this process belongs to; the runtime is up."""
+    setup = process_state.setup()
+    if setup is not None:
+        return setup.node_id, setup.job_id
+    runtime = local_runtime.current()
+    assert runtime is not None
+    return runtime.node_id, runtime.job_id
+
+
 def namespace_of_driver() -> str:
     """The namespace that `init` was given, or made."""
     return _default_namespace
@@ -429,7 +450,7 @@ def find_client() -> Client:
         return client
     with process_state.lock:
         if not is_initialized():
-            _start(Config.load(), {}, None, True)
+            _start(Config.load(), Wishes(), None, True)
         client = process_state.client()
         assert client is not None
         return client

@@ -74,6 +74,7 @@ from poolray.protocol.client import (
     SubmitTasks,
     UnpinObjects,
 )
+from poolray.protocol.state import StateKind, StateRow
 from poolray.protocol.values import FunctionDefinition, InArena, InFile, TaskClass, TaskSpec
 
 _REF = ObjectRef
@@ -108,6 +109,9 @@ class Link(Protocol):
         KeyboardInterrupt
             Ctrl-C while it waited, in the main thread: nothing has been granted.
         """
+
+    def query(self, kind: StateKind) -> list[StateRow]:
+        """What the node tells of its tasks, workers, objects or itself."""
 
     def when_ready(
         self, object_id: ObjectId, call: Callable[[ObjectValues], None]

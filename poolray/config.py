@@ -89,12 +89,17 @@ class Config:
     workers_max: int = 512
     #: An idle worker beyond one per CPU is stopped after this long.
     idle_worker_timeout_s: float = 10.0
+    #: Tasks that wait for this long for what no node has are told of on standard error: long enough
+    #: for a program that is about to cancel them.
+    infeasible_notice_after_s: float = 1.0
     #: Silence after which the head declares a node dead.
     heartbeat_timeout_s: float = 5.0
     #: Interval of heartbeats and resource reports.
     heartbeat_interval_s: float = 0.5
     #: A message to a peer that is not acknowledged for this long is sent again.
     resend_after_s: float = 0.2
+    #: Ended tasks that are remembered, for `poolray.util.state` and `poolray.timeline`; 0: none.
+    task_history_max: int = 10_000
     #: Transitions kept per failed task for its error message.
     history_max: int = 16
     #: Whether refs may be pickled outside of poolray (their objects are then kept for good).

@@ -22,6 +22,12 @@ from poolray.exceptions import NotSupportedError
 from poolray.ids import ClassId, FunctionId, GroupId
 from poolray.objects.object_ref import ObjectRef
 from poolray.protocol.values import CallKind, Delivery, TaskClass
+from poolray.remote_placement import (
+    check_strategy,
+    make_placement,
+    parse_fallbacks,
+    parse_selector,
+)
 from poolray.remote_signature import F_co, Given_co, RemoteCall, RemoteSignature
 from poolray.scheduling.resources import UNIT, to_fixed
 
@@ -56,9 +62,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 #: Options that change what a task does and that this version does not carry out yet.
 _NOT_YET = (
-    "label_selector",
-    "fallback_strategy",
-    "accelerator_type",
     "runtime_env",
     "_labels",
     "_generator_backpressure_num_objects",
@@ -127,7 +130,11 @@ def _check_value(name: str, value: Any, from_options: bool) -> None:
                 f"The option {name} is not supported by this version of poolray."
             )
     elif name == "scheduling_strategy":
-        _check_strategy(value)
+        check_strategy(value)
+    elif name == "label_selector":
+        parse_selector(value)
+    elif name == "fallback_strategy":
+        parse_fallbacks(value)
 
 
 def _check_resources(value: dict[Any, Any]) -> None:
@@ -160,20 +167,6 @@ def _check_num_returns(value: int | str) -> None:
         )
 
 
-def _check_strategy(value: Any) -> None:
-    if isinstance(value, str):
-        return  # as in the reference, its value is checked when a task is submitted
-    if not type(value).__name__.endswith("SchedulingStrategy"):
-        raise TypeError(
-            "The type of keyword 'scheduling_strategy' must be a string or a scheduling strategy, "
-            f"but received type {type(value)}"
-        )
-    raise NotSupportedError(
-        f"scheduling_strategy={value!r} is not supported by this version of poolray: "
-        'use "DEFAULT" or "SPREAD".'
-    )
-
-
 @final
 class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generic[P, R]):
     """A function that runs in a worker. Made by `poolray.remote`.
@@ -197,6 +190,9 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
                 "with `asyncio.run(f())`."
             )
         self._function = function
+        if options.get("num_gpus") and options.get("max_calls") is None:
+            # What its libraries hold of a device goes with the process.
+            options = {**options, "max_calls": 1}
         self._options = options
         self._find_client = find_client
         self._check_generator(options)
@@ -243,7 +239,9 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
 
         def options(self, /, **options):
             check_options(options, from_options=True)
-            made = RemoteFunction(self._function, {**self._options, **options}, self._find_client)
+            # `max_calls` is the definition's, also where GPUs come in here only.
+            merged = {"max_calls": 0, **self._options, **options}
+            made = RemoteFunction(self._function, merged, self._find_client)
             made._export = self._export
             return OptionedFunction(made)
 
@@ -283,12 +281,6 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
 
     def _make_class(self, function_id: FunctionId) -> TaskClass:
         options = self._options
-        strategy = options.get("scheduling_strategy")
-        if isinstance(strategy, str) and strategy not in ("DEFAULT", "SPREAD"):
-            raise ValueError(
-                f"Invalid scheduling_strategy value {strategy}. Valid values are "
-                '["DEFAULT" | "SPREAD"]'
-            )
         count = options.get("num_returns")
         retries = options.get("max_retries")
         made = TaskClass(
@@ -303,6 +295,8 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
             max_retries=3 if retries is None else retries,
             retry_exceptions=retry_spec(options.get("retry_exceptions", False)),
             max_calls=options.get("max_calls") or 0,
+            placement=make_placement(options),
+            is_listed=options.get("enable_task_events", True),
         )
         digest = hashlib.blake2b(msgspec.msgpack.encode(made), digest_size=16).digest()
         return msgspec.structs.replace(made, class_id=ClassId(digest))
@@ -352,17 +346,24 @@ def demand_of(options: Mapping[str, Any]) -> dict[str, int]:
     demand = {"CPU": UNIT if cpus is None else to_fixed("CPU", cpus)}
     gpus = options.get("num_gpus")
     if gpus:
-        if gpus > 1 and gpus != int(gpus):
-            raise ValueError(
-                "GPU resource quantities >1 must be whole numbers. The specified quantity "
-                f"{gpus} is invalid."
-            )
+        _check_devices("GPU", gpus)
         demand["GPU"] = to_fixed("GPU", gpus)
     if options.get("memory"):
         demand["memory"] = to_fixed("memory", options["memory"])
     for name, amount in (options.get("resources") or {}).items():
+        _check_devices(name, amount)
         demand[name] = to_fixed(name, amount)
+    if options.get("accelerator_type"):
+        # Next to nothing of what a node with such devices has once.
+        demand[f"accelerator_type:{options['accelerator_type']}"] = UNIT // 1000
     return {name: amount for name, amount in demand.items() if amount}
+
+
+def _check_devices(name: str, amount: float) -> None:
+    if amount != int(amount):
+        from poolray.scheduling.accelerators import check_devices  # few programs need it
+
+        check_devices(name, amount)
 
 
 def retry_spec(value: bool | list[Any] | tuple[Any, ...]) -> bytes:

@@ -24,6 +24,7 @@ from typing import (
 )
 
 from poolray.objects.object_ref import ObjectRef
+from poolray.remote_strategies import SchedulingStrategyT
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,7 +59,10 @@ class TaskOptions(TypedDict, total=False):
     resources: dict[str, float] | None
     max_retries: int | None
     retry_exceptions: bool | list[type[BaseException]] | tuple[type[BaseException], ...]
-    scheduling_strategy: str | None
+    accelerator_type: str | None
+    scheduling_strategy: SchedulingStrategyT
+    label_selector: dict[str, str] | None
+    fallback_strategy: list[dict[str, Any]] | None
     enable_task_events: bool
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, final
 
 from poolray.actor import ActorHandle, current_actor
-from poolray.api import find_client, namespace_of_driver
+from poolray.api import find_client, ids_of_process, namespace_of_driver
 from poolray.local import process_state
 from poolray.local import runtime as local_runtime
 from poolray.scheduling.resources import from_fixed
@@ -32,12 +32,106 @@ class RuntimeContext:
         return self._ids()[1].hex()
 
     def _ids(self) -> tuple[bytes, bytes]:
+        return ids_of_process()
+
+    def get(self) -> dict[str, Any]:
+        """The ids that there are, by name: `job_id`, `node_id`, `namespace`, in tasks `task_id`."""
+        facts: dict[str, Any] = {
+            "job_id": self.get_job_id(),
+            "node_id": self.get_node_id(),
+            "namespace": self.namespace,
+        }
+        if process_state.is_worker():
+            facts["task_id"] = self.get_task_id()
+        return facts
+
+    @property
+    def job_id(self) -> str:
+        """The same as `get_job_id()`."""
+        return self.get_job_id()
+
+    @property
+    def node_id(self) -> str:
+        """The same as `get_node_id()`."""
+        return self.get_node_id()
+
+    @property
+    def task_id(self) -> str | None:
+        """The same as `get_task_id()`.
+
+        Raises
+        ------
+        AssertionError
+            In a driver, as in the reference.
+        """
+        self._check_worker()
+        return self.get_task_id()
+
+    @property
+    def actor_id(self) -> str | None:
+        """The same as `get_actor_id()`.
+
+        Raises
+        ------
+        AssertionError
+            In a driver, as in the reference.
+        """
+        self._check_worker()
+        return self.get_actor_id()
+
+    @property
+    def current_placement_group_id(self) -> str | None:
+        """The same as `get_placement_group_id()`."""
+        return self.get_placement_group_id()
+
+    @property
+    def should_capture_child_tasks_in_placement_group(self) -> bool:
+        """False: the task is in no placement group."""
+        return False
+
+    @property
+    def was_current_actor_reconstructed(self) -> bool:
+        """False: tasks have no actor.
+
+        Raises
+        ------
+        AssertionError
+            In a driver, as in the reference.
+        """
+        self._check_worker()
+        return False
+
+    def _check_worker(self) -> None:
+        assert process_state.is_worker(), (
+            "This method is only available when the process is a worker."
+        )
+
+    def get_node_labels(self) -> dict[str, str]:
+        """The node's labels: those that `init` was given, and its id."""
         setup = process_state.setup()
         if setup is not None:
-            return setup.node_id, setup.job_id
+            return dict(setup.labels)
         runtime = local_runtime.current()
         assert runtime is not None  # `get_runtime_context` has started it
-        return runtime.node_id, runtime.job_id
+        return dict(runtime.node.state.labels)
+
+    def get_session_name(self) -> str:
+        """A name for this run of the runtime."""
+        return f"session_{self.get_job_id()}"
+
+    def get_accelerator_ids(self) -> dict[str, list[str]]:
+        """Ids of the devices that the running task was given, by resource name.
+
+        Every kind of device is there; a driver has none of any.
+        """
+        from poolray.scheduling import accelerators  # few programs ask
+
+        devices = process_state.current_devices()
+        return {name: list(devices.get(name, [])) for name in accelerators.RESOURCES}
+
+    def get_resource_ids(self) -> dict[str, list[str]]:
+        """The same as `get_accelerator_ids()`."""
+        return self.get_accelerator_ids()
 
     def get_worker_id(self) -> str:
         """The id of this process among the workers, 56 hexadecimal digits; a driver has one too."""
@@ -121,6 +215,11 @@ class RuntimeContext:
     def gcs_address(self) -> str:
         """Where the head is: "local" without a cluster."""
         return "local"
+
+    @property
+    def runtime_env(self) -> dict[str, Any]:
+        """The runtime environment: none."""
+        return {}
 
     def get_runtime_env_string(self) -> str:
         """The runtime environment as JSON: none."""

@@ -77,6 +77,9 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
     node_id: bytes = b""
     job_id: bytes = b""
     namespace: str = ""
+    labels: dict[str, str] = {}  #: of the node
+    #: Resource name -> the variable that makes devices of it visible; empty where none does.
+    accelerators: dict[str, str] = {}
 
 
 def die_with_parent() -> None:

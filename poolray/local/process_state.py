@@ -43,6 +43,10 @@ class _State:
         #: The actor that lives in this worker, if one does.
         self.actor: ActorSetup | None = None
         self.actor_label = ""
+        #: Resource name -> ids of the devices that this worker is to use.
+        self.devices: dict[str, list[str]] = {}
+        #: Those of which the driver's variable named the ids.
+        self.named_devices: dict[str, None] = {}
 
 
 _state = _State()
@@ -155,6 +159,37 @@ def current_function_name() -> str:
 def current_task_resources() -> dict[str, int]:
     """What it was given, in units of 1/10,000."""
     return _state.task_resources
+
+
+def use_devices(devices: dict[str, list[str]], variables: dict[str, str]) -> None:
+    """A worker's loop: show user code these devices and no others.
+
+    Parameters
+    ----------
+    devices : dict of str to list of str
+        Resource name -> ids.
+    variables : dict of str to str
+        Resource name -> the variable for devices of that kind.
+    """
+    from poolray.scheduling.accelerators import variables_for
+
+    if not _state.devices:
+        named = (name for name, variable in variables.items() if variable in os.environ)
+        _state.named_devices = dict.fromkeys(named)
+    _state.devices = devices
+    for resource, ids in devices.items():
+        if ids:
+            os.environ.update(variables_for(resource, variables.get(resource, ""), ids))
+
+
+def current_devices() -> dict[str, list[str]]:
+    """Resource name -> ids of the devices that the running task was given."""
+    return _state.devices
+
+
+def are_named(resource: str) -> bool:
+    """Whether ids of devices are those of the driver's variable, not our numbers."""
+    return resource in _state.named_devices
 
 
 #: Called in a forked child, to close what belongs to the parent.

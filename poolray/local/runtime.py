@@ -46,6 +46,7 @@ from poolray.ids import (
 from poolray.local import inspection, process_state
 from poolray.local.callbacks import CallbackThread
 from poolray.local.fork_server import WorkerSetup
+from poolray.local.machine import Machine, Wishes, describe, memory_bytes, usable_cpus
 from poolray.local.reactor import Guard, Interrupts, Reactor, Waitable
 from poolray.local.session_folder import SessionFolders, sweep
 from poolray.local.spilling import SpillThreads, file_name
@@ -56,6 +57,7 @@ from poolray.node.effects import (
     GroupDrained,
     GroupFailed,
     Interrupt,
+    Notice,
     Nudge,
     Reply,
     RestoreObject,
@@ -98,6 +100,7 @@ from poolray.protocol.node import (
     Tick,
     WorkerLost,
 )
+from poolray.protocol.state import QueryState, StateKind, StateRow, StateRows
 from poolray.protocol.values import InArena, InFile, Outcome, TaskClass, TaskSpec
 from poolray.protocol.worker import (
     ClientMessage,
@@ -107,7 +110,6 @@ from poolray.protocol.worker import (
     WorkerOutput,
     WorkerReady,
 )
-from poolray.scheduling.resources import to_fixed
 
 _LOCAL = ClientId(b"driver")
 _NOTHING: list[ObjectId] = []
@@ -169,22 +171,25 @@ class LocalRuntime:
     """One node in this process."""
 
     def __init__(
-        self, config: Config, total: dict[str, int], spill_directories: Sequence[str] = ()
+        self, config: Config, machine: Machine, spill_directories: Sequence[str] = ()
     ) -> None:
         self.config = config
+        self.machine = machine
         self.pid = os.getpid()
         self.node_id = NodeId(os.urandom(NODE_ID_BYTES))
         self.job_id = os.urandom(4)
         self.driver_id = os.urandom(WORKER_ID_BYTES)
         self.task_ids = TaskIdSource(os.urandom(16))
-        capacity = config.object_store_memory_bytes or _default_arena_bytes()
+        capacity = _store_bytes(config)
         self.arena = Arena(create_arena_file(capacity), capacity)
         self._random = os.urandom(WORKER_ID_BYTES - 8)
         self._worker_numbers = itertools.count(1)
         self.node = Node(
             node_id=self.node_id,
             config=config,
-            resources=total,
+            resources=machine.total,
+            devices=machine.devices,
+            labels=machine.labels,
             arena_bytes=capacity,
             encode_error=pickle.dumps,
             next_worker_id=lambda: WorkerId(
@@ -253,6 +258,7 @@ class LocalRuntime:
             DeleteFile: self._spill_threads.start,
             DeleteUnsealed: self._spill_threads.start,
             Warn: self._deliveries.append,
+            Notice: self._deliveries.append,
             UnhandledError: self._deliveries.append,
         }
         #: Messages to the machine that effects have given rise to.
@@ -588,6 +594,8 @@ class LocalRuntime:
             self._end_group(item.group_id)
         elif kind is UnhandledError:
             self._show_unhandled(item)
+        elif kind is Notice:
+            _write_out(sys.stderr, f"poolray: {item.text}\n")
         elif kind is Warn:
             import warnings
 
@@ -729,13 +737,20 @@ class LocalRuntime:
 
     def ask(self, make: Callable[[int], Any]) -> Any:
         """Send the request that `make` makes of its number; gives the answer (`Link`)."""
-        request = _Request()
+        request: _Request = _Request()
         request_id = next(self._request_ids)
         self._requests[request_id] = request
         with self.guard:
+            if self.open_batches:
+                self._flush_batches()
             self.feed(_LOCAL, make(request_id))
         self.reactor.ensure_background()
         return request.reply
+
+    def query(self, kind: StateKind) -> list[StateRow]:
+        """What the node tells of its tasks, workers, objects or itself (`Link`)."""
+        reply: StateRows = self.ask(lambda request_id: QueryState(request_id=request_id, kind=kind))
+        return reply.rows
 
     def release(self, object_ids: list[ObjectId]) -> None:
         """This process no longer looks at these objects."""
@@ -788,6 +803,8 @@ class LocalRuntime:
             node_id=self.node_id,
             job_id=self.job_id,
             config=self.config,
+            labels=dict(self.node.state.labels),
+            accelerators=self.machine.variables,
         )
         preparation = None
         definitions: dict[str, object] = {}
@@ -1052,16 +1069,10 @@ def _places(results: list[bytes | Outcome]) -> list[InArena | InFile]:
     ]
 
 
-def memory_bytes() -> int:
-    """Memory of this machine."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 4 << 30
-
-
-def _default_arena_bytes() -> int:
-    return max(_ARENA_MIN_BYTES, int(memory_bytes() * _ARENA_SHARE))
+def _store_bytes(config: Config) -> int:
+    """Capacity of the arena."""
+    default = max(_ARENA_MIN_BYTES, int(memory_bytes() * _ARENA_SHARE))
+    return config.object_store_memory_bytes or default
 
 
 def _preparation_data(name: str) -> dict[str, Any]:
@@ -1083,13 +1094,6 @@ def _preparation_data(name: str) -> dict[str, Any]:
     return data
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0)) or 1
-    return os.cpu_count() or 1
-
-
 #: Set by the API: makes the group of plain tasks where the driver has not.
 make_default_group: Callable[[LocalRuntime], None] | None = None
 _runtimes: weakref.WeakSet[LocalRuntime] = weakref.WeakSet()
@@ -1105,7 +1109,7 @@ def current() -> LocalRuntime | None:
 
 def ensure(
     config: Config | None = None,
-    resources: dict[str, float] | None = None,
+    wishes: Wishes | None = None,
     spill_directories: Sequence[str] = (),
 ) -> LocalRuntime:
     """This process's runtime, made if there is none."""
@@ -1115,12 +1119,8 @@ def ensure(
         if found is not None:
             return found
         made = config if config is not None else Config.load()
-        cpus = made.num_cpus if made.num_cpus >= 0 else float(usable_cpus())
-        total = {"CPU": to_fixed("CPU", cpus)}
-        total["memory"] = to_fixed("memory", memory_bytes())
-        for name, amount in (resources or {}).items():
-            total[name] = to_fixed(name, amount)
-        _current = LocalRuntime(made, total, spill_directories)
+        machine = describe(made, wishes or Wishes(), _store_bytes(made))
+        _current = LocalRuntime(made, machine, spill_directories)
         return _current
 
 

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from poolray.config import Config
 from poolray.exceptions import ObjectLostError, PoolrayError, TaskCancelledError
 from poolray.ids import FunctionId, ObjectId, WorkerId, return_id
 from poolray.local import process_state, worker_process
@@ -79,6 +78,8 @@ _CALLER = Delivery.CALLER
 
 #: User code that could not be interrupted where it was is looked at again after this long.
 _LOOK_AGAIN_S = 1e-3
+#: What those who look on are told of an error.
+_SUMMARY_CHARS_MAX = 2000
 #: Results are sent early when they add up to this much.
 _FLUSH_BYTES = 64 * 1024
 
@@ -95,7 +96,7 @@ def run_worker(
     """A worker's life; gives its exit code."""
     arena.forget_parent()
     worker_process.settle(setup, number, reports)
-    worker = Worker(command, tasks, reports, arena, setup.config)
+    worker = Worker(command, tasks, reports, arena, setup)
     client = WorkerClient(
         worker.worker_id,
         control,
@@ -166,8 +167,9 @@ class Worker:
         tasks: socket.socket,
         reports: socket.socket,
         arena: Arena,
-        config: Config,
+        setup: WorkerSetup,
     ) -> None:
+        config = setup.config
         self.worker_id: WorkerId = command.worker_id
         self.client: WorkerClient
         self._slot = command.slot
@@ -175,6 +177,7 @@ class Worker:
         self._arena = arena
         self._config = config
         self.tasks = tasks
+        self._accelerators = setup.accelerators
         self._reader = SpinningReader(tasks, config.spin_s)
         self.encode = msgspec.msgpack.Encoder().encode
         self.decode = msgspec.msgpack.Decoder(ToWorkerQueue).decode
@@ -285,6 +288,8 @@ class Worker:
             self.classes[known.index] = Function(
                 known.task_class, serializer, self._name_of(known.task_class)
             )
+            if known.devices:
+                process_state.use_devices(known.devices, self._accelerators)
 
     def _name_of(self, task_class: TaskClass) -> str:
         if task_class.method:
@@ -681,7 +686,7 @@ class Worker:
         task_class = function.task_class
         if isinstance(error, DependencyFailed):
             encoded = worker_errors.encode_dependency_error(error.error, task_class.name)
-            return Outcome(values=[encoded], is_error=True)
+            return Outcome(values=[encoded], is_error=True, summary=_summary(error.error))
         if function.for_caller:
             encoded = worker_errors.encode_plain(error)
         elif isinstance(error, KeyboardInterrupt):
@@ -697,7 +702,7 @@ class Worker:
         value: bytes | InArena | InFile = encoded
         if len(encoded) > self._config.inline_max_bytes:
             value = self.client.store(self.client.next_object_id(), encoded)
-        return Outcome(values=[value], is_error=True, retriable=retriable)
+        return Outcome(values=[value], is_error=True, retriable=retriable, summary=_summary(error))
 
     def _is_retriable(self, error: BaseException, function: Function) -> bool:
         names = function.task_class.retry_exceptions
@@ -729,6 +734,14 @@ def _is_interruptible(frame: FrameType | None) -> bool:
             return False
         frame = frame.f_back
     return False
+
+
+def _summary(error: object) -> str:
+    """An error's class and text, if it can say them."""
+    try:
+        return f"{type(error).__name__}: {error}"[:_SUMMARY_CHARS_MAX]
+    except Exception:
+        return type(error).__name__  # its own text fails
 
 
 def exit_code_of(error: SystemExit) -> int:

@@ -42,6 +42,7 @@ from poolray.protocol.client import (
     WaitObjects,
     WaitReply,
 )
+from poolray.protocol.state import QueryState, StateKind, StateRow, StateRows
 from poolray.protocol.values import Delivery, InArena, InFile
 from poolray.protocol.worker import (
     ClientMessage,
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-_Reply = ObjectValues | WaitReply | RangeGranted | ActorReply | NamedActors | CallCount
+_Reply = ObjectValues | WaitReply | RangeGranted | ActorReply | NamedActors | CallCount | StateRows
 _Parts = list[_Reply]
 
 #: A thread that has handed all awaited values over waits for more this long.
@@ -179,6 +180,20 @@ class WorkerLink:
             self._close(request_id)
         assert parts is not None
         return parts[0]
+
+    def query(self, kind: StateKind) -> list[StateRow]:
+        """What the node tells of its tasks, workers, objects or itself."""
+        request_id = self._open()
+        try:
+            self.send(QueryState(request_id=request_id, kind=kind))
+            parts = self._await(request_id, None, tell=False)
+        finally:
+            self._close(request_id)
+        rows: list[StateRow] = []
+        for part in parts or ():
+            assert isinstance(part, StateRows)
+            rows.extend(part.rows)
+        return rows
 
     def when_ready(
         self, object_id: ObjectId, call: Callable[[ObjectValues], None]
@@ -375,7 +390,7 @@ def _wait_out(wait: Callable[..., T], *args: Any) -> T:
 
 def _is_last(message: _Reply) -> bool:
     """Whether a reply is complete with this."""
-    return not (isinstance(message, ObjectValues) and message.more)
+    return not (isinstance(message, (ObjectValues, StateRows)) and message.more)
 
 
 def _joined(parts: _Parts) -> ObjectValues:

@@ -245,8 +245,8 @@ class Actors:
     def _move_in(self, actor: Actor, record: TaskRecord, worker: WorkerRecord) -> None:
         """The worker is the actor's from now on, with the resources of the constructor's call."""
         if worker.lease is None and worker.runs is not None:  # a thread of it still waits in `get`
-            self._state.resources.acquire_anyway(worker.runs.task_class.resources)
-            worker.lease = worker.runs
+            self._state.resources.acquire_anyway(worker.runs.lent)
+            worker.lease, worker.keeps = worker.runs, None
         worker.move(_ACTOR)
         actor.worker = worker
         actor.pid = worker.pid
@@ -455,7 +455,7 @@ class Actors:
         if not record.dependencies and isinstance(payload, bytes):
             call = TaskCall(task_id=record.task_id, class_index=index, calls=record.calls)
             return call, size
-        packet = Packet(0, record.class_queue)
+        packet = Packet(0, record.class_queue, self._state.now)
         call = self._dispatcher.call_with_arguments(record, packet, index)
         if packet.pins:
             actor.pins[record.task_id] = packet.pins

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sized
 from typing import TYPE_CHECKING, final
 
 from poolray.ids import FunctionId, GroupId, ObjectId, WorkerId
-from poolray.node.effects import Nudge, SendWorker, TakeBack
+from poolray.node.effects import Notice, Nudge, SendWorker, TakeBack
 from poolray.node.state import NodeState
 from poolray.node.tasks import Tasks
 from poolray.node.workers import Group, GroupState, Packet, WorkerRecord, WorkerState
@@ -29,7 +29,7 @@ from poolray.protocol.worker import (
     TasksFinished,
     TasksHandedBack,
 )
-from poolray.tasks.class_queue import ClassQueue
+from poolray.tasks.class_queue import ClassQueue, Obstacle
 from poolray.tasks.lifecycle import RUNNING, TaskRecord
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ _STOPPING = WorkerState.STOPPING
 
 #: Unread packets worth less than this are not taken from their worker to feed an idle one.
 _STEAL_MIN_S = 100e-6
+#: Different demands of which the user is told that no node meets them.
+_TOLD_MAX = 1000
 #: Packets that others are served before a class that waits for many resources at once stops them:
 #: what they give back is kept for it from then on.
 _PASSED_OVER_MAX = 64
@@ -71,9 +73,11 @@ class Dispatcher:
     """The worker side of a node: what is sent to workers and what they report."""
 
     __slots__ = (
+        "_notices",
         "_short",
         "_state",
         "_tasks",
+        "_told",
         "actors",
         "deadline_s",
         "groups",
@@ -89,6 +93,10 @@ class Dispatcher:
         #: Groups with calls that wait for resources, or for a worker's place: also another group's
         #: worker can free these.
         self._short: dict[GroupId, Group] = {}
+        #: (when to say so, class) of demands that no node meets.
+        self._notices: list[tuple[float, ClassQueue]] = []
+        #: Such demands of which the user was told, or will be.
+        self._told: dict[str, None] = {}
         #: No worker's deadline is before this; None: nobody is watched.
         self.deadline_s: float | None = None
         #: Offers the head of a queue that cannot run here to other nodes; True when one took it.
@@ -124,7 +132,7 @@ class Dispatcher:
                         again.append((class_id, queue))
                     if ahead is not None:
                         ahead.passed_over += 1
-                elif ahead is None:
+                elif ahead is None and queue.obstacle is None:
                     ahead = queue
             turn = again
 
@@ -143,13 +151,19 @@ class Dispatcher:
     def _send_next(self, group: Group, queue: ClassQueue, ahead: ClassQueue | None) -> bool:
         """One packet of a class to some worker; False when no worker can take one now."""
         queue.stuck = False
+        if queue.obstacle is not None:
+            return self._meet_obstacle(group, queue, queue.obstacle)
         if group.idle:
+            worker = next(reversed(group.idle.values()))
+            if (queue.uses_devices or group.device_workers) and not worker.suits(queue):
+                return self._send_to_suitable(group, queue, ahead)
             if (ahead is None or self._may_pass(queue, ahead)) and self._state.resources.acquire(
                 queue.task_class.resources
             ):
-                worker = next(reversed(group.idle.values()))
                 worker.move(_BUSY)
                 worker.runs = worker.lease = queue
+                if queue.uses_devices:
+                    self._give_devices(group, worker, queue)
                 queue.passed_over = 0
                 self._send_packet(group, worker, queue)
                 return True
@@ -170,6 +184,54 @@ class Dispatcher:
         # (Else the next task would want another worker.)
         queue.stuck = not self.peers
         return group.size == 0 and self.try_forward(queue)
+
+    def _send_to_suitable(self, group: Group, queue: ClassQueue, ahead: ClassQueue | None) -> bool:
+        """The same when the idle worker that was used last is not for such calls."""
+        suitable = next((w for w in reversed(group.idle.values()) if w.suits(queue)), None)
+        if suitable is not None:
+            # Now it counts as the one that was used last.
+            del group.idle[suitable.worker_id]
+            group.idle[suitable.worker_id] = suitable
+            return self._send_next(group, queue, ahead)
+        if self.groups.start_for(group, queue):
+            self._short[group.group_id] = group
+        return False
+
+    def _give_devices(self, group: Group, worker: WorkerRecord, queue: ClassQueue) -> None:
+        """A worker gets devices with its lease; the next packet tells it which."""
+        worker.devices = self._state.resources.take_devices(queue.task_class.resources)
+        group.device_workers[worker.worker_id] = None
+        index = worker.class_indexes.pop(queue.task_class.class_id, None)
+        if index is not None:
+            worker.free_indexes.append(index)
+
+    def _meet_obstacle(self, group: Group, queue: ClassQueue, obstacle: Obstacle) -> bool:
+        """Calls that this node can never run: they fail, go to another node, or wait."""
+        if obstacle.is_final:
+            self._tasks.give_up_unschedulable(queue, obstacle.text)
+            return False
+        if group.size == 0 and self.try_forward(queue):
+            return True
+        if obstacle.text not in self._told and len(self._told) < _TOLD_MAX:
+            self._told[obstacle.text] = None
+            deadline_s = self._state.now + self._state.config.infeasible_notice_after_s
+            self._notices.append((deadline_s, queue))
+            self.watch_time(deadline_s)
+        return False
+
+    def tell_obstacles(self, now: float) -> None:
+        """Say of which calls nothing will come, if they still wait; note when to look again."""
+        for deadline_s, queue in self._notices:
+            if deadline_s > now or queue.obstacle is None:
+                continue
+            if queue.queued_calls:
+                text = f"Task {queue.task_class.name} waits for {queue.obstacle.text}"
+                self._state.effects.append(Notice(text))
+            else:
+                del self._told[queue.obstacle.text]  # the next one that waits for it says so
+        self._notices = [notice for notice in self._notices if notice[0] > now]
+        for deadline_s, _ in self._notices:
+            self.watch_time(deadline_s)
 
     def _may_pass(self, queue: ClassQueue, ahead: ClassQueue) -> bool:
         """Whether a class may take resources although another one has waited longer for some."""
@@ -194,7 +256,7 @@ class Dispatcher:
         """Fill a packet from a queue and send it."""
         state = self._state
         worker.sequence = sequence = worker.sequence + 1
-        packet = Packet(sequence, queue)
+        packet = Packet(sequence, queue, state.now)
         task_class = queue.task_class
         index = worker.class_indexes.get(task_class.class_id)
         if (
@@ -234,10 +296,16 @@ class Dispatcher:
         news = _News([], [], [])
         index = worker.class_indexes.get(task_class.class_id)
         if index is None:
-            index = worker.class_indexes[task_class.class_id] = worker.next_class_index
-            worker.next_class_index += 1
+            if worker.free_indexes:
+                index = worker.free_indexes.pop()
+            else:
+                index = worker.next_class_index
+                worker.next_class_index += 1
+            worker.class_indexes[task_class.class_id] = index
             packet.defines_class = True
-            news.classes.append(ClassDefinition(index=index, task_class=task_class))
+            devices = self._state.resources.ids_of(worker.devices) if worker.devices else {}
+            definition = ClassDefinition(index=index, task_class=task_class, devices=devices)
+            news.classes.append(definition)
         function_id = task_class.function_id
         if function_id and function_id not in worker.functions:
             worker.functions[function_id] = None
@@ -452,6 +520,9 @@ class Dispatcher:
         if worker.lease is not None:
             self._state.resources.release(worker.lease.task_class.resources)
             worker.lease = None
+        if worker.devices:
+            self._state.resources.give_devices(worker.devices)
+            worker.devices = {}
         worker.move(_IDLE)
         worker.runs = None
         if not worker.group.size:  # others are never too many
@@ -463,7 +534,7 @@ class Dispatcher:
             return
         for worker in group.stocked.values():
             queue = worker.runs
-            if worker.state is not _BUSY or queue is None:
+            if worker.state is not _BUSY or queue is None or queue.uses_devices:
                 continue
             waiting = sum(packet.calls for packet in list(worker.packets)[1:])
             if waiting * (
@@ -553,11 +624,14 @@ class Dispatcher:
         self.offer(worker.group)
 
     def on_blocked(self, worker_id: WorkerId) -> None:
-        """A worker's task waits: its resources are free for others meanwhile."""
+        """A worker's task waits: its CPUs are free for others meanwhile."""
         worker = self._state.workers.get(worker_id)
         if worker is None or worker.lease is None or worker.state is _ACTOR:
             return
-        self.release_lease(worker)
+        queue, worker.lease = worker.lease, None
+        self._state.resources.release(queue.lent)
+        if queue.kept:
+            worker.keeps = queue
         if worker.state is _BUSY:
             worker.move(_BLOCKED)
             if len(worker.packets) > 1:
@@ -569,8 +643,12 @@ class Dispatcher:
         worker = self._state.workers.get(worker_id)
         if worker is None or worker.runs is None or worker.lease is not None:
             return
-        self._state.resources.acquire_anyway(worker.runs.task_class.resources)
-        worker.lease = worker.runs
+        queue = worker.runs
+        # (One that is being killed has let go of what it kept, and is never busy again.)
+        if worker.keeps is None and queue.kept:
+            return
+        self._state.resources.acquire_anyway(queue.lent)
+        worker.lease, worker.keeps = queue, None
         if worker.state is _BLOCKED:
             worker.move(_BUSY)
 
@@ -579,6 +657,12 @@ class Dispatcher:
         if worker.lease is not None:
             self._state.resources.release(worker.lease.task_class.resources)
             worker.lease = None
+        elif worker.keeps is not None:
+            self._state.resources.release(worker.keeps.kept)
+            worker.keeps = None
+        if worker.devices:
+            self._state.resources.give_devices(worker.devices)
+            worker.devices = {}
 
     # ---- cancelled and lost ----------------------------------------------------------------------
 
@@ -657,9 +741,13 @@ class Dispatcher:
         state = self._state
         for worker in state.workers.values():
             self._check_worker(worker)
+            demand: dict[str, int] = {}
             if worker.lease is not None:
-                for name, amount in worker.lease.task_class.resources.items():
-                    held[name] = held.get(name, 0) + amount
+                demand = worker.lease.task_class.resources
+            elif worker.keeps is not None:
+                demand = worker.keeps.kept
+            for name, amount in demand.items():
+                held[name] = held.get(name, 0) + amount
         state.resources.check_invariants(held)
         for task in state.tasks.values():
             if task.state is RUNNING and not task.actor_id:
@@ -681,7 +769,8 @@ class Dispatcher:
             for queue in group.ready.values():
                 assert queue.queued_calls, "an empty queue counts as ready"
                 assert (
-                    not group.idle
+                    not any(worker.suits(queue) for worker in group.idle.values())
+                    or queue.obstacle is not None
                     or len(group.ready) > 1  # another class may be waiting for its turn
                     or not state.resources.fits_now(queue.task_class.resources)
                 ), "calls wait beside an idle worker"
@@ -692,6 +781,13 @@ class Dispatcher:
         assert (worker.worker_id in group.idle) == (worker.state is _IDLE)
         assert (worker.worker_id in group.stocked) == (len(worker.packets) > 1)
         assert worker.lease is None or worker.lease is worker.runs
+        assert worker.keeps is None or worker.lease is None
+        if worker.lease is not None or worker.keeps is not None:
+            assert bool(worker.devices) == bool(
+                worker.runs is not None and worker.runs.uses_devices
+            ), "devices do not go with a lease"
+        else:
+            assert not worker.devices, "devices without a lease"
         if worker.state is _BUSY:
             assert worker.packets, "a busy worker without packets"
             assert worker.lease is not None

@@ -17,6 +17,7 @@ from poolray.ids import ClientId, GroupId, NodeId, WorkerId
 from poolray.protocol.actors import ActorReply, CallCount, NamedActors
 from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, WaitReply
 from poolray.protocol.node import HeadRequest, PeerMessage
+from poolray.protocol.state import StateRows
 from poolray.protocol.values import InArena, InFile
 from poolray.protocol.worker import InterruptTask, RunTasks, StopWorker
 
@@ -33,7 +34,14 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
 
     client_id: ClientId
     message: (
-        ObjectValues | WaitReply | RangeGranted | CallResults | ActorReply | NamedActors | CallCount
+        ObjectValues
+        | WaitReply
+        | RangeGranted
+        | CallResults
+        | ActorReply
+        | NamedActors
+        | CallCount
+        | StateRows
     )
 
 
@@ -143,6 +151,12 @@ class Warn(msgspec.Struct, frozen=True, gc=False):
     text: str
 
 
+class Notice(msgspec.Struct, frozen=True, gc=False):
+    """Tell the user, on standard error."""
+
+    text: str
+
+
 class UnhandledError(msgspec.Struct, frozen=True, gc=False):
     """The last reference to an error went before anybody looked at it: show it to the user."""
 
@@ -168,5 +182,6 @@ Effect: TypeAlias = (
     | SendObject
     | WriteObject
     | Warn
+    | Notice
     | UnhandledError
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, final
 
 from poolray.ids import ClientId, FunctionId, GroupId, ObjectId
+from poolray.node.placement import find_obstacle
 from poolray.node.state import NodeState
 from poolray.objects.directory import ClientRecord
 from poolray.protocol.values import FunctionDefinition, TaskClass
@@ -49,7 +50,17 @@ class Functions:
         """A client will name this class."""
         known = self._state.classes.get(task_class.class_id)
         if known is None:
-            self._state.classes[task_class.class_id] = ClassQueue(task_class)
+            state = self._state
+            obstacle = find_obstacle(task_class, state.node_id, state.labels, state.resources)
+            queue = ClassQueue(task_class, obstacle)
+            queue.uses_devices = any(
+                amount and name in state.resources.pools
+                for name, amount in task_class.resources.items()
+            )
+            definition = state.functions.get(task_class.function_id)
+            if definition is not None:
+                queue.function_name = definition.name
+            state.classes[task_class.class_id] = queue
         else:
             known.released = False
 

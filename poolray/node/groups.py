@@ -26,6 +26,7 @@ from poolray.node.effects import (
     TerminateWorker,
     Warn,
 )
+from poolray.node.observer import Observer
 from poolray.node.state import NodeState
 from poolray.node.tasks import Tasks
 from poolray.node.workers import Group, GroupState, WorkerRecord, WorkerState
@@ -56,6 +57,7 @@ class Groups:
         "_dispatcher",
         "_free_slots",
         "_next_worker_id",
+        "_observer",
         "_slots",
         "_state",
         "_tasks",
@@ -69,11 +71,13 @@ class Groups:
         dispatcher: Dispatcher,
         next_worker_id: Callable[[], WorkerId],
         slots: int,
+        observer: Observer,
     ) -> None:
         self.actors: Actors
         self._state = state
         self._tasks = tasks
         self._dispatcher = dispatcher
+        self._observer = observer
         self._next_worker_id = next_worker_id
         self._slots = slots
         #: Progress words that no worker uses, the next one last.
@@ -210,6 +214,7 @@ class Groups:
         worker_id = self._next_worker_id()
         slot = self._free_slots.pop()
         worker = WorkerRecord(worker_id, group, slot)
+        worker.started_s = state.now
         group.workers[worker_id] = worker
         group.starting += 1
         state.workers[worker_id] = worker
@@ -232,6 +237,8 @@ class Groups:
                 if len(group.workers) >= group.size:
                     return False
             elif len(group.workers) - group.actors >= self._state.config.workers_max:
+                if group.idle and not group.leaving:
+                    self.stop(next(iter(group.idle.values())))  # idle ones are not for this class
                 return False
             # The ones that start already will take as much.
             elif not resources.fits_times(demand, group.starting + 1):
@@ -318,6 +325,7 @@ class Groups:
         group = worker.group
         never_ready = worker.state is _STARTING
         stopping = worker.state is _STOPPING
+        self._observer.on_worker_lost(worker, message, was_told=stopping)
         self._dispatcher.release_lease(worker)
         if not stopping:
             worker.move(_STOPPING)
@@ -326,6 +334,7 @@ class Groups:
         group.leaving -= 1
         group.actors -= worker.is_actor
         group.stocked.pop(message.worker_id, None)
+        group.device_workers.pop(message.worker_id, None)
         del self._state.workers[message.worker_id]
         del group.workers[message.worker_id]
         self._free_slots.append(worker.slot)
@@ -366,6 +375,7 @@ class Groups:
         for worker in self._state.workers.values():
             if self._is_watched(worker):
                 dispatcher.watch(worker, worker.deadline_s)
+        dispatcher.tell_obstacles(now)
         for group in self._state.groups.values():
             if group.start_again_s > now:
                 dispatcher.watch_time(group.start_again_s)

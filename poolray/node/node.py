@@ -15,7 +15,7 @@ Invariants: `check_invariants()`; every request is answered, every task ends.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeAlias, final
 
 import msgspec
@@ -31,7 +31,9 @@ from poolray.node.functions import Functions
 from poolray.node.groups import Groups
 from poolray.node.memory import memory_table
 from poolray.node.objects import Objects
+from poolray.node.observer import Observer
 from poolray.node.peers import Peers
+from poolray.node.placement import NODE_ID_LABEL
 from poolray.node.retries import Retries
 from poolray.node.state import NodeState
 from poolray.node.store import Store, StoreStatistics
@@ -97,6 +99,7 @@ from poolray.protocol.node import (
     Tick,
     WorkerLost,
 )
+from poolray.protocol.state import QueryState
 from poolray.protocol.values import FunctionDefinition, InArena
 from poolray.protocol.worker import (
     ActorExiting,
@@ -188,6 +191,10 @@ class Node:
         Progress words, hence workers, at the most.
     has_head : bool
         Whether a head listens to heartbeats.
+    devices : mapping of str to sequence of str
+        Ids of the devices of those resources that have some.
+    labels : mapping of str to str
+        What placements may ask for.
     """
 
     def __init__(
@@ -202,22 +209,26 @@ class Node:
         local_client: ClientId,
         slots: int,
         has_head: bool = False,
+        devices: Mapping[str, Sequence[str]] | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         state = NodeState(
             node_id,
             config,
-            ResourceAccount(resources),
+            ResourceAccount(resources, devices),
             RangeAllocator(arena_bytes),
             encode_error,
             local_client,
+            {NODE_ID_LABEL: node_id.hex(), **(labels or {})},
         )
         self.state = state
         functions = Functions(state)
+        self._observer = observer = Observer(state)
         store = Store(state)
-        tasks = Tasks(state, store, functions)
+        tasks = Tasks(state, store, functions, observer)
         functions.objects = objects = Objects(state, store, tasks.on_dependency_ready)
         dispatcher = Dispatcher(state, tasks)
-        groups = Groups(state, tasks, dispatcher, next_worker_id, slots)
+        groups = Groups(state, tasks, dispatcher, next_worker_id, slots, observer)
         peers = Peers(state, store, objects, tasks, functions)
         actors = Actors(state, objects, tasks, dispatcher, groups)
         # The parts know each other: they are one machine, in files of readable size.
@@ -331,6 +342,8 @@ class Node:
                 functions.release(objects.client(client_id), message.function_id)
             case NoteCallSite():
                 objects.note_call_site(message.object_ids, message.call_site)
+            case QueryState():
+                self._observer.on_query(client_id, message)
             case CancelTasks():
                 self._tasks.cancel(message.task_ids)
             case (

@@ -130,6 +130,8 @@ class Peers:
             # (An actor lives where it was made.)
             and record.class_queue.task_class.kind is not CallKind.CREATE
             and not record.is_foreign
+            # Of other nodes' labels nothing is known here.
+            and record.class_queue.task_class.placement is None
             # Refs that the task would find inside its arguments mean nothing on another node.
             and not record.borrows
             and isinstance(record.calls[0], bytes)

@@ -8,7 +8,7 @@ Invariants: each table has one part that writes it, named beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import final
 
 from poolray.config import Config
@@ -37,6 +37,7 @@ class NodeState:
         "encode_error",
         "functions",
         "groups",
+        "labels",
         "local_client",
         "node_id",
         "now",
@@ -54,8 +55,11 @@ class NodeState:
         allocator: RangeAllocator,
         encode_error: Callable[[PoolrayError], bytes],
         local_client: ClientId,
+        labels: Mapping[str, str],
     ) -> None:
         self.node_id = node_id
+        #: What placements may ask for; never changes.
+        self.labels = dict(labels)
         self.config = config
         self.resources = resources  # dispatcher
         self.allocator = allocator  # objects

@@ -21,6 +21,7 @@ from poolray.exceptions import (
     ObjectReconstructionFailedError,
     PoolrayError,
     TaskCancelledError,
+    TaskUnschedulableError,
     WorkerCrashedError,
 )
 from poolray.ids import (
@@ -37,6 +38,7 @@ from poolray.node.cancellation import error_of
 from poolray.node.effects import Reply, UnhandledError
 from poolray.node.functions import Functions
 from poolray.node.objects import Objects
+from poolray.node.observer import Observer
 from poolray.node.state import NodeState
 from poolray.node.store import Store
 from poolray.node.workers import Group, GroupState, Packet, WorkerRecord
@@ -45,6 +47,7 @@ from poolray.protocol.client import CallResults
 from poolray.protocol.node import WorkerLost
 from poolray.protocol.values import CallKind, Delivery, InFile, Outcome, TaskSpec, Value
 from poolray.protocol.worker import TasksFinished
+from poolray.tasks.class_queue import ClassQueue
 from poolray.tasks.lifecycle import (
     DELAYED,
     FAILED,
@@ -70,12 +73,32 @@ _OPEN = GroupState.OPEN
 _FAILED_GROUP = GroupState.FAILED
 
 
+#: What those who look on know errors of the node's as; every other one is an exception.
+_ERROR_TYPES: dict[type[PoolrayError], str] = {
+    WorkerCrashedError: "WORKER_DIED",
+    NodeDiedError: "NODE_DIED",
+    ObjectLostError: "OBJECT_LOST",
+    ObjectReconstructionFailedError: "OBJECT_UNRECONSTRUCTABLE",
+    TaskCancelledError: "TASK_CANCELLED",
+    TaskUnschedulableError: "TASK_UNSCHEDULABLE_ERROR",
+}
+_OTHER_ERROR = "TASK_EXECUTION_EXCEPTION"
+
+
+def _error_of(result: bytes | Outcome) -> tuple[str, str] | None:
+    """What those who look on are told of a failed call."""
+    if isinstance(result, bytes) or not result.is_error:
+        return None
+    return _OTHER_ERROR, result.summary
+
+
 @final
 class Tasks:
     """The task side of a node."""
 
     __slots__ = (
         "_lineage",
+        "_observer",
         "_parts",
         "_state",
         "actors",
@@ -89,10 +112,13 @@ class Tasks:
         "store",
     )
 
-    def __init__(self, state: NodeState, store: Store, functions: Functions) -> None:
+    def __init__(
+        self, state: NodeState, store: Store, functions: Functions, observer: Observer
+    ) -> None:
         self._state = state
         self.store = store
         self.functions = functions
+        self._observer = observer
         self.objects: Objects
         self.actors: Actors
         self.dispatcher: Dispatcher
@@ -306,6 +332,8 @@ class Tasks:
         tasks = self._state.tasks
         worker_id = worker.worker_id
         calls = 0
+        ended = self._observer.ended
+        now, pid = self._state.now, worker.pid
         for report in message.results:
             results = report.results
             calls += len(results)
@@ -317,7 +345,23 @@ class Tasks:
             elif record.class_queue.task_class.delivery is _CALLER:
                 self._deliver(record, record.sent_offset + report.start, results, worker)
             elif results:
-                self.finish(record, results[0], worker.client_id)
+                result = results[0]
+                self.finish(record, result, worker.client_id)
+                if ended is not None and (
+                    type(result) is bytes or record.state >= SUCCEEDED  # else it is tried again
+                ):
+                    ended.append(
+                        (
+                            record.root_id,
+                            record.class_queue,
+                            record.attempts,
+                            None if type(result) is bytes else _error_of(result),
+                            worker_id,
+                            pid,
+                            now,
+                            message.elapsed_ns,
+                        )
+                    )
         return calls
 
     def _deliver(
@@ -488,10 +532,17 @@ class Tasks:
         """A task is given up here: its error becomes its result (if it crashed, its owner on
         another node may try it again).
         """
-        self.fail_encoded(record, self._state.encode_error(error), crashed)
+        error_type = _ERROR_TYPES.get(type(error), _OTHER_ERROR)
+        self._fail(record, self._state.encode_error(error), crashed, error_type, str(error))
 
-    def fail_encoded(self, record: TaskRecord, error: bytes, crashed: bool = False) -> None:
+    def fail_encoded(self, record: TaskRecord, error: bytes) -> None:
         """The same, for an error that is serialized already."""
+        self._fail(record, error, False, _OTHER_ERROR, "its workers cannot run it")
+
+    def _fail(
+        self, record: TaskRecord, error: bytes, crashed: bool, error_type: str, message: str
+    ) -> None:
+        self._observer.on_given_up(record, error_type, message)
         outcome = Outcome(values=[error], is_error=True, retriable=crashed, crashed=crashed)
         record.move(FAILED)
         if record.class_queue.task_class.kind is _CREATE:
@@ -511,6 +562,15 @@ class Tasks:
         """A task fails wherever it is, and whatever becomes of the call that runs."""
         self._withdraw(record)
         self.fail_encoded(record, error)
+
+    def give_up_unschedulable(self, queue: ClassQueue, reason: str) -> None:
+        """No node may ever run the calls of a class: those that are queued fail."""
+        name = queue.task_class.name
+        error = TaskUnschedulableError(f"The task is not schedulable: {reason}, name={name}")
+        for record in [record for record in queue.queue if record not in queue.removed]:
+            if self._state.tasks.get(record.task_id) is record:  # a failure may end others
+                self._withdraw(record)
+                self.fail(record, error)
 
     def on_lost_with_worker(self, record: TaskRecord, begun: int, message: WorkerLost) -> None:
         """The worker that had a task died; the caller dispatches afterwards.
@@ -609,6 +669,7 @@ class Tasks:
                     task_name=record.class_queue.task_class.name,
                     reason=reason,
                 )
+                self._observer.on_given_up(record, _ERROR_TYPES[TaskCancelledError], str(error))
                 encoded = self._state.encode_error(error)
                 if record.class_queue.task_class.kind is _CREATE:
                     self.actors.on_creation_failed(record, encoded)

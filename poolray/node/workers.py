@@ -22,6 +22,7 @@ from typing import final
 
 from poolray.exceptions import IllegalTransition
 from poolray.ids import ClassId, ClientId, FunctionId, GroupId, ObjectId, WorkerId
+from poolray.scheduling.resources import Devices
 from poolray.tasks.class_queue import ClassQueue
 from poolray.tasks.lifecycle import TaskRecord
 
@@ -72,12 +73,14 @@ class Packet:
         "pins",
         "queue",
         "records",
+        "sent_s",
         "sequence",
         "size_bytes",
     )
 
-    def __init__(self, sequence: int, queue: ClassQueue) -> None:
+    def __init__(self, sequence: int, queue: ClassQueue, sent_s: float) -> None:
         self.sequence = sequence
+        self.sent_s = sent_s
         #: The class of all its calls.
         self.queue = queue
         #: Tasks in the order in which they run.
@@ -109,10 +112,13 @@ class WorkerRecord:
         "class_indexes",
         "client_id",
         "deadline_s",
+        "devices",
         "forget",
+        "free_indexes",
         "functions",
         "group",
         "is_actor",
+        "keeps",
         "lease",
         "next_class_index",
         "nudged_sequence",
@@ -121,6 +127,7 @@ class WorkerRecord:
         "runs",
         "sequence",
         "slot",
+        "started_s",
         "state",
         "worker_id",
     )
@@ -148,13 +155,29 @@ class WorkerRecord:
         self.runs: ClassQueue | None = None
         #: The class whose resources it holds: `runs`, or None while its task is blocked.
         self.lease: ClassQueue | None = None
+        #: The class of which it keeps what is not lent while its task is blocked.
+        self.keeps: ClassQueue | None = None
+        #: The devices of its lease; it keeps them while its task is blocked.
+        self.devices: Devices = {}
+        #: When it was asked for.
+        self.started_s = 0.0
         #: class id -> the index under which the worker knows it.
         self.class_indexes: dict[ClassId, int] = {}
         self.next_class_index = 0
+        #: Indexes below that which mean nothing any more.
+        self.free_indexes: list[int] = []
         #: Functions whose definitions were sent.
         self.functions: dict[FunctionId, None] = {}
         #: Functions to forget, which the next packet will tell it.
         self.forget: list[FunctionId] = []
+
+    def suits(self, queue: ClassQueue) -> bool:
+        """Whether it may run calls of a class: those that use devices and others never share a
+        worker, so that none sees devices that are not its own.
+        """
+        if queue.uses_devices:
+            return self.sequence == 0 or self.worker_id in self.group.device_workers
+        return self.worker_id not in self.group.device_workers
 
     def move(self, state: WorkerState) -> None:
         """Go to another state, keeping the group's tables right.
@@ -206,6 +229,7 @@ class Group:
     __slots__ = (
         "actors",
         "break_on_death",
+        "device_workers",
         "error",
         "group_id",
         "hungry",
@@ -250,6 +274,9 @@ class Group:
         self.stocked: dict[WorkerId, WorkerRecord] = {}
         #: Workers that actors live in.
         self.actors = 0
+        #: Workers that have had devices, which their libraries may keep in use: they serve no
+        #: calls without.
+        self.device_workers: dict[WorkerId, None] = {}
         self.starting = 0
         self.leaving = 0  # STOPPING
         #: Deaths in a row of workers that never became ready.

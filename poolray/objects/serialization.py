@@ -297,7 +297,7 @@ _NAMELESS_FILE = "<dynamic-code>"
 
 
 def _reduce_code(code: types.CodeType) -> Any:
-    """cloudpickle's way, but with the name of the file: tracebacks of tasks show where they are."""
+    """Cloudpickle's way, but with the name of the file: tracebacks of tasks show where they are."""
     make, arguments = cloudpickle.cloudpickle._code_reduce(code)[:2]
     return make, tuple(code.co_filename if a == _NAMELESS_FILE else a for a in arguments)
 

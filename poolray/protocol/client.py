@@ -14,6 +14,7 @@ import msgspec
 
 from poolray.ids import FunctionId, ObjectId, TaskId
 from poolray.protocol.actors import ActorReply, ActorRequest, CallCount, NamedActors
+from poolray.protocol.state import QueryState, StateRows
 from poolray.protocol.values import (
     FunctionDefinition,
     InArena,
@@ -132,7 +133,7 @@ class UnpinObjects(msgspec.Struct, frozen=True, array_like=True, tag=115, kw_onl
     object_ids: list[ObjectId]
 
 
-class CancelTask(msgspec.Struct, frozen=True, array_like=True, tag=120, kw_only=True):
+class CancelTask(msgspec.Struct, frozen=True, array_like=True, tag=117, kw_only=True):
     """Stop a task with objects for results, wherever it is; nothing happens when it has ended.
 
     What has not begun never runs; what runs is interrupted, and decides itself how it ends.
@@ -200,8 +201,16 @@ ClientRequest: TypeAlias = (
     | CancelTasks
     | ActorRequest
     | CancelTask
+    | QueryState
 )
 
 ClientReply: TypeAlias = (
-    ObjectValues | WaitReply | RangeGranted | CallResults | ActorReply | NamedActors | CallCount
+    ObjectValues
+    | WaitReply
+    | RangeGranted
+    | CallResults
+    | ActorReply
+    | NamedActors
+    | CallCount
+    | StateRows
 )

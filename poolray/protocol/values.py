@@ -67,6 +67,35 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only=True)
     #: Objects that the values refer to, per value: they live as long as the value does.
     contained: list[list[ObjectId]] = []
     crashed: bool = False  #: an error because the worker died
+    summary: str = ""  #: of an error: its class and text, for those who look on
+
+
+class LabelOperator(enum.IntEnum):
+    """What a label has to be."""
+
+    IN = 0  #: one of the values
+    NOT_IN = 1  #: none of the values; a node without the label will do
+    EXISTS = 2
+    NOT_EXISTS = 3
+
+
+class LabelMatch(msgspec.Struct, frozen=True, array_like=True):
+    """One condition on a label of a node."""
+
+    key: str
+    operator: LabelOperator
+    values: list[str] = []
+
+
+class Placement(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Where calls may run, beyond what resources say."""
+
+    node_id: NodeId = NodeId(b"")  #: this node; empty: any
+    #: Without `node_id`, or where that can never run them, any node will do.
+    is_soft: bool = False
+    #: Sets of conditions on labels, best first; a node that meets all of one set will do. Empty:
+    #: every node.
+    labels: list[list[LabelMatch]] = []
 
 
 class TaskClass(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=True):
@@ -88,6 +117,8 @@ class TaskClass(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=Tru
     #: Parent processes' arrays may be written to by the call (Pool and Executor promise it).
     writable: bool = False
     method: str = ""  #: what `CallKind.METHOD` calls; empty for all other kinds
+    placement: Placement | None = None  #: None: wherever the resources are
+    is_listed: bool = True  #: whether its tasks appear in listings of what goes on
 
 
 class TaskSpec(msgspec.Struct, frozen=True, array_like=True, tag=5, kw_only=True):

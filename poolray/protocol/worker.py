@@ -41,6 +41,7 @@ from poolray.protocol.client import (
     WaitObjects,
     WaitReply,
 )
+from poolray.protocol.state import QueryState, StateRows
 from poolray.protocol.values import FunctionDefinition, InArena, InFile, Outcome, TaskClass
 
 
@@ -60,6 +61,8 @@ class ClassDefinition(msgspec.Struct, frozen=True, array_like=True, kw_only=True
 
     index: int
     task_class: TaskClass
+    #: Resource name -> ids of the devices that the worker is to use for its calls from now on.
+    devices: dict[str, list[str]] = {}
 
 
 class RunTasks(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True):
@@ -219,6 +222,7 @@ class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_onl
         | PinObjects
         | UnpinObjects
         | ActorRequest
+        | QueryState
     )
 
 
@@ -256,7 +260,14 @@ FromWorkers: TypeAlias = (
 )
 
 ToWorkerControl: TypeAlias = (
-    ObjectValues | WaitReply | RangeGranted | ActorReply | NamedActors | CallCount | InterruptTask
+    ObjectValues
+    | WaitReply
+    | RangeGranted
+    | ActorReply
+    | NamedActors
+    | CallCount
+    | StateRows
+    | InterruptTask
 )
 
 

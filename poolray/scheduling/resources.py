@@ -1,16 +1,17 @@
-"""Resources of a node: exact amounts, taken and given back.
+"""Resources of a node: exact amounts, taken and given back, and devices that have a number each.
 
 What: fixed-point quantities (1/10,000) and an account that never loses a fraction.
 Who calls: the API converts demands, the node machine acquires and releases.
 May touch: nothing.
 Invariants: 0 <= available is guaranteed by `acquire`; only `acquire_anyway`, for a blocked task
-that goes on, may go below; available equals total when nothing is held.
+that goes on, may go below; available equals total when nothing is held. What is available of a
+resource with devices is the sum of what is free of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import final
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias, final
 
 UNIT = 10_000  #: one whole CPU
 
@@ -41,14 +42,70 @@ def from_fixed(fixed: Mapping[str, int]) -> dict[str, float]:
 
 
 @final
+class DevicePool:
+    """Devices of one kind: whole ones, or shares of one."""
+
+    __slots__ = ("free", "ids")
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        #: What programs call them, in the order in which they are handed out.
+        self.ids = tuple(ids)
+        #: What is free of each.
+        self.free = [UNIT] * len(self.ids)
+
+    def fits(self, amount: int) -> bool:
+        """Whether this much is free: so many whole devices, or a share of a single one."""
+        if amount < UNIT:
+            return any(free >= amount for free in self.free)
+        return self.free.count(UNIT) * UNIT >= amount
+
+    def take(self, amount: int) -> list[tuple[int, int]]:
+        """Take what `fits`; gives (index, amount) of each device.
+
+        A share comes from the fullest device that has room for it: the others stay whole for those
+        that want whole ones.
+        """
+        taken: list[tuple[int, int]] = []
+        if 0 < amount < UNIT:
+            index = min((free, index) for index, free in enumerate(self.free) if free >= amount)[1]
+            taken.append((index, amount))
+        else:
+            whole = [index for index, free in enumerate(self.free) if free == UNIT]
+            taken.extend((index, UNIT) for index in whole[: amount // UNIT])
+        for index, share in taken:
+            self.free[index] -= share
+        return taken
+
+    def give(self, taken: Sequence[tuple[int, int]]) -> None:
+        """Give devices or shares back."""
+        for index, share in taken:
+            self.free[index] += share
+
+
+#: Resource name -> (index, amount) of each device of it that a worker has.
+Devices: TypeAlias = dict[str, list[tuple[int, int]]]
+
+
+@final
 class ResourceAccount:
-    """What a node has, and what of it is free."""
+    """What a node has, and what of it is free.
 
-    __slots__ = ("available", "total")
+    Parameters
+    ----------
+    total : mapping of str to int
+        What there is, in units of 1/10,000.
+    devices : mapping of str to sequence of str
+        Ids of the devices of those resources that have some: as many as `total` says.
+    """
 
-    def __init__(self, total: Mapping[str, int]) -> None:
+    __slots__ = ("available", "pools", "total")
+
+    def __init__(
+        self, total: Mapping[str, int], devices: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         self.total = dict(total)
         self.available = dict(total)
+        self.pools = {name: DevicePool(ids) for name, ids in (devices or {}).items()}
 
     def fits_ever(self, demand: Mapping[str, int]) -> bool:
         """Whether the node has this much at all."""
@@ -57,6 +114,8 @@ class ResourceAccount:
     def fits_now(self, demand: Mapping[str, int]) -> bool:
         """Whether this much is free."""
         available = self.available
+        if self.pools and not self._fits_devices(demand):
+            return False
         for name, amount in demand.items():  # noqa: SIM110 - a generator costs more than the loop
             if available.get(name, 0) < amount:
                 return False
@@ -65,6 +124,8 @@ class ResourceAccount:
     def fits_times(self, demand: Mapping[str, int], count: int) -> bool:
         """Whether this much is free `count` times."""
         available = self.available
+        if self.pools and not self._fits_devices(demand):
+            return False
         return all(available.get(name, 0) >= amount * count for name, amount in demand.items())
 
     def fits_with(self, demand: Mapping[str, int], returned: Mapping[str, int]) -> bool:
@@ -82,12 +143,19 @@ class ResourceAccount:
                 return True
         return False
 
+    def _fits_devices(self, demand: Mapping[str, int]) -> bool:
+        """Whether single devices have room: two halves of two are not a whole."""
+        pools = self.pools
+        return all(pools[name].fits(amount) for name, amount in demand.items() if name in pools)
+
     def acquire(self, demand: Mapping[str, int]) -> bool:
         """Take this much, all or nothing."""
         available = self.available
         for name, amount in demand.items():
             if available.get(name, 0) < amount:
                 return False
+        if self.pools and not self._fits_devices(demand):
+            return False
         for name, amount in demand.items():
             if amount:
                 available[name] -= amount
@@ -105,7 +173,31 @@ class ResourceAccount:
             if amount:
                 available[name] += amount
 
+    def take_devices(self, demand: Mapping[str, int]) -> Devices:
+        """Choose the devices of a demand that was acquired."""
+        pools = self.pools
+        return {
+            name: pools[name].take(amount)
+            for name, amount in demand.items()
+            if amount and name in pools
+        }
+
+    def give_devices(self, devices: Devices) -> None:
+        """Give devices back; the amounts are released beside."""
+        for name, taken in devices.items():
+            self.pools[name].give(taken)
+
+    def ids_of(self, devices: Devices) -> dict[str, list[str]]:
+        """What programs call these devices."""
+        return {
+            name: [self.pools[name].ids[index] for index, _ in taken]
+            for name, taken in devices.items()
+        }
+
     def check_invariants(self, held: Mapping[str, int]) -> None:
         """Raise AssertionError unless total = available + held."""
         for name, amount in self.total.items():
             assert self.available[name] + held.get(name, 0) == amount, name
+        for name, pool in self.pools.items():
+            assert all(0 <= free <= UNIT for free in pool.free), name
+            assert sum(pool.free) == self.available[name], name

@@ -24,12 +24,29 @@ _NEW_WEIGHT = 0.4
 
 
 @final
+class Obstacle:
+    """Why calls of a class cannot run on this node, now or later."""
+
+    __slots__ = ("is_final", "text")
+
+    def __init__(self, text: str, is_final: bool) -> None:
+        #: What is missing, for the user.
+        self.text = text
+        #: The calls fail; otherwise they wait for a node that can run them.
+        self.is_final = is_final
+
+
+@final
 class ClassQueue:
     """A task class: its queue and what is known of its run time."""
 
     __slots__ = (
         "estimate_s",
+        "function_name",
         "hungry",
+        "kept",
+        "lent",
+        "obstacle",
         "passed_over",
         "queue",
         "queued_calls",
@@ -38,10 +55,21 @@ class ClassQueue:
         "stuck",
         "task_class",
         "tasks",
+        "uses_devices",
     )
 
-    def __init__(self, task_class: TaskClass) -> None:
+    def __init__(self, task_class: TaskClass, obstacle: Obstacle | None = None) -> None:
         self.task_class = task_class
+        #: Why none of its calls can ever run here; None: they can, the usual case.
+        self.obstacle = obstacle
+        #: What a call that waits in `get` or `wait` lends to others: its CPUs. Of the rest, a
+        #: device say, its memory is full of things.
+        self.lent = {n: q for n, q in task_class.resources.items() if n == "CPU"}
+        self.kept = {n: q for n, q in task_class.resources.items() if n != "CPU" and q}
+        #: Whether its workers are given devices, and serve nobody else afterwards.
+        self.uses_devices = False
+        #: Module and name of the function.
+        self.function_name = task_class.name
         #: Tasks that may run, in order; among them are removed ones, which `first` skips.
         self.queue: deque[TaskRecord] = deque()
         self.queued_calls = 0

@@ -272,7 +272,7 @@ def test_the_error_names_the_task_and_where_it_was(tmp_path: Path) -> None:
     ref = run_long.options(name="resize_images").remote(tmp_path)
     wait_until((tmp_path / "begun").exists)
     ray.cancel(ref)
-    with pytest.raises(ray.exceptions.TaskCancelledError, match=r"(?s)resize_images.*in spin"):
+    with pytest.raises(ray.exceptions.TaskCancelledError, match=r"(?s)resize_images.*in run_long"):
         get(ref)
 
 

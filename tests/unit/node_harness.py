@@ -62,6 +62,7 @@ from poolray.protocol.node import (
     Tick,
     WorkerLost,
 )
+from poolray.protocol.state import QueryState, StateKind, StateRow, StateRows
 from poolray.protocol.values import (
     Delivery,
     FunctionDefinition,
@@ -106,13 +107,22 @@ class Bench:
         arena_bytes: int = 1 << 20,
         slots: int = 16,
         node_id: NodeId = NODE,
+        resources: dict[str, int] | None = None,
+        devices: dict[str, list[str]] | None = None,
+        labels: dict[str, str] | None = None,
         **config: object,
     ) -> None:
         counter = itertools.count(1)
         self.node = Node(
             node_id=node_id,
             config=Config(**config),  # type: ignore[arg-type]
-            resources={"CPU": int(cpus * CPU)},
+            resources={
+                "CPU": int(cpus * CPU),
+                **{name: amount * CPU for name, amount in (resources or {}).items()},
+                **{name: len(ids) * CPU for name, ids in (devices or {}).items()},
+            },
+            devices=devices,
+            labels=labels,
             arena_bytes=arena_bytes,
             encode_error=encode_error,
             next_worker_id=lambda: WorkerId(b"w%027d" % next(counter)),
@@ -198,7 +208,14 @@ class Bench:
 
     # ---- work ------------------------------------------------------------------------------------
 
-    def task_class(self, name: str = "f", *, cpus: float = 1, **options: object) -> ClassId:
+    def task_class(
+        self,
+        name: str = "f",
+        *,
+        cpus: float = 1,
+        more: dict[str, int] | None = None,
+        **options: object,
+    ) -> ClassId:
         """A class of tasks, known to the node."""
         function_id = FunctionId(name.encode())
         class_id = ClassId(b"class-" + name.encode())
@@ -208,7 +225,7 @@ class Bench:
             class_id=class_id,
             function_id=function_id,
             name=name,
-            resources={"CPU": int(cpus * CPU)} if cpus else {},
+            resources=({"CPU": int(cpus * CPU)} if cpus else {}) | (more or {}),
             **options,  # type: ignore[arg-type]
         )
         self._classes[class_id] = known
@@ -400,6 +417,12 @@ class Bench:
         taken = [e for e in self.effects if isinstance(e, Reply) and isinstance(e.message, kind)]
         self.effects = [effect for effect in self.effects if effect not in taken]
         return [effect.message for effect in taken]  # type: ignore[misc]
+
+    def rows(self, kind: StateKind, client: bytes = DRIVER) -> list[list[StateRow]]:
+        """What the node tells of itself, packet by packet."""
+        request_id = next(self._requests)
+        self.tell(QueryState(request_id=request_id, kind=kind), client)
+        return [reply.rows for reply in self._replies(StateRows)]
 
     # ---- looking in ------------------------------------------------------------------------------
 

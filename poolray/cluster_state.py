@@ -1,0 +1,199 @@
+"""What there is and what goes on: resources, nodes, devices, the timeline.
+
+What: asks the node and puts its answers in the form that Ray Core users know.
+Who calls: users, as `poolray.nodes` and so on; `poolray.util.state` for its rows.
+May touch: the clock, to turn the node's times into dates; a file that `timeline` is told to write.
+Invariants: nothing is cached: an answer is what the node knew a moment ago.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+from poolray.api import find_client, ids_of_process
+from poolray.local import process_state
+from poolray.local.machine import NODE_ADDRESS
+from poolray.protocol.state import NodeRow, StateKind, StateRow, TaskRow
+from poolray.scheduling.resources import from_fixed
+
+__all__ = ["available_resources", "cluster_resources", "get_gpu_ids", "nodes", "timeline"]
+
+
+def ask(kind: StateKind) -> list[StateRow]:
+    """What the node tells; starts the runtime if there is none."""
+    return find_client().link.query(kind)
+
+
+def _node() -> NodeRow:
+    return cast(NodeRow, ask(StateKind.NODES)[0])
+
+
+def wall_clock_offset_s() -> float:
+    """What to add to a time of the node to make it one since 1970."""
+    return time.time() - time.monotonic()
+
+
+def cluster_resources() -> dict[str, float]:
+    """What there is in all, by resource name.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> poolray.cluster_resources()["CPU"] >= 1
+    True
+    """
+    return from_fixed(_node().total)
+
+
+def available_resources() -> dict[str, float]:
+    """What of it is free at the moment; what is used up is left out.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> poolray.available_resources().keys() <= poolray.cluster_resources().keys()
+    True
+    """
+    return from_fixed(_node().available)
+
+
+def nodes() -> list[dict[str, Any]]:
+    """The machines: one, until there is a cluster.
+
+    Returns
+    -------
+    list of dict
+        `NodeID` (hex), `Alive`, `NodeManagerAddress`, `NodeManagerHostname`, `Resources`, `Labels`
+        and further keys that Ray Core gives; ports and sockets that do not exist are 0 and empty.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> [node["Alive"] for node in poolray.nodes()]
+    [True]
+    """
+    import socket
+
+    row = _node()
+    return [
+        {
+            "NodeID": row.node_id.hex(),
+            "Alive": True,
+            "NodeManagerAddress": NODE_ADDRESS,
+            "NodeManagerHostname": socket.gethostname(),
+            "NodeManagerPort": 0,
+            "ObjectManagerPort": 0,
+            "ObjectStoreSocketName": "",
+            "RayletSocketName": "",
+            "MetricsExportPort": 0,
+            "MetricsAgentPort": 0,
+            "DashboardAgentListenPort": 0,
+            "NodeName": NODE_ADDRESS,
+            "RuntimeEnvAgentPort": 0,
+            "DeathReason": 0,
+            "DeathReasonMessage": "",
+            "alive": True,
+            "Resources": from_fixed(row.total),
+            "Labels": row.labels,
+        }
+    ]
+
+
+def get_gpu_ids() -> list[int] | list[str]:
+    """Ids of the GPUs that the running task was given; none in a driver.
+
+    Returns
+    -------
+    list of int or list of str
+        Numbers from 0 on; where `CUDA_VISIBLE_DEVICES` was set when the runtime was started, the
+        ids that it names.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> poolray.shutdown()
+    >>> context = poolray.init(num_gpus=2)
+    >>> poolray.get(poolray.remote(num_gpus=1)(poolray.get_gpu_ids).remote())
+    [0]
+    >>> poolray.shutdown()
+    """
+    find_client()
+    ids = process_state.current_devices().get("GPU", [])
+    return ids if process_state.are_named("GPU") else [int(each) for each in ids]
+
+
+def timeline(filename: str | None = None) -> list[dict[str, Any]] | None:
+    """What ran where and when, for `chrome://tracing` or Perfetto.
+
+    Parameters
+    ----------
+    filename : str, optional
+        Where to write it, as JSON; None returns it.
+
+    Returns
+    -------
+    list of dict or None
+        One "X" event for each task that has ended, in microseconds since 1970, `pid` standing for
+        the node and `tid` for the worker; then "M" events with the names of these.
+
+    Notes
+    -----
+    The node remembers the last `task_history_max` tasks. Tasks so short that several are reported
+    together share the time that they took evenly.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> poolray.get(poolray.remote(lambda: 1).options(name="one").remote())
+    1
+    >>> [event["ph"] for event in poolray.timeline() if event["name"] == "one"]
+    ['X']
+    """
+    rows = cast("list[TaskRow]", ask(StateKind.TASKS))
+    events = _trace([row for row in rows if row.ended_s])
+    if filename is None:
+        return events
+    import json
+
+    with open(filename, "w", encoding="utf-8") as file:
+        json.dump(events, file)
+    return None
+
+
+def _trace(rows: list[TaskRow]) -> list[dict[str, Any]]:
+    offset_s = wall_clock_offset_s()
+    job_id = ids_of_process()[1].hex()
+    thread_by_worker: dict[str, int] = {}
+    events: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: row.started_s):
+        worker = f"worker:{row.worker_id.hex()}"
+        thread = thread_by_worker.setdefault(worker, len(thread_by_worker))
+        failed = row.state == "FAILED"
+        events.append(
+            {
+                "cat": f"task::{row.name}",
+                "name": row.name,
+                "ph": "X",
+                "pid": 0,
+                "tid": thread,
+                "ts": (row.started_s + offset_s) * 1e6,
+                "dur": (row.ended_s - row.started_s) * 1e6,
+                "cname": "terrible" if failed else "good",
+                "args": {
+                    "task_id": row.task_id.hex(),
+                    "job_id": job_id,
+                    "attempt_number": row.attempt,
+                    "func_or_class_name": row.function_name,
+                    "actor_id": None,
+                    "state": row.state,
+                },
+            }
+        )
+    names: list[tuple[str, int | None, str]] = [("process_name", None, f"Node {NODE_ADDRESS}")]
+    names += [("thread_name", thread, worker) for worker, thread in thread_by_worker.items()]
+    return events + [
+        {"name": name, "ph": "M", "pid": 0, "tid": thread, "args": {"name": text}}
+        for name, thread, text in names
+        if events
+    ]

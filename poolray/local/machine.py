@@ -1,0 +1,110 @@
+"""What this machine offers to tasks: its resources, devices and labels.
+
+What: turns what the user says and what is found into the amounts that a node is made with.
+Who calls: the local runtime, once, before it makes its node.
+May touch: the environment, `/dev` and `/sys` (through `scheduling/accelerators.py`).
+Invariants: of a resource with devices there is as much as there are devices.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from poolray.config import Config
+from poolray.scheduling.resources import to_fixed
+
+if TYPE_CHECKING:
+    from poolray.scheduling.accelerators import Found
+
+#: Where the node is, as far as anybody has to know: nothing listens in local mode.
+NODE_ADDRESS = "127.0.0.1"
+HEAD_RESOURCE = "node:__internal_head__"
+
+
+class Wishes(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user says of this machine; None: find out."""
+
+    num_gpus: int | None = None
+    memory_bytes: int | None = None
+    resources: dict[str, float] = {}
+    labels: dict[str, str] = {}
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node is made with."""
+
+    #: Resource name -> amount, in units of 1/10,000.
+    total: dict[str, int]
+    #: Resource name -> ids of its devices, of those that have devices.
+    devices: dict[str, tuple[str, ...]]
+    #: Resource name -> the variable that makes such devices visible to a process.
+    variables: dict[str, str]
+    labels: dict[str, str]
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0)) or 1
+    return os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Memory of the machine."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 4 << 30
+
+
+def describe(config: Config, wishes: Wishes, store_bytes: int) -> Machine:
+    """What this machine offers.
+
+    Raises
+    ------
+    ValueError
+        The user names more devices than a variable such as `CUDA_VISIBLE_DEVICES` allows.
+    """
+    from poolray.scheduling import accelerators  # not for programs that only import
+
+    given = dict(wishes.resources)
+    if wishes.num_gpus is not None:
+        given[accelerators.GPU] = wishes.num_gpus
+    found = accelerators.discover(given, os.environ)
+    cpus = config.num_cpus if config.num_cpus >= 0 else float(usable_cpus())
+    memory = wishes.memory_bytes
+    amounts = {
+        "CPU": cpus,
+        **wishes.resources,
+        **{devices.resource: len(devices.ids) for devices in found},
+        **{f"accelerator_type:{d.type_name}": 1 for d in found if d.type_name},
+        "memory": memory if memory is not None else max(0, memory_bytes() - store_bytes),
+        "object_store_memory": store_bytes,
+        f"node:{NODE_ADDRESS}": 1,
+        HEAD_RESOURCE: 1,
+    }
+    return Machine(
+        total={name: to_fixed(name, amount) for name, amount in amounts.items() if amount},
+        devices={devices.resource: devices.ids for devices in found},
+        variables={devices.resource: devices.variable for devices in found},
+        labels={**_found_labels(found), **wishes.labels},
+    )
+
+
+def _found_labels(found: list[Found]) -> dict[str, str]:
+    types = [devices.type_name for devices in found if devices.type_name]
+    return {"ray.io/accelerator-type": types[0]} if types else {}
+
+
+__all__ = [
+    "HEAD_RESOURCE",
+    "NODE_ADDRESS",
+    "Machine",
+    "Wishes",
+    "describe",
+    "memory_bytes",
+    "usable_cpus",
+]

@@ -1,0 +1,265 @@
+"""What the node tells of itself: what is, and what was not long ago.
+
+What: keeps a bounded history of ended tasks and dead workers, and answers questions about both and
+about the living.
+Who calls: `node/node.py` with questions; the tasks' and groups' sides when something ends.
+May touch: nothing.
+Invariants: a task's end costs one entry, and nothing is worked out before somebody asks; the
+history never holds more than `Config.task_history_max` tasks, and nothing of their arguments and
+results.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from typing import TypeAlias, final
+
+from poolray.exceptions import InternalError
+from poolray.ids import ClientId, TaskId, WorkerId
+from poolray.node.effects import Reply
+from poolray.node.state import NodeState
+from poolray.node.workers import WorkerRecord, WorkerState
+from poolray.objects.directory import READY, ObjectRecord
+from poolray.protocol.node import WorkerLost
+from poolray.protocol.state import (
+    NodeRow,
+    ObjectRow,
+    QueryState,
+    StateKind,
+    StateRow,
+    StateRows,
+    TaskRow,
+    WorkerRow,
+)
+from poolray.protocol.values import Delivery
+from poolray.tasks.class_queue import ClassQueue
+from poolray.tasks.lifecycle import DELAYED, FORWARDED, QUEUED, RUNNING, WAITING, TaskRecord
+
+#: What users know the states of living tasks as.
+_STATE_NAMES = {
+    WAITING: "PENDING_ARGS_AVAIL",
+    QUEUED: "PENDING_NODE_ASSIGNMENT",
+    DELAYED: "PENDING_NODE_ASSIGNMENT",
+    FORWARDED: "SUBMITTED_TO_WORKER",
+    RUNNING: "SUBMITTED_TO_WORKER",
+}
+#: Rows in one packet to a worker, and the bytes of their texts, at the most.
+_ROWS_MAX = 128
+_TEXT_BYTES_MAX = 32 * 1024
+_MESSAGE_CHARS_MAX = 4096
+_DEAD_WORKERS_MAX = 1000
+
+
+#: An ended task: id, class, attempts before, error (type, message) if it failed, worker and its
+#: pid, when that was reported, and the nanoseconds that all tasks of the same report took together.
+#: Plain tuples, for one is made for every task.
+EndedTask: TypeAlias = tuple[
+    TaskId, ClassQueue, int, tuple[str, str] | None, WorkerId, int, float, int
+]
+_NO_WORKER = WorkerId(b"")
+
+
+@final
+class Observer:
+    """The memory of a node, and its voice."""
+
+    __slots__ = ("_dead", "_state", "ended")
+
+    def __init__(self, state: NodeState) -> None:
+        self._state = state
+        limit = state.config.task_history_max
+        #: Ended tasks, oldest first; None: they are not remembered. (The tasks' side appends.)
+        self.ended: deque[EndedTask] | None = deque(maxlen=limit) if limit else None
+        self._dead: deque[WorkerRow] = deque(maxlen=_DEAD_WORKERS_MAX)
+
+    # ---- what ends -------------------------------------------------------------------------------
+
+    def on_given_up(self, record: TaskRecord, error_type: str, message: str) -> None:
+        """The node has decided that a task fails."""
+        if self.ended is None or record.class_queue.task_class.delivery is not Delivery.OBJECTS:
+            return
+        worker = self._state.workers.get(record.worker_id) if record.worker_id else None
+        # Of an attempt that was lost the task has been charged already.
+        attempt = record.attempts - (1 if error_type in ("WORKER_DIED", "NODE_DIED") else 0)
+        self.ended.append(
+            (
+                record.root_id,
+                record.class_queue,
+                attempt,
+                (error_type, message),
+                worker.worker_id if worker is not None else _NO_WORKER,
+                worker.pid if worker is not None else 0,
+                self._state.now,
+                0,
+            )
+        )
+
+    def on_worker_lost(self, worker: WorkerRecord, message: WorkerLost, was_told: bool) -> None:
+        """A worker's process has ended."""
+        self._dead.append(
+            WorkerRow(
+                worker_id=worker.worker_id,
+                pid=message.pid,
+                is_alive=False,
+                started_s=worker.started_s,
+                ended_s=self._state.now,
+                exit_code=message.exit_code,
+                signal=message.signal,
+                was_told=was_told,
+            )
+        )
+
+    # ---- answers ---------------------------------------------------------------------------------
+
+    def on_query(self, client_id: ClientId, message: QueryState) -> None:
+        """Somebody asks."""
+        rows = list(self._rows(message.kind))
+        start = 0
+        while True:
+            stop = len(rows)
+            if client_id != self._state.local_client:
+                # A worker's control channel takes packets of limited size.
+                stop, size = start, 0
+                while stop < len(rows) and stop - start < _ROWS_MAX and size < _TEXT_BYTES_MAX:
+                    row = rows[stop]
+                    size += len(row.error_message) if isinstance(row, TaskRow) else 0
+                    stop += 1
+            more = stop < len(rows)
+            part = StateRows(request_id=message.request_id, rows=rows[start:stop], more=more)
+            self._state.effects.append(Reply(client_id, part))
+            if not more:
+                return
+            start = stop
+
+    def _rows(self, kind: StateKind) -> Iterator[StateRow]:
+        match kind:
+            case StateKind.NODES:
+                return iter([self._node()])
+            case StateKind.TASKS:
+                return self._tasks()
+            case StateKind.WORKERS:
+                return self._workers()
+            case StateKind.OBJECTS:
+                return self._objects()
+        raise InternalError(f"a node cannot tell of {kind}")
+
+    def _node(self) -> NodeRow:
+        state = self._state
+        return NodeRow(
+            node_id=state.node_id,
+            total=dict(state.resources.total),
+            # Overdrawn for a moment is used up.
+            available={name: max(0, free) for name, free in state.resources.available.items()},
+            labels=dict(state.labels),
+        )
+
+    # ---- tasks -----------------------------------------------------------------------------------
+
+    def _tasks(self) -> Iterator[TaskRow]:
+        """The living, then the dead, newest first."""
+        running = self._running()
+        for record in self._state.tasks.values():
+            task_class = record.class_queue.task_class
+            if (
+                record.task_id == record.root_id
+                and task_class.is_listed
+                and task_class.delivery is Delivery.OBJECTS
+            ):
+                yield self._living(record, running)
+        for together in self._reports():
+            end_s = together[0][6]
+            share_s = together[0][7] * 1e-9 / len(together)
+            for task in together:
+                yield _ended_row(task, end_s - share_s, end_s)
+                end_s -= share_s
+
+    def _reports(self) -> Iterator[list[EndedTask]]:
+        """Ended tasks that were reported together, newest first."""
+        together: list[EndedTask] = []
+        for task in reversed(self.ended or ()):
+            if together and task[4:] != together[0][4:]:
+                yield together
+                together = []
+            if task[1].task_class.is_listed:
+                together.append(task)
+        if together:
+            yield together
+
+    def _living(self, record: TaskRecord, running: dict[TaskId, float]) -> TaskRow:
+        queue = record.class_queue
+        worker = self._state.workers.get(record.worker_id) if record.worker_id else None
+        is_running = record.task_id in running
+        return TaskRow(
+            task_id=record.task_id,
+            attempt=record.attempts,
+            name=queue.task_class.name,
+            function_name=queue.function_name,
+            state="RUNNING" if is_running else _STATE_NAMES[record.state],
+            required=queue.task_class.resources,
+            worker_id=worker.worker_id if worker is not None else WorkerId(b""),
+            pid=worker.pid if worker is not None else 0,
+            started_s=running.get(record.task_id, 0.0),
+        )
+
+    def _running(self) -> dict[TaskId, float]:
+        """The task that each worker is at -> when its packet was sent."""
+        found: dict[TaskId, float] = {}
+        for worker in self._state.workers.values():
+            for packet in islice(worker.packets, 1):
+                for record in packet.records:
+                    if record.state is RUNNING and record.sequence == packet.sequence:
+                        found[record.task_id] = packet.sent_s
+                        break
+        return found
+
+    # ---- workers and objects ---------------------------------------------------------------------
+
+    def _workers(self) -> Iterator[WorkerRow]:
+        yield from self._dead
+        for worker in self._state.workers.values():
+            if worker.state is not WorkerState.STARTING:
+                yield WorkerRow(
+                    worker_id=worker.worker_id,
+                    pid=worker.pid,
+                    is_alive=True,
+                    started_s=worker.started_s,
+                )
+
+    def _objects(self) -> Iterator[ObjectRow]:
+        for object_id, record in self._state.objects.items():
+            yield ObjectRow(
+                object_id=object_id,
+                size_bytes=_size_of(record),
+                is_ready=record.state is READY,
+                is_error=record.is_error,
+                holders=record.holders,
+                in_store=record.state is READY and not isinstance(record.value, bytes),
+            )
+
+
+def _ended_row(task: EndedTask, started_s: float, ended_s: float) -> TaskRow:
+    task_id, queue, attempt, error, worker_id, pid, _, _ = task
+    error_type, message = error or ("", "")
+    return TaskRow(
+        task_id=task_id,
+        attempt=attempt,
+        name=queue.task_class.name,
+        function_name=queue.function_name,
+        state="FAILED" if error is not None else "FINISHED",
+        required=queue.task_class.resources,
+        worker_id=worker_id,
+        pid=pid,
+        started_s=started_s,
+        ended_s=ended_s,
+        error_type=error_type,
+        error_message=message[:_MESSAGE_CHARS_MAX],
+    )
+
+
+def _size_of(record: ObjectRecord) -> int:
+    if record.state is not READY:
+        return -1
+    value = record.value
+    return len(value) if isinstance(value, bytes) else value.size_bytes

@@ -1,0 +1,83 @@
+"""Where the calls of a class may run, as far as one node can tell.
+
+What: compares what a class asks for with what this node is and has, once, when it is defined.
+Who calls: `node/functions.py`.
+May touch: nothing.
+Invariants: what a node is and has never changes, so an answer holds for the life of the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from poolray.ids import NodeId
+from poolray.protocol.values import LabelMatch, LabelOperator, Placement, TaskClass
+from poolray.scheduling.resources import ResourceAccount, from_fixed
+from poolray.tasks.class_queue import Obstacle
+
+#: The label that every node has: its id. Named as in the reference, for programs that ask for it.
+NODE_ID_LABEL = "ray.io/node-id"
+
+_UNSCHEDULABLE = (
+    "The node specified via NodeAffinitySchedulingStrategy doesn't exist any more or is "
+    "infeasible, and soft=False was specified. node_id={}"
+)
+
+
+def find_obstacle(
+    task_class: TaskClass,
+    node_id: NodeId,
+    labels: Mapping[str, str],
+    resources: ResourceAccount,
+) -> Obstacle | None:
+    """Why this node can never run calls of a class; None: it can."""
+    placement = task_class.placement
+    demand = from_fixed(task_class.resources)
+    fits = resources.fits_ever(task_class.resources)
+    if placement is not None and placement.node_id and not placement.is_soft:
+        if placement.node_id != node_id or not fits:
+            return Obstacle(_UNSCHEDULABLE.format(placement.node_id.hex()), is_final=True)
+        return None
+    if not fits:
+        return Obstacle(
+            f"{demand}, more than any node has (this one: {_described(resources, demand)})",
+            is_final=False,
+        )
+    if placement is not None and not _meets(placement, labels):
+        wanted = " or ".join(_named(alternative) for alternative in placement.labels)
+        return Obstacle(
+            f"{demand} on a node with {wanted}; this one has the labels {dict(labels)}",
+            is_final=False,
+        )
+    return None
+
+
+def _described(resources: ResourceAccount, demand: Mapping[str, float]) -> str:
+    total = from_fixed(resources.total)
+    return ", ".join(f"{total.get(name, 0.0):g} {name}" for name in demand)
+
+
+def _meets(placement: Placement, labels: Mapping[str, str]) -> bool:
+    return not placement.labels or any(
+        all(_matches(match, labels) for match in alternative) for alternative in placement.labels
+    )
+
+
+def _matches(match: LabelMatch, labels: Mapping[str, str]) -> bool:
+    value = labels.get(match.key)
+    match match.operator:
+        case LabelOperator.IN:
+            return value in match.values
+        case LabelOperator.NOT_IN:
+            return value not in match.values
+        case LabelOperator.EXISTS:
+            return value is not None
+        case LabelOperator.NOT_EXISTS:
+            return value is None
+
+
+def _named(alternative: list[LabelMatch]) -> str:
+    return " and ".join(
+        f"{match.key} {match.operator.name.lower().replace('_', ' ')} {match.values or ''}".strip()
+        for match in alternative
+    )

@@ -1,0 +1,95 @@
+"""The state protocol: what a node tells of its tasks, workers, objects and itself.
+
+What: the question, the rows of the answer, and the answer.
+Who calls: clients ask (for `poolray.util.state`, `timeline`, `nodes`), the node machine answers.
+May touch: nothing.
+Invariants: times are seconds on the monotonic clock of the node's machine; amounts are in units of
+1/10,000; a row is a copy: what becomes of its subject changes nothing in it.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TypeAlias
+
+import msgspec
+
+from poolray.ids import NodeId, ObjectId, TaskId, WorkerId
+
+
+class StateKind(enum.IntEnum):
+    """What may be asked for."""
+
+    NODES = 0
+    TASKS = 1
+    WORKERS = 2
+    OBJECTS = 3
+
+
+class QueryState(msgspec.Struct, frozen=True, array_like=True, tag=118, kw_only=True):
+    """Client to node: tell of these. Answered with one or more `StateRows`."""
+
+    request_id: int
+    kind: StateKind
+
+
+class TaskRow(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True):
+    """One task that has not ended, or one that ended not long ago."""
+
+    task_id: TaskId
+    attempt: int
+    name: str
+    function_name: str
+    state: str
+    required: dict[str, int]
+    worker_id: WorkerId = WorkerId(b"")
+    pid: int = 0
+    #: When it was sent to its worker, or began there; 0: not yet.
+    started_s: float = 0.0
+    ended_s: float = 0.0
+    error_type: str = ""
+    error_message: str = ""
+
+
+class WorkerRow(msgspec.Struct, frozen=True, array_like=True, tag=2, kw_only=True):
+    """One worker, alive or dead for not long."""
+
+    worker_id: WorkerId
+    pid: int
+    is_alive: bool
+    started_s: float
+    ended_s: float = 0.0
+    exit_code: int | None = None
+    signal: int | None = None
+    was_told: bool = False  #: its end had been asked for
+
+
+class ObjectRow(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only=True):
+    """One object."""
+
+    object_id: ObjectId
+    size_bytes: int  #: as serialized; -1: not there yet
+    is_ready: bool
+    is_error: bool
+    holders: int  #: processes, tasks and objects that hold it
+    in_store: bool  #: in shared memory, not inside its messages
+
+
+class NodeRow(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=True):
+    """The node itself."""
+
+    node_id: NodeId
+    total: dict[str, int]
+    available: dict[str, int]
+    labels: dict[str, str]
+
+
+StateRow: TypeAlias = TaskRow | WorkerRow | ObjectRow | NodeRow
+
+
+class StateRows(msgspec.Struct, frozen=True, array_like=True, tag=160, kw_only=True):
+    """Node to client: the rows, or a part of them; `more` is true for all but the last."""
+
+    request_id: int
+    rows: list[TaskRow | WorkerRow | ObjectRow | NodeRow]
+    more: bool = False

@@ -1,0 +1,488 @@
+"""What goes on in the runtime, row by row: tasks, workers, objects, nodes.
+
+What: the calls and columns of `ray.util.state`, over what the node knows.
+Who calls it: user code.
+May touch: nothing beyond what `poolray.cluster_state` offers.
+Invariants: a row is a snapshot; columns that exist in a cluster only are None.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar, cast, final
+
+from poolray.api import ids_of_process
+from poolray.cluster_state import ask, wall_clock_offset_s
+from poolray.local.machine import NODE_ADDRESS
+from poolray.protocol.state import NodeRow, ObjectRow, StateKind, TaskRow, WorkerRow
+from poolray.scheduling.resources import from_fixed
+
+__all__ = [
+    "NodeState",
+    "ObjectState",
+    "TaskState",
+    "WorkerState",
+    "get_node",
+    "get_objects",
+    "get_task",
+    "get_worker",
+    "list_nodes",
+    "list_objects",
+    "list_tasks",
+    "list_workers",
+    "summarize_objects",
+    "summarize_tasks",
+]
+
+_LIMIT = 100
+_LIMIT_MAX = 10_000
+
+#: (column, "=" or "!=", value)
+Filter: TypeAlias = tuple[str, str, str | bool | int | float | None]
+
+
+class _Row:
+    """A row that can also be read like a dictionary."""
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A column, or `default` if there is none of that name."""
+        return getattr(self, name, default)
+
+    def asdict(self) -> dict[str, Any]:
+        """All columns."""
+        return {field.name: getattr(self, field.name) for field in _columns(type(self))}
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskState(_Row):
+    """A task that has not ended, or one of the last `task_history_max` that have.
+
+    Attributes
+    ----------
+    state : str
+        "PENDING_ARGS_AVAIL", "PENDING_NODE_ASSIGNMENT", "SUBMITTED_TO_WORKER", "RUNNING",
+        "FINISHED" or "FAILED".
+    error_type, error_message : str or None
+        Of a failed one, "WORKER_DIED" or "TASK_EXECUTION_EXCEPTION" for example.
+    start_time_ms, end_time_ms : int or None
+        Milliseconds since 1970.
+    """
+
+    task_id: str
+    attempt_number: int
+    name: str
+    state: str
+    job_id: str
+    type: str
+    func_or_class_name: str
+    node_id: str | None
+    worker_id: str | None
+    worker_pid: int | None
+    error_type: str | None
+    actor_id: str | None = None
+    parent_task_id: str | None = None
+    language: str | None = None
+    required_resources: dict[str, float] | None = None
+    placement_group_id: str | None = None
+    start_time_ms: int | None = None
+    end_time_ms: int | None = None
+    error_message: str | None = None
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerState(_Row):
+    """A worker, alive or dead for not long."""
+
+    worker_id: str
+    is_alive: bool
+    worker_type: str  #: "WORKER"
+    exit_type: str | None  #: "INTENDED_USER_EXIT" or "SYSTEM_ERROR"
+    node_id: str
+    ip: str
+    pid: int
+    exit_detail: str | None = None
+    start_time_ms: int | None = None
+    end_time_ms: int | None = None
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectState(_Row):
+    """An object that somebody holds."""
+
+    object_id: str
+    object_size: int  #: bytes as serialized; -1: it is not there yet
+    task_status: str  #: "FINISHED" or "PENDING", of what makes it
+    reference_type: str  #: "PINNED_IN_MEMORY" when in shared memory, else "LOCAL_REFERENCE"
+    reference_count: int  #: processes, tasks and objects that hold it
+    is_error: bool
+    ip: str
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NodeState(_Row):
+    """A machine."""
+
+    node_id: str
+    node_ip: str
+    is_head_node: bool
+    state: str
+    node_name: str
+    resources_total: dict[str, float]
+    labels: dict[str, str]
+    state_message: str | None = None
+
+
+#: Columns that only `detail=True` fills.
+_DETAILS = frozenset(
+    {
+        "language",
+        "required_resources",
+        "placement_group_id",
+        "start_time_ms",
+        "end_time_ms",
+        "error_message",
+        "exit_detail",
+    }
+)
+#: Columns that cannot be compared with a value.
+_NOT_FILTERABLE = frozenset(
+    {"required_resources", "error_message", "exit_detail", "resources_total", "labels"}
+)
+R = TypeVar("R", bound=_Row)
+
+
+def list_tasks(
+    address: str | None = None,
+    filters: Sequence[Filter] | None = None,
+    limit: int = _LIMIT,
+    timeout: int = 30,
+    detail: bool = False,
+    raise_on_missing_output: bool = True,
+) -> list[TaskState]:
+    """Tasks: those that have not ended, then the last that have, newest first.
+
+    Parameters
+    ----------
+    address : str, optional
+        None or "auto": the runtime of this process.
+    filters : sequence of (column, "=" or "!=", value)
+        All must hold; strings compare without regard to case.
+    limit : int, default 100
+        Rows at the most, up to 10,000.
+    timeout : int, seconds
+        Answers on one machine come at once.
+    detail : bool, default False
+        Fill in all columns.
+    raise_on_missing_output : bool
+        On one machine nothing is ever missing.
+
+    Raises
+    ------
+    ValueError
+        Another address, an unknown column or predicate, a limit out of range.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> from poolray.util.state import list_tasks
+    >>> poolray.get(poolray.remote(lambda: 1).options(name="listed").remote())
+    1
+    >>> [task.state for task in list_tasks(filters=[("name", "=", "listed")])]
+    ['FINISHED']
+    """
+    _check(address, limit)
+    rows = cast("list[TaskRow]", ask(StateKind.TASKS))
+    node_id, job_id = ids_of_process()
+    offset_s = wall_clock_offset_s()
+    return _select(
+        (_task(row, node_id.hex(), job_id.hex(), offset_s) for row in rows),
+        TaskState,
+        filters,
+        limit,
+        detail,
+    )
+
+
+def _task(row: TaskRow, node_id: str, job_id: str, offset_s: float) -> TaskState:
+    return TaskState(
+        task_id=row.task_id.hex(),
+        attempt_number=row.attempt,
+        name=row.name,
+        state=row.state,
+        job_id=job_id,
+        type="NORMAL_TASK",
+        func_or_class_name=row.function_name,
+        node_id=node_id if row.worker_id else None,
+        worker_id=row.worker_id.hex() if row.worker_id else None,
+        worker_pid=row.pid or None,
+        error_type=row.error_type or None,
+        language="PYTHON",
+        required_resources=from_fixed(row.required),
+        start_time_ms=_date_ms(row.started_s, offset_s),
+        end_time_ms=_date_ms(row.ended_s, offset_s),
+        error_message=row.error_message or None,
+    )
+
+
+def list_workers(
+    address: str | None = None,
+    filters: Sequence[Filter] | None = None,
+    limit: int = _LIMIT,
+    timeout: int = 30,
+    detail: bool = False,
+    raise_on_missing_output: bool = True,
+) -> list[WorkerState]:
+    """Workers, also those that have ended not long ago; see `list_tasks`."""
+    _check(address, limit)
+    rows = cast("list[WorkerRow]", ask(StateKind.WORKERS))
+    node_id = ids_of_process()[0].hex()
+    offset_s = wall_clock_offset_s()
+    return _select(
+        (_worker(row, node_id, offset_s) for row in rows), WorkerState, filters, limit, detail
+    )
+
+
+def _worker(row: WorkerRow, node_id: str, offset_s: float) -> WorkerState:
+    from poolray.exceptions import describe_exit
+
+    exit_type = detail = None
+    if not row.is_alive:
+        clean = row.was_told or row.exit_code == 0
+        exit_type = "INTENDED_USER_EXIT" if clean else "SYSTEM_ERROR"
+        detail = f"The worker {describe_exit(row.exit_code, row.signal)}"
+    return WorkerState(
+        worker_id=row.worker_id.hex(),
+        is_alive=row.is_alive,
+        worker_type="WORKER",
+        exit_type=exit_type,
+        node_id=node_id,
+        ip=NODE_ADDRESS,
+        pid=row.pid,
+        exit_detail=detail,
+        start_time_ms=_date_ms(row.started_s, offset_s),
+        end_time_ms=_date_ms(row.ended_s, offset_s),
+    )
+
+
+def list_objects(
+    address: str | None = None,
+    filters: Sequence[Filter] | None = None,
+    limit: int = _LIMIT,
+    timeout: int = 30,
+    detail: bool = False,
+    raise_on_missing_output: bool = True,
+) -> list[ObjectState]:
+    """Objects that somebody holds; see `list_tasks`."""
+    _check(address, limit)
+    rows = cast("list[ObjectRow]", ask(StateKind.OBJECTS))
+    return _select((_object(row) for row in rows), ObjectState, filters, limit, detail)
+
+
+def _object(row: ObjectRow) -> ObjectState:
+    return ObjectState(
+        object_id=row.object_id.hex(),
+        object_size=row.size_bytes,
+        task_status="FINISHED" if row.is_ready else "PENDING",
+        reference_type="PINNED_IN_MEMORY" if row.in_store else "LOCAL_REFERENCE",
+        reference_count=row.holders,
+        is_error=row.is_error,
+        ip=NODE_ADDRESS,
+    )
+
+
+def list_nodes(
+    address: str | None = None,
+    filters: Sequence[Filter] | None = None,
+    limit: int = _LIMIT,
+    timeout: int = 30,
+    detail: bool = False,
+    raise_on_missing_output: bool = True,
+) -> list[NodeState]:
+    """Machines; see `list_tasks`."""
+    _check(address, limit)
+    rows = cast("list[NodeRow]", ask(StateKind.NODES))
+    return _select((_node(row) for row in rows), NodeState, filters, limit, detail)
+
+
+def _node(row: NodeRow) -> NodeState:
+    return NodeState(
+        node_id=row.node_id.hex(),
+        node_ip=NODE_ADDRESS,
+        is_head_node=True,
+        state="ALIVE",
+        node_name=NODE_ADDRESS,
+        resources_total=from_fixed(row.total),
+        labels=row.labels,
+    )
+
+
+def get_task(
+    id: str,
+    address: str | None = None,
+    timeout: int = 30,
+) -> TaskState | None:
+    """The task with this id, with all columns; None if it is not known (any more)."""
+    return _first(list_tasks(address, [("task_id", "=", _hex(id))], detail=True))
+
+
+def get_worker(
+    id: str,
+    address: str | None = None,
+    timeout: int = 30,
+) -> WorkerState | None:
+    """The worker with this id, with all columns; None if it is not known (any more)."""
+    return _first(list_workers(address, [("worker_id", "=", id)], detail=True))
+
+
+def get_node(
+    id: str,
+    address: str | None = None,
+    timeout: int = 30,
+) -> NodeState | None:
+    """The machine with this id, with all columns; None if there is none."""
+    return _first(list_nodes(address, [("node_id", "=", id)], detail=True))
+
+
+def get_objects(
+    id: str,
+    address: str | None = None,
+    timeout: int = 30,
+) -> list[ObjectState]:
+    """What is known of the object with this id: one row, or none."""
+    return list_objects(address, [("object_id", "=", id)], detail=True)
+
+
+def summarize_tasks(
+    address: str | None = None, timeout: int = 30, raise_on_missing_output: bool = True
+) -> dict[str, Any]:
+    """Numbers of tasks by function and state.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> from poolray.util.state import summarize_tasks
+    >>> sorted(summarize_tasks()["cluster"])
+    ['summary', 'summary_by', 'total_actor_scheduled', 'total_actor_tasks', 'total_tasks']
+    """
+    _check(address, _LIMIT)
+    summary: dict[str, dict[str, Any]] = {}
+    total = 0
+    for row in cast("list[TaskRow]", ask(StateKind.TASKS)):
+        total += 1
+        entry = summary.setdefault(
+            row.function_name,
+            {
+                "func_or_class_name": row.function_name,
+                "type": "NORMAL_TASK",
+                "state_counts": {},
+            },
+        )
+        counts = entry["state_counts"]
+        counts[row.state] = counts.get(row.state, 0) + 1
+    return {
+        "cluster": {
+            "summary": summary,
+            "total_tasks": total,
+            "total_actor_tasks": 0,
+            "total_actor_scheduled": 0,
+            "summary_by": "func_name",
+        }
+    }
+
+
+def summarize_objects(
+    address: str | None = None, timeout: int = 30, raise_on_missing_output: bool = True
+) -> dict[str, Any]:
+    """Numbers and bytes of objects."""
+    _check(address, _LIMIT)
+    rows = cast("list[ObjectRow]", ask(StateKind.OBJECTS))
+    counts: dict[str, int] = {}
+    for row in rows:
+        state = "FINISHED" if row.is_ready else "PENDING"
+        counts[state] = counts.get(state, 0) + 1
+    return {
+        "cluster": {
+            "total_objects": len(rows),
+            "total_size_mb": sum(max(0, row.size_bytes) for row in rows) / 2**20,
+            "task_state_counts": counts,
+        }
+    }
+
+
+# ---- what they share -----------------------------------------------------------------------------
+
+
+def _check(address: str | None, limit: int) -> None:
+    if address not in (None, "auto", "local", os.environ.get("RAY_ADDRESS")):
+        raise ValueError(f"address={address!r}: only the runtime of this process can be asked.")
+    if not isinstance(limit, int) or limit < 0:
+        raise ValueError(f"limit must be a number of rows: {limit!r}")
+    if limit > _LIMIT_MAX:
+        raise ValueError(f"Given limit {limit} exceeds the supported limit {_LIMIT_MAX}.")
+
+
+def _select(
+    rows: Iterable[R], kind: type[R], filters: Sequence[Filter] | None, limit: int, detail: bool
+) -> list[R]:
+    checked = [_checked(kind, each) for each in filters or ()]
+    chosen: list[R] = []
+    for row in rows:
+        if len(chosen) >= limit:
+            break
+        if all(_holds(row, name, equal, value) for name, equal, value in checked):
+            chosen.append(row if detail else _brief(row))
+    return chosen
+
+
+def _checked(kind: type[_Row], given: Filter) -> tuple[str, bool, Any]:
+    name, predicate, value = given
+    if predicate not in ("=", "!="):
+        raise ValueError(
+            f"Unsupported filter predicate {predicate} is given. Available predicates: =, !=."
+        )
+    names = {field.name for field in _columns(kind)} - _NOT_FILTERABLE
+    if name not in names:
+        raise ValueError(
+            f"The given filter key {name} is not supported for filtering. Supported filter keys: "
+            f"{sorted(names)}."
+        )
+    return name, predicate == "=", value
+
+
+def _holds(row: _Row, name: str, equal: bool, value: Any) -> bool:
+    found = getattr(row, name)
+    if isinstance(value, str):
+        matches = found is not None and str(found).lower() == value.lower()
+    else:
+        matches = bool(found == value)
+    return matches is equal
+
+
+def _columns(kind: type[_Row]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(cast("Any", kind))
+
+
+def _brief(row: R) -> R:
+    details = {field.name: None for field in _columns(type(row)) if field.name in _DETAILS}
+    return cast("R", dataclasses.replace(cast("Any", row), **details)) if details else row
+
+
+def _first(rows: list[R]) -> R | None:
+    return rows[0] if rows else None
+
+
+def _hex(task_id: Any) -> str:
+    return task_id if isinstance(task_id, str) else task_id.hex()
+
+
+def _date_ms(time_s: float, offset_s: float) -> int | None:
+    return int((time_s + offset_s) * 1000) if time_s else None
