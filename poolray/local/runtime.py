@@ -1,11 +1,10 @@
 """The local runtime: the node machine inside a driver, with forked workers around it.
 
-      API, Pool, Executor ──requests──▶ ┌───────────────┐ ──effects──▶ WorkerHost (per group)
-            ▲                           │ Node (pure)   │                  │ fork server, workers
-            └── values, call results ── └───────────────┘ ◀── packets ─────┘
-                                  one Guard; the Reactor decides which thread works
-What: owns the machine, the arena and the workers' hosts; carries effects out; gives results to
-those who wait.
+      API, Pool, Executor ──requests──▶ NodeShell ──▶ workers
+            ▲                               │
+            └── values, call results ───────┘
+What: what a driver adds to `local/node_shell.py`: its threads' requests, calls of Pools and
+Executors with their results, the head of a cluster of one, its end.
 Who calls: `api.py`, `pool.py`, `executor.py`; the reactor through `Pumped`.
 May touch: processes, sockets, threads, the clock, the temporary folder.
 Invariants: the machine is fed under the guard only; user code runs outside of it; after `shutdown`
@@ -19,7 +18,6 @@ import itertools
 import os
 import pickle
 import sys
-import tempfile
 import time
 import weakref
 from collections import deque
@@ -30,49 +28,25 @@ import msgspec
 
 from poolray.client import Client
 from poolray.config import Config
-from poolray.exceptions import PoolrayError, WorkerStartError
+from poolray.exceptions import InternalError, PoolrayError
 from poolray.head.head import Head
-from poolray.ids import (
-    NODE_ID_BYTES,
-    WORKER_ID_BYTES,
-    ClientId,
-    GroupId,
-    NodeId,
-    ObjectId,
-    TaskId,
-    TaskIdSource,
-    WorkerId,
-)
+from poolray.ids import WORKER_ID_BYTES, ClientId, ObjectId, TaskId, TaskIdSource
 from poolray.local import inspection, process_state
 from poolray.local.callbacks import CallbackThread
-from poolray.local.fork_server import WorkerSetup
-from poolray.local.machine import Machine, Wishes, describe, memory_bytes, usable_cpus
-from poolray.local.reactor import Guard, Interrupts, Reactor, Waitable
-from poolray.local.session_folder import SessionFolders, sweep
-from poolray.local.spilling import SpillThreads, file_name
-from poolray.local.workers import WorkerHost
+from poolray.local.machine import Machine, Wishes, describe, usable_cpus
+from poolray.local.node_shell import PLAIN_TASKS, GroupHandle, NodeShell, store_bytes
+from poolray.local.reactor import Interrupts, Waitable
 from poolray.node.effects import (
-    DeleteFile,
-    DeleteUnsealed,
     GroupDrained,
     GroupFailed,
-    Interrupt,
     Notice,
-    Nudge,
     Reply,
-    RestoreObject,
     SendHead,
-    SendWorker,
-    SpillObjects,
-    StartWorker,
-    TakeBack,
-    TerminateWorker,
+    SendPeer,
     UnhandledError,
     Warn,
 )
-from poolray.node.node import Node, NodeStatistics
-from poolray.objects.serialization import Serializer, main_definitions
-from poolray.objects.shared_memory import SLOTS, Arena, create_arena_file
+from poolray.objects.serialization import Serializer
 from poolray.protocol.actors import CallActor
 from poolray.protocol.client import (
     AllocateRange,
@@ -91,37 +65,26 @@ from poolray.protocol.client import (
     WaitReply,
 )
 from poolray.protocol.memory import HolderKind, MemoryTable, ObjectEntry, ObjectHolder
-from poolray.protocol.node import (
-    CloseGroup,
-    CreateGroup,
-    PacketsTakenBack,
-    ResizeGroup,
-    TerminateGroup,
-    Tick,
-    WorkerLost,
-)
 from poolray.protocol.state import QueryState, StateKind, StateRow, StateRows
 from poolray.protocol.values import InArena, InFile, Outcome, TaskClass, TaskSpec
-from poolray.protocol.worker import (
-    ClientMessage,
-    FromWorkers,
-    TasksFinished,
-    WorkerExited,
-    WorkerOutput,
-    WorkerReady,
-)
+from poolray.protocol.worker import WorkerOutput
+
+__all__ = [
+    "CallbackThread",
+    "GroupHandle",
+    "LocalRuntime",
+    "PoolrayError",
+    "Sink",
+    "current",
+    "ensure",
+    "shutdown",
+    "usable_cpus",
+]
 
 _LOCAL = ClientId(b"driver")
 _NOTHING: list[ObjectId] = []
-_SHELL = b""
-#: The group whose workers run plain tasks.
-_PLAIN_TASKS = GroupId(0)
 #: Submissions between two looks at what workers have reported.
 _PUMP_EVERY = 48
-_ARENA_SHARE = 0.3
-#: How often a leader looks at calls that wait for room (results make it look at once).
-_LOOK_AT_BATCHES_S = 0.02
-_ARENA_MIN_BYTES = 64 << 20
 
 
 class Sink:
@@ -148,91 +111,25 @@ class _Request(Waitable):
 
 
 @final
-class GroupHandle(Waitable):
-    """A group of workers; done when it has ended."""
-
-    __slots__ = ("error", "group_id", "host", "on_failed", "serializer", "shared_globals")
-
-    def __init__(self, group_id: GroupId, host: WorkerHost, serializer: Serializer) -> None:
-        super().__init__()
-        self.group_id = group_id
-        self.host = host
-        #: For arguments of calls that its workers run.
-        self.serializer = serializer
-        self.shared_globals: str | None = None
-        #: Why its workers do not start, if they do not.
-        self.error: bytes | None = None
-        #: Called once, from some thread, when its workers do not start.
-        self.on_failed: Callable[[bytes], None] | None = None
-
-
-@final
-class LocalRuntime:
+class LocalRuntime(NodeShell):
     """One node in this process."""
 
     def __init__(
         self, config: Config, machine: Machine, spill_directories: Sequence[str] = ()
     ) -> None:
-        self.config = config
-        self.machine = machine
-        self.pid = os.getpid()
-        self.node_id = NodeId(os.urandom(NODE_ID_BYTES))
-        self.job_id = os.urandom(4)
+        super().__init__(config, machine, spill_directories, _LOCAL, os.urandom(4))
         self.driver_id = os.urandom(WORKER_ID_BYTES)
         self.task_ids = TaskIdSource(os.urandom(16))
-        capacity = _store_bytes(config)
-        self.arena = Arena(create_arena_file(capacity), capacity)
-        self._random = os.urandom(WORKER_ID_BYTES - 8)
-        self._worker_numbers = itertools.count(1)
-        self.node = Node(
-            node_id=self.node_id,
-            config=config,
-            resources=machine.total,
-            devices=machine.devices,
-            labels=machine.labels,
-            arena_bytes=capacity,
-            encode_error=pickle.dumps,
-            next_worker_id=lambda: WorkerId(
-                self._random + next(self._worker_numbers).to_bytes(8, "big")
-            ),
-            local_client=_LOCAL,
-            slots=SLOTS,
-        )
         #: Made when the node has something to say to it.
         self._head: Head | None = None
-        self.guard = Guard()
-        self.reactor = Reactor(self, self.guard, config.spin_s, config.takeover_s)
         self.interrupts = Interrupts(self.guard)
-        self._group_ids = itertools.count(1)
-        #: group id -> handle, of groups that have not ended.
-        self._groups: dict[GroupId, GroupHandle] = {}
-        self._hosts: dict[GroupId, WorkerHost] = {}
-        self._host_by_worker: dict[bytes, WorkerHost] = {}
         self._request_ids = itertools.count(1)
         self._requests: dict[int, _Request] = {}
         #: root task id -> who gets its results.
         self._sinks: dict[TaskId, Sink] = {}
-        #: Results and other user-visible news, to be handed over outside of the guard.
-        self._deliveries: deque[Any] = deque()
-        #: (source, stream) -> the parts of a text that is not complete.
-        self._unfinished_output: dict[tuple[int, int], list[str]] = {}
-        #: The workers of plain tasks, made by `init`.
-        self.default_group: GroupHandle | None = None
-        #: Batches under construction, flushed before the machine hands out more work.
-        self.open_batches: dict[Any, None] = {}
         #: What finalizers of faces want done (they may only append).
         self.later: deque[Callable[[], object]] = deque()
         self._submissions = 0
-        directories = list(spill_directories) or [tempfile.gettempdir()]
-        sweep(directories)
-        self._folders = SessionFolders(directories, f"{os.getpid()}-{self.job_id.hex()}")
-        self._spill_threads = SpillThreads(
-            self.arena, self._folders, config.max_io_workers, self._on_spill_news
-        )
-        self._decode = msgspec.msgpack.Decoder(FromWorkers).decode
-        self._closed = False
-        #: What has become of it, as a verb; empty: nothing, it is of use.
-        self.ended = ""
         self.callbacks = CallbackThread()
         #: This process's client; `init` gives it the serializer of the group of plain tasks.
         self.client = Client(
@@ -242,85 +139,20 @@ class LocalRuntime:
             self.task_ids,
             Serializer(main_definitions={}, out_of_band_all=True),
         )
-        self._act: dict[type, Callable[[Any], None]] = {
-            SendWorker: self._act_send,
-            Reply: self._act_reply,
-            SendHead: self._act_send_head,
-            StartWorker: self._act_start_worker,
-            TerminateWorker: self._act_terminate_worker,
-            TakeBack: self._act_take_back,
-            Nudge: self._act_nudge,
-            Interrupt: self._act_interrupt,
-            GroupFailed: self._deliveries.append,
-            GroupDrained: self._deliveries.append,
-            SpillObjects: self._spill_threads.start,
-            RestoreObject: self._spill_threads.start,
-            DeleteFile: self._spill_threads.start,
-            DeleteUnsealed: self._spill_threads.start,
-            Warn: self._deliveries.append,
-            Notice: self._deliveries.append,
-            UnhandledError: self._deliveries.append,
-        }
-        #: Messages to the machine that effects have given rise to.
-        self._echoes: deque[Any] = deque()
         self.client.ring_when_dropped(self.reactor.ring_if_parked)
         self._inspection = self._open_inspection()
         process_state.on_fork_in_child(self._abandon)
         _runtimes.add(self)
 
-    # ---- feeding the machine ---------------------------------------------------------------------
-
-    def feed(self, sender: bytes, message: Any) -> None:
-        """Give the machine a message and do what it says; under the guard."""
-        effects = self.node.handle(sender, message, time.monotonic())
-        act = self._act
-        for effect in effects:
-            act[type(effect)](effect)
-        while self._echoes:
-            echo = self._echoes.popleft()
-            for effect in self.node.handle(_SHELL, echo, time.monotonic()):
-                act[type(effect)](effect)
-
-    def tell(self, message: Any) -> None:
-        """A request of this process that needs no answer."""
-        with self.guard:
-            self.feed(_LOCAL, message)
-
-    def tell_shell(self, message: Any) -> None:
-        """A message that only a shell sends (groups)."""
-        with self.guard:
-            self.feed(_SHELL, message)
-
-    def submit(self, message: SubmitTasks | CallActor) -> None:
-        """Tasks of this process: send at once what workers have room for."""
-        with self.guard:
-            self.feed(_LOCAL, message)
-        self.after_submit()
-
-    def after_submit(self) -> None:
-        """See to it that somebody receives: us now and then, else the background thread."""
-        if self._deliveries:
-            self.reactor.wake_if_other()  # a leader that sleeps has something to hand over
-        self.reactor.ensure_background()
-        self._submissions += 1
-        if self._submissions >= _PUMP_EVERY:
-            self._submissions = 0
-            self.reactor.pump()
-
     # ---- effects ---------------------------------------------------------------------------------
 
-    def _act_send(self, effect: SendWorker) -> None:
-        self._host_by_worker[effect.worker_id].send(effect.worker_id, effect.message)
-
     def _act_reply(self, effect: Reply) -> None:
+        if effect.client_id != _LOCAL:
+            super()._act_reply(effect)
+            return
         message = effect.message
         if type(message) is RangeGranted and message.offset < 0:
             message = self._with_path(message)
-        if effect.client_id != _LOCAL:
-            host = self._host_by_worker.get(effect.client_id)
-            if host is not None:
-                host.reply(WorkerId(effect.client_id), message)
-            return
         if type(message) is CallResults:
             self._deliveries.append(message)
             return
@@ -342,109 +174,14 @@ class LocalRuntime:
         for sent in head.handle(self.node_id, effect.message, now):
             self._echoes.append(sent.message)
 
-    def _act_start_worker(self, effect: StartWorker) -> None:
-        host = self._hosts[effect.group_id]
-        try:
-            host.start_worker(effect.worker_id, effect.slot)
-        except OSError:
-            # No descriptors left, or no server: the machine decides what that means.
-            lost = WorkerLost(
-                worker_id=effect.worker_id,
-                pid=0,
-                exit_code=255,
-                signal=None,
-                sequence=0,
-                index=0,
-            )
-            self._echoes.append(lost)
-            return
-        self._host_by_worker[effect.worker_id] = host
-
-    def _act_terminate_worker(self, effect: TerminateWorker) -> None:
-        host = self._host_by_worker.get(effect.worker_id)
-        if host is not None:
-            host.terminate(effect.worker_id)
-
-    def _act_take_back(self, effect: TakeBack) -> None:
-        sequences = self._host_by_worker[effect.worker_id].take_back(effect.worker_id)
-        if sequences:
-            taken = PacketsTakenBack(worker_id=effect.worker_id, sequences=sequences)
-            self._echoes.append(taken)
-
-    def _act_nudge(self, effect: Nudge) -> None:
-        self._host_by_worker[effect.worker_id].nudge(effect.worker_id)
-
-    def _act_interrupt(self, effect: Interrupt) -> None:
-        self._host_by_worker[effect.worker_id].interrupt(effect.worker_id, effect.message)
-
-    def _with_path(self, message: RangeGranted) -> RangeGranted:
-        """A client is to write a file: the folder is there, and locked, before it is told."""
-        if message.refusal:
-            return message
-        try:
-            path = os.path.join(self._folders.next_folders()[0], file_name(message.file_number))
-            return msgspec.structs.replace(message, path=path)
-        except OSError as error:
-            reason = f"the object store is full, and no folder can be made for files ({error})"
-            return msgspec.structs.replace(message, refusal=reason)
-
-    def _on_spill_news(self, message: Any) -> None:
-        """A thread has written or read a file."""
-        with self.guard:
-            if self._closed:
-                return
-            self.feed(_SHELL, message)
-        if self._deliveries:
-            self.reactor.wake_if_other()
-            self.reactor.ensure_background()
+    def _act_send_peer(self, effect: SendPeer) -> None:
+        raise InternalError("a node without peers has something to say to one")
 
     # ---- what the reactor drives (`Pumped`) ------------------------------------------------------
 
-    def on_packet(self, host: WorkerHost, packet: bytes) -> None:
-        """A worker's report; the reactor holds Ctrl-C back."""
-        message = self._decode(packet)
-        sender = _SHELL
-        if type(message) is not TasksFinished:  # the one that comes once per task is not looked at
-            if type(message) is WorkerOutput:
-                self._collect_output(message)
-                return
-            if type(message) is ClientMessage:
-                if self.default_group is None:
-                    self._prepare_plain_tasks(message.message)
-                sender, message = message.worker_id, message.message
-            elif type(message) is WorkerReady:
-                handle = host.workers.get(message.worker_id)
-                if handle is not None:
-                    handle.pid = message.pid
-        with self.guard.lock:
-            if self.open_batches:
-                self._flush_batches()
-            self.feed(sender, message)
-            if self.open_batches:
-                # A call that was added meanwhile saw the worker busy that has just become idle.
-                self._flush_batches()
-
-    def _collect_output(self, message: WorkerOutput) -> None:
-        """Put the parts of one write together: workers share the channel."""
-        key = (message.source, message.stream)
-        if message.unfinished or key in self._unfinished_output:
-            self._unfinished_output.setdefault(key, []).append(message.text)
-        if message.unfinished:
-            return
-        if parts := self._unfinished_output.pop(key, None):
-            message = msgspec.structs.replace(message, text="".join(parts))
-        self._deliveries.append(message)
-
-    def _deliver_unfinished_output(self, source: int | None = None) -> None:
-        """Whoever was writing it (None: anybody) will not finish."""
-        for key in list(self._unfinished_output):
-            if source is None or key[0] == source:
-                text = "".join(self._unfinished_output.pop(key))
-                self._deliveries.append(WorkerOutput(stream=key[1], text=text, source=key[0]))
-
     def _prepare_plain_tasks(self, message: Any) -> None:
         """A worker of a Pool or Executor is the first to use plain tasks: they need workers too."""
-        if type(message) is not DefineClass or message.task_class.group_id != _PLAIN_TASKS:
+        if type(message) is not DefineClass or message.task_class.group_id != PLAIN_TASKS:
             return
         while not process_state.lock.acquire(timeout=0.05):
             if self._closed:
@@ -474,74 +211,12 @@ class LocalRuntime:
             self._inspection.close()
             self._inspection = None
 
-    def on_server_news(self, host: WorkerHost | inspection.Inspection) -> None:
+    def on_server_news(self, host: Any) -> None:
         """A fork server reports exits, or is gone; or somebody wants to look in."""
         if isinstance(host, inspection.Inspection):
             host.answer()
-            return
-        if host.closed:
-            return
-        news = host.news()
-        if news is None:
-            self._on_server_gone(host)
-            return
-        for message in news:
-            if type(message) is WorkerExited:
-                self._on_worker_exited(host, message)
-
-    def _on_worker_exited(self, host: WorkerHost, message: WorkerExited) -> None:
-        # All that the worker said was sent before it ended: read that first.
-        self.reactor.receive_all(host)
-        with self.guard:
-            self._lose_worker(host, message.worker_id, message)
-
-    def _lose_worker(
-        self, host: WorkerHost, worker_id: WorkerId, message: WorkerExited | None
-    ) -> None:
-        handle = host.workers.get(worker_id)
-        if handle is None:
-            return
-        sequences = host.take_back(worker_id)
-        if sequences:
-            self.feed(_SHELL, PacketsTakenBack(worker_id=worker_id, sequences=sequences))
-        sequence, index = self.arena.get_progress(handle.slot)
-        self.arena.set_progress(handle.slot, 0, 0)
-        self._deliver_unfinished_output(handle.pid)
-        host.forget(worker_id)
-        self._host_by_worker.pop(worker_id, None)
-        self.feed(
-            _SHELL,
-            WorkerLost(
-                worker_id=worker_id,
-                pid=handle.pid,
-                exit_code=message.exit_code if message is not None else None,
-                signal=message.signal if message is not None else 9,
-                sequence=sequence,
-                index=index,
-            ),
-        )
-
-    def _on_server_gone(self, host: WorkerHost) -> None:
-        """A fork server died (killed from outside): its workers died with it. A forked one cannot
-        be made again with the same globals, so its group ends with an error.
-        """
-        self.reactor.unwatch_server(host)
-        # Somebody may be waiting for our children to end, as a notebook's kernel that stops does.
-        host.reap(self.config.stop_timeout_s)
-        self.reactor.receive_all(host)
-        handle = self._groups.get(host.group_id)
-        reason = host.failure or "the fork server of the group was killed"
-        with self.guard:
-            error = pickle.dumps(WorkerStartError(reason=reason))
-            from poolray.protocol.node import FailGroup
-
-            self.feed(_SHELL, FailGroup(group_id=host.group_id, error=error))
-            for worker_id in list(host.workers):
-                self._lose_worker(host, worker_id, None)
-        if handle is not None and host.failure is None:
-            import logging
-
-            logging.getLogger("poolray").error("%s", reason)
+        else:
+            super().on_server_news(host)
 
     def settle(self) -> None:
         """Hand results over; outside of the guard, for this runs users' code.
@@ -563,14 +238,6 @@ class LocalRuntime:
             call()
         if self.client.dropped:
             self.client.sync_references()
-
-    def _settle_at_once(self) -> None:
-        """`settle` for callers that do not hold Ctrl-C back."""
-        self.guard.enter()
-        try:
-            self.settle()
-        finally:
-            self.guard.leave()
 
     def _hand_over(self, item: Any) -> None:
         kind = type(item)
@@ -610,27 +277,6 @@ class LocalRuntime:
             f"Unhandled error (suppress with POOLRAY_IGNORE_UNHANDLED_ERRORS=1): {error}\n"
         )
 
-    def next_timeout(self) -> float | None:
-        """Seconds until the machine wants a tick."""
-        with self.guard:
-            deadline = self.node.next_deadline()
-            hosts = self._hosts.values()
-            if any(handle.outbox for host in hosts for handle in host.workers.values()):
-                deadline = time.monotonic() + 0.001
-        if self.open_batches:
-            soon = time.monotonic() + _LOOK_AT_BATCHES_S
-            deadline = soon if deadline is None else min(deadline, soon)
-        return None if deadline is None else deadline - time.monotonic()
-
-    def tick(self) -> None:
-        """The machine's time has come."""
-        with self.guard:
-            for host in self._hosts.values():
-                host.flush()
-            if self.open_batches:
-                self._flush_batches()
-            self.feed(_SHELL, Tick())
-
     def is_unsettled(self) -> bool:
         """Whether results wait to be handed over."""
         return bool(self._deliveries) or bool(self.later)
@@ -643,6 +289,27 @@ class LocalRuntime:
             return self.node.has_work()
 
     # ---- requests of this process ----------------------------------------------------------------
+
+    def tell(self, message: Any) -> None:
+        """A request of this process that needs no answer."""
+        with self.guard:
+            self.feed(_LOCAL, message)
+
+    def submit(self, message: SubmitTasks | CallActor) -> None:
+        """Tasks of this process: send at once what workers have room for."""
+        with self.guard:
+            self.feed(_LOCAL, message)
+        self.after_submit()
+
+    def after_submit(self) -> None:
+        """See to it that somebody receives: us now and then, else the background thread."""
+        if self._deliveries:
+            self.reactor.wake_if_other()  # a leader that sleeps has something to hand over
+        self.reactor.ensure_background()
+        self._submissions += 1
+        if self._submissions >= _PUMP_EVERY:
+            self._submissions = 0
+            self.reactor.pump()
 
     def get(self, object_ids: list[ObjectId], timeout_s: float | None) -> ObjectValues | None:
         """Values once all are ready or one has failed; None when the time is up."""
@@ -774,141 +441,6 @@ class LocalRuntime:
         if type(message) is CancelTask:
             self.settle_now()  # some may wait for what is now an error
 
-    # ---- groups ----------------------------------------------------------------------------------
-
-    def create_group(
-        self,
-        *,
-        size: int,
-        start_now: bool,
-        setup: WorkerSetup,
-        start_method: str = "fork",
-        max_tasks_per_worker: int = 0,
-        break_on_death: bool = False,
-        out_of_band_all: bool = False,
-        is_default: bool = False,
-    ) -> GroupHandle:
-        """Start a fork server for a new group of workers.
-
-        Raises
-        ------
-        WorkerStartError
-            A spawned interpreter could not prepare itself.
-        OSError
-            No process can be made.
-        """
-        group_id = _PLAIN_TASKS if is_default else GroupId(next(self._group_ids))
-        setup = msgspec.structs.replace(
-            setup,
-            node_id=self.node_id,
-            job_id=self.job_id,
-            config=self.config,
-            labels=dict(self.node.state.labels),
-            accelerators=self.machine.variables,
-        )
-        preparation = None
-        definitions: dict[str, object] = {}
-        if start_method == "fork":
-            definitions = main_definitions()
-            modules = frozenset(sys.modules)
-        else:
-            modules = frozenset(sys.builtin_module_names)
-            preparation = _preparation_data(setup.name_prefix)
-        host = WorkerHost(group_id, self.arena, setup, start_method, preparation)
-        if start_method != "fork":
-            try:
-                host.wait_spawned(self.config.worker_start_timeout_s)
-            except BaseException:
-                host.close(1.0)
-                raise
-            mine = main_definitions()
-            definitions = {n: mine[n] for n in host.main_names or [] if n in mine}
-        serializer = Serializer(
-            main_definitions=definitions,
-            out_of_band_all=out_of_band_all,
-            shared_globals=setup.shared_globals,
-            modules=modules,
-        )
-        handle = GroupHandle(group_id, host, serializer)
-        handle.shared_globals = setup.shared_globals
-        with self.guard:
-            self._groups[group_id] = handle
-            self._hosts[group_id] = host
-            self.reactor.watch(host)
-            self.feed(
-                _SHELL,
-                CreateGroup(
-                    group_id=group_id,
-                    size=size,
-                    start_now=start_now,
-                    max_tasks_per_worker=max_tasks_per_worker,
-                    break_on_death=break_on_death,
-                ),
-            )
-        self.reactor.ensure_background()
-        return handle
-
-    def close_group(self, handle: GroupHandle) -> None:
-        """No more calls will come: its workers end after those in the queue."""
-        with self.guard:
-            self._flush_batches()
-            self.feed(_SHELL, CloseGroup(group_id=handle.group_id))
-        self.settle_now()
-
-    def terminate_group(self, handle: GroupHandle) -> None:
-        """Drop its calls, kill its workers, now."""
-        with self.guard:
-            self._flush_batches()
-            self.feed(_SHELL, TerminateGroup(group_id=handle.group_id))
-        self.settle_now()
-
-    def resize_group(self, handle: GroupHandle, size: int) -> None:
-        """Keep this many workers from now on."""
-        self.tell_shell(ResizeGroup(group_id=handle.group_id, size=size))
-
-    def settle_now(self) -> None:
-        """Hand over what a request of this thread gave rise to."""
-        self._settle_at_once()
-        self.reactor.ensure_background()
-
-    def _end_group(self, group_id: GroupId) -> None:
-        """The machine has no task and no worker of the group any more."""
-        with self.guard:
-            handle = self._groups.pop(group_id, None)
-            host = self._hosts.pop(group_id, None)
-            if host is not None:
-                self.reactor.unwatch(host)
-                for worker_id in list(host.workers):
-                    self._host_by_worker.pop(worker_id, None)
-        if host is not None:
-            host.close(self.config.stop_timeout_s)
-        if handle is not None:
-            handle.finish()
-
-    def worker_pids(self, handle: GroupHandle) -> list[int]:
-        """Process ids of a group's workers, once all that were asked for have been forked."""
-        deadline = time.monotonic() + self.config.worker_start_timeout_s
-        host = handle.host
-        while any(not worker.pid for worker in list(host.workers.values())):
-            if time.monotonic() > deadline or host.closed:
-                break
-            self.reactor.pump_servers(host)
-            time.sleep(0.0005)
-        return [worker.pid for worker in list(host.workers.values()) if worker.pid]
-
-    def in_this_process(self) -> bool:
-        """False in a fork of the process that made it."""
-        return self.pid == os.getpid()
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was shut down."""
-        return self._closed
-
-    def wait_group_ended(self, handle: GroupHandle, timeout_s: float | None = None) -> bool:
-        """Block until a closed or terminated group has ended."""
-        return self.reactor.wait(handle, timeout_s)
-
     # ---- calls with results for the caller -------------------------------------------------------
 
     def submit_calls(
@@ -959,12 +491,11 @@ class LocalRuntime:
         if self._deliveries:
             self._settle_at_once()  # some failed at once: the group has ended
 
-    # ---- end -------------------------------------------------------------------------------------
+    # ---- looking in ------------------------------------------------------------------------------
 
-    def statistics(self) -> NodeStatistics:
-        """A snapshot of the machine."""
-        with self.guard:
-            return self.node.statistics()
+    def in_this_process(self) -> bool:
+        """False in a fork of the process that made it."""
+        return self.pid == os.getpid()
 
     def memory_table(self, limit: int | None = None) -> MemoryTable:
         """Which objects there are, where, and who holds them: the `limit` largest, or all."""
@@ -991,10 +522,7 @@ class LocalRuntime:
         for handle in list(self._groups.values()):
             if handle.on_failed is not None:
                 handle.on_failed(ended)  # whoever waits for a call of it is told
-            self.terminate_group(handle)
-        for handle in list(self._groups.values()):
-            if not self.wait_group_ended(handle, self.config.stop_timeout_s):
-                self._end_group(handle.group_id)
+        self._end_groups()
         self.reactor.stop()
         self._close_inspection()
         self._deliver_unfinished_output()
@@ -1006,25 +534,15 @@ class LocalRuntime:
         # From here on a forked child has nothing of ours to close: the numbers of our descriptors
         # may soon be those of files of the program.
         process_state.off_fork_in_child(self._abandon)
-        self.reactor.close()
-        self.arena.close()
-        self._folders.remove()
+        self._close_shell()
         _runtimes.discard(self)
 
     def _abandon(self) -> None:
         """In a forked child: close the parent's channels here, touch nothing else."""
-        self._closed = True
         self.ended = self.client.ended = "belongs to the parent process of this fork"
-        self.guard.reset()
-        self.interrupts.restore()
-        for host in list(self._hosts.values()):
-            host.abandon()
-        self._hosts.clear()
-        self._groups.clear()
         self._close_inspection()
-        self.reactor.close()
-        self._folders.abandon()
-        self.arena.forget_parent()
+        self._abandon_shell()
+        self.interrupts.restore()
         _runtimes.discard(self)
 
 
@@ -1069,31 +587,6 @@ def _places(results: list[bytes | Outcome]) -> list[InArena | InFile]:
     ]
 
 
-def _store_bytes(config: Config) -> int:
-    """Capacity of the arena."""
-    default = max(_ARENA_MIN_BYTES, int(memory_bytes() * _ARENA_SHARE))
-    return config.object_store_memory_bytes or default
-
-
-def _preparation_data(name: str) -> dict[str, Any]:
-    from multiprocessing import spawn
-
-    if getattr(sys.modules.get("multiprocessing.process"), "current_process", None) is not None:
-        from multiprocessing import process
-
-        if getattr(process.current_process(), "_inheriting", False):
-            raise RuntimeError(
-                "An attempt has been made to start workers while `__main__` is being imported by "
-                "a spawned process: put the code that starts them under "
-                "`if __name__ == '__main__':`."
-            )
-    data = spawn.get_preparation_data(name or "poolray")
-    if not os.path.exists(data.get("init_main_from_path", __file__)):
-        # A program on standard input: there is no `__main__` to import, its functions go by value.
-        del data["init_main_from_path"]
-    return data
-
-
 #: Set by the API: makes the group of plain tasks where the driver has not.
 make_default_group: Callable[[LocalRuntime], None] | None = None
 _runtimes: weakref.WeakSet[LocalRuntime] = weakref.WeakSet()
@@ -1119,7 +612,7 @@ def ensure(
         if found is not None:
             return found
         made = config if config is not None else Config.load()
-        machine = describe(made, wishes or Wishes(), _store_bytes(made))
+        machine = describe(made, wishes or Wishes(), store_bytes(made))
         _current = LocalRuntime(made, machine, spill_directories)
         return _current
 
@@ -1141,16 +634,3 @@ def _at_exit() -> None:
 # Registered through threading too: plain atexit handlers run after the interpreter has joined
 # non-daemon threads, and executors must finish their work before that.
 atexit.register(_at_exit)
-
-
-__all__ = [
-    "CallbackThread",
-    "GroupHandle",
-    "LocalRuntime",
-    "PoolrayError",
-    "Sink",
-    "current",
-    "ensure",
-    "shutdown",
-    "usable_cpus",
-]
