@@ -20,6 +20,8 @@
     │   ├── OwnerDiedError
     │   └── ObjectReconstructionFailedError
     ├── NodeDiedError                 the machine of a task is gone
+    ├── AuthenticationError           this process and the cluster have not the same token
+    ├── ClusterConnectionError        no cluster there, or it is gone; also a ConnectionError
     ├── NotSupportedError             an option that this version does not carry out
     └── InternalError                 a bug of ours; carries the history to report
         └── IllegalTransition         a state machine got an event that its table forbids
@@ -41,6 +43,8 @@ __all__ = [
     "ActorDiedError",
     "ActorError",
     "ActorUnavailableError",
+    "AuthenticationError",
+    "ClusterConnectionError",
     "GetTimeoutError",
     "IllegalTransition",
     "InternalError",
@@ -464,6 +468,14 @@ class NodeDiedError(PoolrayError):
             f"Task {task_name} ({task_id[:12]}) lost its node {node_id[:12]} after {attempts} "
             "attempt(s); allow more attempts with max_retries=."
         )
+
+
+class AuthenticationError(PoolrayError):
+    """A process and the cluster that it speaks to have not the same token."""
+
+
+class ClusterConnectionError(PoolrayError, ConnectionError):
+    """There is no cluster at an address, or it has gone."""
 
 
 class NotSupportedError(PoolrayError, ValueError):

@@ -1,0 +1,181 @@
+"""The cluster's shells among themselves: sign-on, questions, jobs, what workers print.
+
+What: messages of drivers and their daemon, of daemons about jobs, and questions that anybody who
+has the token may ask a daemon.
+Who calls: `poolray/cluster/`; no machine sees one of these.
+May touch: nothing.
+Invariants: a question changes nothing and may be asked again; `Frames` keep their shape in every
+version, so that two versions can tell each other that they are two.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TypeAlias
+
+import msgspec
+
+from poolray.ids import GroupId, NodeId
+
+
+class FrameKind(enum.IntEnum):
+    """What a frame between machines carries."""
+
+    LINK = 1  #: a `LinkFrame`
+    REFUSAL = 2  #: words: the sender will not speak with us
+    QUESTION = 3
+    ANSWER = 4
+
+
+# ---- driver and daemon ---------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag=501, kw_only=True):
+    """A driver signs on at a node's daemon."""
+
+    protocol_version: int
+    pid: int
+    namespace: str
+    entrypoint: str = ""
+    log_to_driver: bool = True
+    #: It lives on another machine, or may: values travel inside messages.
+    is_remote: bool = False
+
+
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=502, kw_only=True):
+    """The daemon takes it in. On the same machine the arena's descriptor comes along."""
+
+    node_id: NodeId
+    job_id: bytes
+    group_id: GroupId  #: of the workers that run this job's tasks
+    client_id: bytes
+    arena_bytes: int
+    #: Fields of the daemon's `Config` that differ from the defaults.
+    config: dict[str, float]
+    labels: dict[str, str]
+    head_address: str  #: HOST:PORT
+    node_address: str  #: the node's host
+    session_folder: str
+
+
+class Farewell(msgspec.Struct, frozen=True, array_like=True, tag=503, kw_only=True):
+    """This conversation is over, or was never begun: the reason in words."""
+
+    reason: str
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True, tag=504, kw_only=True):
+    """Text that a worker has printed, on its way to the driver of its job."""
+
+    job_id: bytes
+    stream: int  #: 1: standard output, 2: standard error
+    text: str
+    label: str  #: of the task or actor
+    pid: int
+    address: str  #: of its node
+
+
+class UserNotice(msgspec.Struct, frozen=True, array_like=True, tag=505, kw_only=True):
+    """Something that the user of a driver should know."""
+
+    text: str
+    is_warning: bool = False
+
+
+class UserError(msgspec.Struct, frozen=True, array_like=True, tag=506, kw_only=True):
+    """An error that nobody has looked at."""
+
+    value: bytes
+
+
+# ---- daemons about jobs --------------------------------------------------------------------------
+
+
+class JobStarted(msgspec.Struct, frozen=True, array_like=True, tag=521, kw_only=True):
+    """Tasks of this job will follow on this link."""
+
+    job_id: bytes
+    group_id: GroupId
+    namespace: str
+    log_to_driver: bool = True
+
+
+class JobEnded(msgspec.Struct, frozen=True, array_like=True, tag=522, kw_only=True):
+    """The job's driver is gone: so are its workers, save those of detached actors."""
+
+    job_id: bytes
+
+
+DaemonMessage: TypeAlias = JobStarted | JobEnded | Output
+
+
+# ---- questions -----------------------------------------------------------------------------------
+
+
+class AskWho(msgspec.Struct, frozen=True, array_like=True, tag=541, kw_only=True):
+    """Who is there?"""
+
+
+class AskNodes(msgspec.Struct, frozen=True, array_like=True, tag=542, kw_only=True):
+    """Which nodes are there, and what goes on? For the head."""
+
+
+class Who(msgspec.Struct, frozen=True, array_like=True, tag=551, kw_only=True):
+    """A daemon describes itself."""
+
+    role: str  #: "head" or "node"
+    pid: int
+    version: str  #: of poolray
+    python: str
+    protocol_version: int
+    session_folder: str = ""
+
+
+class NodeFacts(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """A node as its daemon describes it to the head's daemon."""
+
+    node_id: NodeId
+    host: str  #: where peers reach it
+    port: int
+    hostname: str
+    machine: str  #: the same for all processes of one machine
+    pid: int
+    socket_path: str  #: where drivers on the same machine sign on
+    is_head: bool = False
+
+
+class NodeStatus(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """A node as the head sees it."""
+
+    facts: NodeFacts
+    is_alive: bool
+    total: dict[str, int]
+    available: dict[str, int]
+    labels: dict[str, str] = {}
+    queued_tasks: int = 0
+    demands: list[tuple[dict[str, int], int]] = []  #: what waits: demand of a task, and how many
+
+
+class Nodes(msgspec.Struct, frozen=True, array_like=True, tag=552, kw_only=True):
+    """The cluster, as the head sees it."""
+
+    nodes: list[NodeStatus]
+    jobs: int
+    session_folder: str
+
+
+class NotUnderstood(msgspec.Struct, frozen=True, array_like=True, tag=553, kw_only=True):
+    """This daemon does not answer such questions."""
+
+    reason: str
+
+
+class SetOut(msgspec.Struct, frozen=True, array_like=True, tag=561, kw_only=True):
+    """A node's daemon tells the head's where it is; goes before its registration."""
+
+    facts: NodeFacts
+    labels: dict[str, str] = {}
+
+
+Question: TypeAlias = AskWho | AskNodes
+Answer: TypeAlias = Who | Nodes | NotUnderstood
