@@ -87,6 +87,8 @@ PUBLIC_NAMES = {
         "ActorDiedError",
         "ActorError",
         "ActorUnavailableError",
+        "AuthenticationError",
+        "ClusterConnectionError",
         "GetTimeoutError",
         "IllegalTransition",
         "InternalError",
