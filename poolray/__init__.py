@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from poolray import actor, exceptions
+from poolray import actor, binding, exceptions
 from poolray._version import __version__
 from poolray.actor import get_actor, kill, method
 from poolray.api import cancel, get, init, is_initialized, put, remote, shutdown, wait
@@ -19,7 +19,7 @@ from poolray.objects.object_ref import ObjectRef
 from poolray.runtime_context import get_runtime_context
 
 if TYPE_CHECKING:
-    from poolray import util
+    from poolray import dag, util
     from poolray.executor import Executor
     from poolray.pool import Pool
 
@@ -32,6 +32,7 @@ __all__ = [
     "available_resources",
     "cancel",
     "cluster_resources",
+    "dag",
     "exceptions",
     "get",
     "get_actor",
@@ -51,6 +52,14 @@ __all__ = [
 ]
 
 
+def _find_binder() -> binding.Binder:
+    from poolray.dag import binder
+
+    return binder
+
+
+binding.find_binder = _find_binder
+
 if not TYPE_CHECKING:  # checkers know the faces from the import above, and misspelt names from none
 
     def __getattr__(name: str) -> object:
@@ -63,6 +72,10 @@ if not TYPE_CHECKING:  # checkers know the faces from the import above, and miss
             from poolray.executor import Executor
 
             return Executor
+        if name == "dag":
+            import poolray.dag
+
+            return poolray.dag
         if name == "util":
             import poolray.util
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, final
 
-from poolray import actor_calls
+from poolray import actor_calls, binding
 from poolray.actor_methods import (
     NO_OPTIONS,
     PLAIN_TASKS,
@@ -172,11 +172,20 @@ class ActorMethod:
         )
         return ActorMethod(self._handle, self._face, made)
 
-    def bind(self, /, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported by this version: lazy graphs."""
-        raise NotSupportedError(
-            "Lazy graphs (`bind`) are not supported by this version of poolray."
-        )
+    def bind(self, /, *args: Any, **kwargs: Any) -> Any:
+        """A call of the method in a lazy graph; nothing runs before the graph's `execute`.
+
+        Returns
+        -------
+        ClassMethodNode
+            With `num_returns` over 1 a tuple, with a node for each value.
+
+        Raises
+        ------
+        TypeError
+            The arguments do not fit the method's parameters.
+        """
+        return binding.find_binder().bind_method(self, args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: a method is called with `.remote()`."""
@@ -362,7 +371,7 @@ class ActorClass(Generic[C]):
         check_actor_options(options)
         made: ActorClass[C] = ActorClass(self._class, {**self._options, **options})
         made._export = self._export
-        return OptionedClass(made)
+        return OptionedClass(made, options)
 
     def remote(self, /, *args: Any, **kwargs: Any) -> ActorHandle[C]:
         """Make an actor.
@@ -454,27 +463,36 @@ class ActorClass(Generic[C]):
         client.define_class(task_class)
         return task_class
 
-    def bind(self, /, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported by this version: lazy graphs."""
-        raise NotSupportedError(
-            "Lazy graphs (`bind`) are not supported by this version of poolray."
-        )
+    def bind(self, /, *args: Any, **kwargs: Any) -> Any:
+        """An actor in a lazy graph, whose methods have `bind` too; see `poolray.dag`.
+
+        Returns
+        -------
+        ClassNode
+
+        Raises
+        ------
+        TypeError
+            The arguments do not fit the constructor.
+        """
+        return binding.find_binder().bind_class(self, args, kwargs, {})
 
 
 @final
 class OptionedClass(Generic[C]):
-    """An actor class with other options: has `.remote` only."""
+    """An actor class with other options: has `.remote` and `.bind` only."""
 
-    def __init__(self, actor_class: ActorClass[C]) -> None:
+    def __init__(self, actor_class: ActorClass[C], options: Mapping[str, Any]) -> None:
         self._actor_class = actor_class
+        self._options = options
 
     def remote(self, /, *args: Any, **kwargs: Any) -> ActorHandle[C]:
         """Make an actor; see `ActorClass.remote`."""
         return self._actor_class.remote(*args, **kwargs)
 
-    def bind(self, /, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported by this version: lazy graphs."""
-        self._actor_class.bind(*args, **kwargs)
+    def bind(self, /, *args: Any, **kwargs: Any) -> Any:
+        """An actor in a lazy graph; see `ActorClass.bind`."""
+        return binding.find_binder().bind_class(self._actor_class, args, kwargs, self._options)
 
 
 def make_actor_class(actor_class: type[C], options: Mapping[str, Any]) -> ActorClass[C]:

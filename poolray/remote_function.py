@@ -13,10 +13,11 @@ import hashlib
 import inspect
 import pickle
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, final
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, final
 
 import msgspec
 
+from poolray import binding
 from poolray.client import Client
 from poolray.exceptions import NotSupportedError
 from poolray.ids import ClassId, FunctionId, GroupId
@@ -243,7 +244,7 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
             merged = {"max_calls": 0, **self._options, **options}
             made = RemoteFunction(self._function, merged, self._find_client)
             made._export = self._export
-            return OptionedFunction(made)
+            return OptionedFunction(made, options)
 
         def remote(self, /, *args, **kwargs):
             client = self._find_client()
@@ -301,28 +302,38 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
         digest = hashlib.blake2b(msgspec.msgpack.encode(made), digest_size=16).digest()
         return msgspec.structs.replace(made, class_id=ClassId(digest))
 
-    def bind(self, /, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported by this version: lazy graphs."""
-        raise NotSupportedError(
-            "Lazy graphs (`bind`) are not supported by this version of poolray."
-        )
+    def bind(self, /, *args: Any, **kwargs: Any) -> Any:
+        """A call of the function in a lazy graph; nothing runs before the graph's `execute`.
+
+        Returns
+        -------
+        FunctionNode
+            May be an argument of other calls that are bound; see `poolray.dag`.
+
+        Raises
+        ------
+        TypeError
+            The arguments do not fit the function's parameters.
+        """
+        return binding.find_binder().bind_function(self, args, kwargs, {})
 
 
 @final
 class OptionedFunction(RemoteCall[P, F_co, Given_co]):
-    """A remote function with other options: has `.remote` only."""
+    """A remote function with other options: has `.remote` and `.bind` only."""
 
-    def __init__(self, function: RemoteFunction[P, Any]) -> None:
+    def __init__(self, function: RemoteFunction[P, Any], options: Mapping[str, Any]) -> None:
         self._function = function
+        self._options = options
 
     if not TYPE_CHECKING:
 
         def remote(self, /, *args, **kwargs):
             return self._function.remote(*args, **kwargs)
 
-    def bind(self, /, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported by this version: lazy graphs."""
-        self._function.bind(*args, **kwargs)
+    def bind(self, /, *args: Any, **kwargs: Any) -> Any:
+        """A call of the function in a lazy graph; see `RemoteFunction.bind`."""
+        return binding.find_binder().bind_function(self._function, args, kwargs, self._options)
 
 
 def _takes_anything_positional(function: Callable[..., Any]) -> range:

@@ -49,6 +49,7 @@ FLOORS = (
             "actor_calls",
             "actor_options",
             "actor_methods",
+            "binding",
             "cluster_state",
             "remote_placement",
             "remote_strategies",
