@@ -43,15 +43,15 @@ class KeyValueStore:
         """The value of a key, or None."""
         return self._spaces.get(namespace, {}).get(key)
 
-    def delete(self, namespace: str, key: bytes, by_prefix: bool) -> int:
-        """Remove a key, or all that begin with it; gives how many there were."""
+    def delete(self, namespace: str, key: bytes, by_prefix: bool) -> list[bytes]:
+        """Remove a key, or all that begin with it; gives those that there were."""
         space = self._spaces.get(namespace, {})
         keys = self.list(namespace, key) if by_prefix else [key] * (key in space)
         for found in keys:
             self.size_bytes -= len(found) + len(space.pop(found))
         if not space:
             self._spaces.pop(namespace, None)
-        return len(keys)
+        return keys
 
     def list(self, namespace: str, prefix: bytes) -> list[bytes]:
         """The keys that begin so, sorted."""

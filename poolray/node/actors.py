@@ -44,15 +44,15 @@ from poolray.protocol.actors import (
     LookUpActor,
     NamedActors,
 )
-from poolray.protocol.node import (
-    HeadReply,
-    ListNames,
-    LookUpName,
-    NamesFound,
-    RegisterName,
-    ReleaseName,
-    WorkerLost,
+from poolray.protocol.directory import (
+    ActorChanged,
+    ActorEntry,
+    ActorFound,
+    ActorStage,
+    FindActor,
+    RegisterActor,
 )
+from poolray.protocol.node import ListNames, NamesFound, WorkerLost
 from poolray.protocol.values import CallKind
 from poolray.protocol.worker import (
     ActorExiting,
@@ -148,22 +148,29 @@ class Actors:
         """Names belong to the head: it is asked, and answers with the number of the request."""
         self._next_request = number = self._next_request + 1
         self._asked[number] = (client_id, message)
-        question: RegisterName | LookUpName | ListNames
+        question: RegisterActor | FindActor | ListNames
         if isinstance(message, CreateActor):
-            question = RegisterName(
-                request_id=number,
-                namespace=message.namespace,
-                name=message.name,
-                target=message.actor_id,
-                node_id=self._state.node_id,
-            )
+            question = RegisterActor(request_id=number, entry=self._entry_of(message))
         elif isinstance(message, LookUpActor):
-            question = LookUpName(request_id=number, namespace=message.namespace, name=message.name)
+            question = FindActor(request_id=number, namespace=message.namespace, name=message.name)
         else:
             question = ListNames(request_id=number, namespace=message.namespace)
         self._state.effects.append(SendHead(question))
 
-    def on_head_reply(self, message: HeadReply | NamesFound) -> None:
+    def _entry_of(self, message: CreateActor) -> ActorEntry:
+        """A new actor as the cluster's directory has it."""
+        return ActorEntry(
+            actor_id=message.actor_id,
+            class_name=message.class_name,
+            name=message.name,
+            namespace=message.namespace,
+            detached=message.detached,
+            max_restarts=message.max_restarts,
+            keeper=self._state.node_id,
+            description=message.description,
+        )
+
+    def on_head_reply(self, message: ActorFound | NamesFound) -> None:
         """The head's answer, for whoever asked."""
         asked = self._asked.pop(message.request_id, None)
         if asked is None:
@@ -172,13 +179,14 @@ class Actors:
         if isinstance(message, NamesFound):
             names = NamedActors(request_id=request.request_id, names=message.names)
             self._state.effects.append(Reply(client_id, names))
-        elif isinstance(request, CreateActor) and message.done:
+            return
+        found = message.entry.actor_id if message.entry is not None else ActorId(b"")
+        if isinstance(request, CreateActor) and found == request.actor_id:
             self._create(client_id, request)
             self._answer(client_id, request.request_id, self._actors[request.actor_id])
         else:
-            found = message.found if isinstance(message.found, bytes) else b""
             wanted = not isinstance(request, CreateActor) or request.get_if_exists
-            actor = self._actors.get(ActorId(found)) if wanted else None
+            actor = self._actors.get(found) if wanted else None
             self._answer(client_id, request.request_id, actor)
 
     def _answer(self, client_id: ClientId, request_id: int, actor: Actor | None) -> None:
@@ -641,10 +649,8 @@ class Actors:
         if owned is not None and owned.pop(message.actor_id, 0) is None and not owned:
             del self._owned[actor.owner]
         if message.name:
-            release = ReleaseName(
-                namespace=message.namespace, name=message.name, target=message.actor_id
-            )
-            self._state.effects.append(SendHead(release))
+            change = ActorChanged(actor_id=message.actor_id, stage=ActorStage.DEAD, death=error)
+            self._state.effects.append(SendHead(change))
         creation, actor.creation = actor.creation, None
         if creation is not None and creation.state is SUCCEEDED:
             self._tasks.drop_lineage(creation)

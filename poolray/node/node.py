@@ -67,6 +67,7 @@ from poolray.protocol.client import (
     UnpinObjects,
     WaitObjects,
 )
+from poolray.protocol.directory import ActorFound
 from poolray.protocol.memory import MemoryTable
 from poolray.protocol.node import (
     CancelForwarded,
@@ -77,9 +78,7 @@ from poolray.protocol.node import (
     FailGroup,
     ForwardedResults,
     ForwardTasks,
-    FunctionFound,
     HeadMessage,
-    HeadReply,
     Heartbeat,
     NamesFound,
     NodeDied,
@@ -462,12 +461,10 @@ class Node:
             case Refused():
                 text = f"The cluster's head refuses this node: {message.reason}"
                 self.state.effects.append(Warn(text))
-            case HeadReply() | NamesFound():
+            case ActorFound() | NamesFound():
                 self._actors.on_head_reply(message)
-            case FunctionFound():
-                raise InternalError(f"a node does not ask for {type(message).__name__}")
             case _:
-                _assert_never(message)
+                raise InternalError(f"a node does not ask for {type(message).__name__}")
 
     # ---- time ------------------------------------------------------------------------------------
 

@@ -13,7 +13,31 @@ from typing import TypeAlias
 
 import msgspec
 
-from poolray.ids import FunctionId, GroupId, NodeId, ObjectId, TaskId, WorkerId
+from poolray.ids import ActorId, FunctionId, GroupId, NodeId, ObjectId, TaskId, WorkerId
+from poolray.protocol.directory import (
+    ActorAt,
+    ActorChanged,
+    ActorEntry,
+    ActorFound,
+    ActorsFound,
+    Drain,
+    DrainNode,
+    DropActor,
+    FindActor,
+    JobEnded,
+    JobsFound,
+    KeepActor,
+    LeaveCluster,
+    ListActorEntries,
+    ListJobs,
+    ListNodes,
+    NodesFound,
+    NodeStatus,
+    RegisterActor,
+    RestartActor,
+    UnwatchActor,
+    WatchActor,
+)
 from poolray.protocol.values import (
     FunctionDefinition,
     InArena,
@@ -198,12 +222,19 @@ PeerMessage: TypeAlias = (
 
 
 class RegisterNode(msgspec.Struct, frozen=True, array_like=True, tag=301, kw_only=True):
-    """A node joins the cluster."""
+    """A node joins the cluster, or is back after its link to the head was new: also a head that was
+    started again learns from this what the node has.
+    """
 
     node_id: NodeId
     total: dict[str, int]
     labels: dict[str, str] = {}
     protocol_version: int = 1
+    address: str = ""  #: where other nodes reach it
+    #: For those who look on (host name, IP address, pid, …): opaque to the machines.
+    info: dict[str, str] = {}
+    actors: list[ActorEntry] = []  #: those that it keeps or hosts
+    watched: list[ActorId] = []  #: actors whose place it wants to know
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=302, kw_only=True):
@@ -267,38 +298,23 @@ class RegisterJob(msgspec.Struct, frozen=True, array_like=True, tag=309, kw_only
     job_id: bytes
     node_id: NodeId
     entrypoint: str = ""
+    namespace: str = ""
+    info: dict[str, str] = {}
 
 
 class FinishJob(msgspec.Struct, frozen=True, array_like=True, tag=310, kw_only=True):
     """A driver has gone."""
 
     job_id: bytes
+    reason: str = ""  #: if it did not say goodbye: how it ended
 
 
-class RegisterName(msgspec.Struct, frozen=True, array_like=True, tag=311, kw_only=True):
-    """Claim a name in a namespace for an id."""
-
-    request_id: int
-    namespace: str
-    name: str
-    target: bytes
-    node_id: NodeId
-
-
-class LookUpName(msgspec.Struct, frozen=True, array_like=True, tag=312, kw_only=True):
-    """Whose is this name?"""
+class KeyValueExists(msgspec.Struct, frozen=True, array_like=True, tag=325, kw_only=True):
+    """Is there such a key? `HeadReply.done` tells."""
 
     request_id: int
     namespace: str
-    name: str
-
-
-class ReleaseName(msgspec.Struct, frozen=True, array_like=True, tag=313, kw_only=True):
-    """Give a name up."""
-
-    namespace: str
-    name: str
-    target: bytes
+    key: bytes
 
 
 class ListNames(msgspec.Struct, frozen=True, array_like=True, tag=314, kw_only=True):
@@ -319,10 +335,18 @@ HeadRequest: TypeAlias = (
     | KeyValueList
     | RegisterJob
     | FinishJob
-    | RegisterName
-    | LookUpName
-    | ReleaseName
     | ListNames
+    | ListNodes
+    | DrainNode
+    | LeaveCluster
+    | ListJobs
+    | RegisterActor
+    | ActorChanged
+    | FindActor
+    | WatchActor
+    | UnwatchActor
+    | ListActorEntries
+    | KeyValueExists
 )
 
 
@@ -336,6 +360,10 @@ class NodeView(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     total: dict[str, int]
     available: dict[str, int]
     queued_tasks: int
+    labels: dict[str, str] = {}
+    address: str = ""
+    info: dict[str, str] = {}
+    status: NodeStatus = NodeStatus.ALIVE
 
 
 class ClusterView(msgspec.Struct, frozen=True, array_like=True, tag=351, kw_only=True):
@@ -348,6 +376,7 @@ class NodeDied(msgspec.Struct, frozen=True, array_like=True, tag=352, kw_only=Tr
     """A node is dead, for good: it would have to join again under a new id."""
 
     node_id: NodeId
+    reason: str = ""
 
 
 class FunctionFound(msgspec.Struct, frozen=True, array_like=True, tag=353, kw_only=True):
@@ -360,13 +389,14 @@ class FunctionFound(msgspec.Struct, frozen=True, array_like=True, tag=353, kw_on
 class HeadReply(msgspec.Struct, frozen=True, array_like=True, tag=354, kw_only=True):
     """The answer to a numbered request.
 
-    `found` is the value, the keys, the target or None; `done` tells whether the request changed
-    something.
+    `found` is the value, the keys or None; `done` tells whether the request changed something;
+    `count` is the number of keys that were removed.
     """
 
     request_id: int
     done: bool
     found: bytes | list[bytes] | None = None
+    count: int = 0
 
 
 class NamesFound(msgspec.Struct, frozen=True, array_like=True, tag=356, kw_only=True):
@@ -380,6 +410,25 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=355, kw_only=Tru
     """The node may not join: the reason in words."""
 
     reason: str
+    #: It was a member and was given up: whatever it runs has been given to others.
+    is_dead: bool = False
 
 
-HeadMessage: TypeAlias = ClusterView | NodeDied | FunctionFound | HeadReply | NamesFound | Refused
+HeadMessage: TypeAlias = (
+    ClusterView
+    | NodeDied
+    | FunctionFound
+    | HeadReply
+    | NamesFound
+    | Refused
+    | NodesFound
+    | JobsFound
+    | JobEnded
+    | ActorFound
+    | ActorAt
+    | ActorsFound
+    | Drain
+    | RestartActor
+    | KeepActor
+    | DropActor
+)

@@ -12,6 +12,7 @@ from poolray.ids import (
     ClassId,
     ClientId,
     FunctionId,
+    NodeId,
     ObjectId,
     TaskId,
     WorkerId,
@@ -28,7 +29,13 @@ from poolray.protocol.actors import (
     LookUpActor,
 )
 from poolray.protocol.client import DefineClass, DefineFunction, PutObject
-from poolray.protocol.node import HeadReply, LookUpName, RegisterName, ReleaseName
+from poolray.protocol.directory import (
+    ActorChanged,
+    ActorEntry,
+    ActorFound,
+    FindActor,
+    RegisterActor,
+)
 from poolray.protocol.values import CallKind, FunctionDefinition, Outcome, TaskClass, TaskSpec
 from poolray.protocol.worker import ActorExiting, ActorStarted, RunTasks
 from tests.unit.node_harness import DRIVER, PLAIN, Bench, TerminateWorker, result_of
@@ -525,17 +532,24 @@ def test_arguments_of_a_constructor_live_as_long_as_it_may_run_again(bench: Acto
 # --- names ---------------------------------------------------------------------------------------
 
 
+def entry_of(actor_id: ActorId) -> ActorEntry:
+    """The directory's entry of an actor on the bench's node."""
+    return ActorEntry(
+        actor_id=actor_id, class_name="A", name="n", namespace="s", keeper=NodeId(b"A" * 28)
+    )
+
+
 def test_a_name_is_asked_for_before_the_actor_is_made(bench: ActorBench) -> None:
     actor_id = bench.create(name="n", namespace="s", request_id=7)
     (question,) = bench.asked_head()
-    assert isinstance(question, RegisterName)
-    assert question.target == actor_id
+    assert isinstance(question, RegisterActor)
+    assert question.entry.actor_id == actor_id
     assert bench.node.statistics().actors == 0
-    bench.tell(HeadReply(request_id=question.request_id, done=True, found=actor_id))
+    bench.tell(ActorFound(request_id=question.request_id, entry=question.entry))
     assert bench.answers() == [ActorReply(request_id=7, actor_id=actor_id, description=b"methods")]
     bench.construct()
     bench.tell(KillActor(actor_id=actor_id), DRIVER)
-    assert [type(m) for m in bench.asked_head()] == [ReleaseName]
+    assert [type(m) for m in bench.asked_head()] == [ActorChanged]
 
 
 def test_a_taken_name_is_refused_or_gives_the_actor_that_has_it(bench: ActorBench) -> None:
@@ -543,8 +557,8 @@ def test_a_taken_name_is_refused_or_gives_the_actor_that_has_it(bench: ActorBenc
     for get_if_exists, expected in ((False, b""), (True, holder)):
         bench.create(name="n", namespace="s", request_id=8, get_if_exists=get_if_exists)
         (question,) = bench.asked_head()
-        assert isinstance(question, RegisterName)
-        bench.tell(HeadReply(request_id=question.request_id, done=False, found=holder))
+        assert isinstance(question, RegisterActor)
+        bench.tell(ActorFound(request_id=question.request_id, entry=entry_of(holder)))
         (answer,) = bench.answers()
         assert answer.actor_id == expected
     assert bench.node.statistics().actors == 1
@@ -555,8 +569,8 @@ def test_who_looks_up_a_name_holds_a_handle_with_the_answer(bench: ActorBench) -
     other = ClientId(b"other")
     bench.tell(LookUpActor(request_id=3, namespace="s", name="n"), other)
     (question,) = bench.asked_head()
-    assert isinstance(question, LookUpName)
-    bench.tell(HeadReply(request_id=question.request_id, done=False, found=actor_id))
+    assert isinstance(question, FindActor)
+    bench.tell(ActorFound(request_id=question.request_id, entry=entry_of(actor_id)))
     bench.let_go(actor_id)
     assert not bench.reads_stop(worker_id)
     bench.let_go(actor_id, other)
