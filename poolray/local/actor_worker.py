@@ -338,6 +338,7 @@ class _Threads:
             args = kwargs = None
             outcome = worker.returned(result, task, function)
         except SystemExit as error:
+            self._reports.send()  # calls that have ended keep their results
             self._host.leave_at_once(error)
             return
         except BaseException as error:
@@ -419,6 +420,7 @@ class _Loop:
                 result = await result
             outcome = worker.returned(result, task, function)
         except SystemExit as error:
+            self._reports.send()  # calls that have ended keep their results
             self._host.leave_at_once(error)
             return
         except BaseException as error:

@@ -160,6 +160,7 @@ PUBLIC_NAMES = {
     ],
     "poolray.runtime_context": ["RuntimeContext", "get_runtime_context"],
     "poolray.util": [
+        "ActorPool",
         "deregister_serializer",
         "inspect_serializability",
         "list_named_actors",
@@ -167,6 +168,8 @@ PUBLIC_NAMES = {
         "register_serializer",
     ],
     "poolray.__main__": ["main"],
+    "poolray.util.actor_pool": ["ActorPool"],
+    "poolray.util.queue": ["Empty", "Full", "Queue"],
     "poolray.util.memory": ["format_table", "memory_summary"],
     "poolray.util.check_serialize": ["FailureTuple", "inspect_serializability"],
     "poolray.util.serialization": ["deregister_serializer", "register_serializer"],
