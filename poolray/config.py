@@ -76,6 +76,24 @@ class Config:
     retry_delay_s: float = 0.05
     #: But never longer than this.
     retry_delay_max_s: float = 5.0
+    #: Share of the machine's memory (of its container, if that has a limit) in use beyond which
+    #: work is ended, before the operating system ends whatever it likes.
+    memory_usage_threshold: float = 0.95
+    #: But not while so many bytes are free: 5 % of a large machine is a lot. -1: the share decides.
+    min_memory_free_bytes: int = -1
+    #: How often memory is looked at while something runs; 0 switches its protection off.
+    memory_monitor_refresh_ms: int = 250
+    #: How often a task that was ended for memory is tried again, apart from `max_retries`; -1: as
+    #: long as other work of its owner ran beside it, for then the next attempt has more room.
+    task_oom_retries: int = -1
+    #: It waits this long first, each further time twice as long as the one before.
+    task_oom_retry_delay_base_ms: int = 1000
+    #: But never longer than this.
+    task_oom_retry_delay_max_ms: int = 60_000
+    #: 1: a task that uses more than its `memory=` is ended; 0: that is for scheduling only.
+    enforce_memory_limits: int = 1
+    #: What its worker may use beyond that: the interpreter's own, and what libraries keep.
+    memory_limit_slack_bytes: int = 64 * 1024 * 1024
     #: A task that is cancelled by force and has not ended after this long, for it keeps its process
     #: from looking at signals, is killed with whatever else its worker has been given.
     force_after_s: float = 1.0
@@ -122,6 +140,11 @@ class Config:
             minimum = _MINIMUM.get(field.name, 0)
             if not value >= minimum or value in (float("inf"), float("-inf")):
                 raise ValueError(f"{field.name} is {value!r}: it must be at least {minimum}")
+        if self.memory_usage_threshold > 1:
+            raise ValueError(
+                f"memory_usage_threshold is {self.memory_usage_threshold!r}: it is a share of the "
+                "machine's memory, at most 1"
+            )
 
     @classmethod
     def load(cls, environment: Mapping[str, str] | None = None, **arguments: Any) -> Config:
@@ -159,6 +182,8 @@ _MINIMUM = {
     "packets_per_worker_max": 1,
     "inline_max_bytes": 1,
     "max_retries": -1,
+    "min_memory_free_bytes": -1,
+    "task_oom_retries": -1,
     "workers_max": 1,
     "min_spilling_size_bytes": 1,
     "max_io_workers": 1,

@@ -55,6 +55,7 @@ __all__ = [
     "ObjectReconstructionFailedError",
     "ObjectStoreFullError",
     "OutOfDiskError",
+    "OutOfMemoryError",
     "OwnerDiedError",
     "PendingCallsLimitExceeded",
     "PoolrayError",
@@ -255,6 +256,104 @@ def describe_exit(exit_code: int | None, signal: int | None) -> str:
             name = "unknown signal"
         return f"was killed by signal {signal} ({name})"
     return f"exited with code {exit_code}"
+
+
+def describe_size(size_bytes: int) -> str:
+    """A number of bytes, in words."""
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+class OutOfMemoryError(PoolrayError):
+    """The task was ended because memory was short, or because it used more than its `memory=`.
+
+    Attributes
+    ----------
+    task_name, task_id, node_id : str
+        The task and the node that it ran on; ids in hex.
+    pid : int
+        Its worker's process id.
+    worker_bytes : int
+        What the worker used by itself.
+    limit_bytes : int
+        The task's `memory=`, if that was exceeded; 0: the machine was short of memory.
+    used_bytes, total_bytes : int
+        What was in use of the machine's memory, or of its container's.
+    threshold : float
+        The share of it beyond which work is ended.
+    attempts : int
+        How often the task was tried.
+    processes : tuple of (int, int, str)
+        The processes that used most: pid, bytes, name.
+    """
+
+    def __init__(
+        self,
+        *,
+        task_name: str,
+        task_id: str,
+        node_id: str,
+        pid: int,
+        worker_bytes: int,
+        used_bytes: int,
+        total_bytes: int,
+        threshold: float,
+        attempts: int,
+        limit_bytes: int = 0,
+        processes: tuple[tuple[int, int, str], ...] = (),
+    ) -> None:
+        self.task_name = task_name
+        self.task_id = task_id
+        self.node_id = node_id
+        self.pid = pid
+        self.worker_bytes = worker_bytes
+        self.used_bytes = used_bytes
+        self.total_bytes = total_bytes
+        self.threshold = threshold
+        self.attempts = attempts
+        self.limit_bytes = limit_bytes
+        self.processes = processes
+        super().__init__(self._limit_text() if limit_bytes else self._shortage_text())
+
+    @property
+    def message(self) -> str:
+        """The message, under the reference's name."""
+        return str(self)
+
+    def _limit_text(self) -> str:
+        return (
+            f"Task {self.task_name} ({self.task_id[:12]}) was ended for using too much memory: its "
+            f"worker, pid {self.pid} on node {self.node_id[:12]}, used "
+            f"{describe_size(self.worker_bytes)}, and it had asked for memory={self.limit_bytes} "
+            f"({describe_size(self.limit_bytes)}). Ask for more, or let memory= be for scheduling "
+            "only with POOLRAY_enforce_memory_limits=0."
+        )
+
+    def _shortage_text(self) -> str:
+        lines = [
+            f"Task {self.task_name} ({self.task_id[:12]}) was ended because memory was short: its "
+            f"worker, pid {self.pid} on node {self.node_id[:12]}, used "
+            f"{describe_size(self.worker_bytes)}, and {describe_size(self.used_bytes)} of "
+            f"{describe_size(self.total_bytes)} were in use "
+            f"({self.used_bytes / max(1, self.total_bytes):.1%}; memory_usage_threshold is "
+            f"{self.threshold:g}). It was tried {self.attempts} time(s)."
+        ]
+        if self.processes:
+            lines.append("What used most:")
+            lines.extend(
+                f"  pid {pid:<8} {describe_size(used):>10}  {name}"
+                for pid, used, name in self.processes
+            )
+        lines.append(
+            "Run fewer tasks at once (num_cpus=, memory=), or give them less to do; "
+            "POOLRAY_memory_usage_threshold moves the mark, POOLRAY_memory_monitor_refresh_ms=0 "
+            "switches this protection off."
+        )
+        return "\n".join(lines)
 
 
 class TaskCancelledError(PoolrayError):

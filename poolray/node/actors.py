@@ -23,7 +23,6 @@ from poolray.exceptions import (
     ActorUnavailableError,
     InternalError,
     PoolrayError,
-    describe_exit,
 )
 from poolray.ids import ActorId, ClientId, ObjectId, TaskId, WorkerId, handle_of, return_id
 from poolray.node.actor_record import Actor, restarts_text, split_lost
@@ -279,7 +278,7 @@ class Actors:
     def creation_error(self, record: TaskRecord, message: WorkerLost) -> PoolrayError:
         """What calls get of an actor whose constructor took the worker along."""
         actor = self._by_creation[record.task_id]
-        how = describe_exit(message.exit_code, message.signal)
+        how = self._tasks.protection.how(message)
         return self._died(
             actor,
             f"died in its constructor: its process (pid {message.pid}) {how}"
@@ -527,6 +526,14 @@ class Actors:
         elif (worker := self._worker_of(actor)) is not None:
             self._state.effects.append(TerminateWorker(worker.worker_id))
 
+    def in_worker(self, worker_id: WorkerId) -> tuple[ClientId, bool] | None:
+        """Who made the actor that lives in a worker, and whether it would be restarted."""
+        actor = self._by_worker.get(worker_id)
+        if actor is None:
+            return None
+        creation = actor.creation
+        return actor.owner, creation is not None and self._tasks.may_retry(creation)
+
     def _worker_of(self, actor: Actor) -> WorkerRecord | None:
         """The worker that is the actor's, or runs its constructor."""
         if actor.worker is not None or actor.creation is None:
@@ -570,6 +577,7 @@ class Actors:
             return
         begun, untouched = split_lost(actor, message)
         self._move_out(actor)
+        kill = self._tasks.protection.kills.get(message.worker_id)
         creation = actor.creation
         if (
             creation is not None
@@ -579,7 +587,10 @@ class Actors:
         ):
             self._restart(actor, creation, begun, untouched)
             return
-        how = describe_exit(message.exit_code, message.signal)
+        if kill is not None:
+            for record in begun:
+                self._tasks.fail(record, self._tasks.protection.error(record, message, kill))
+        how = self._tasks.protection.how(message)
         restarts = 0 if creation is None else creation.attempts
         error = self._died(
             actor,

@@ -91,6 +91,15 @@ class GroupDrained(msgspec.Struct, frozen=True, gc=False):
     group_id: GroupId
 
 
+class MeasureMemory(msgspec.Struct, frozen=True, gc=False):
+    """Read how much memory is in use; report with `MemoryReport`."""
+
+    #: Workers whose own memory is asked for -> below this a rough figure will do, in bytes.
+    workers: list[tuple[WorkerId, int]]
+    #: Name the processes of the machine that use most as well.
+    is_detailed: bool
+
+
 class SpillObjects(msgspec.Struct, frozen=True, gc=False):
     """Write these ranges to one file; report with `SpillDone` or `SpillFailed`."""
 
@@ -173,6 +182,7 @@ Effect: TypeAlias = (
     | Interrupt
     | GroupFailed
     | GroupDrained
+    | MeasureMemory
     | SpillObjects
     | RestoreObject
     | DeleteUnsealed

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, final
 
-from poolray.exceptions import InternalError, PoolrayError, WorkerStartError, describe_exit
+from poolray.exceptions import InternalError, PoolrayError, WorkerStartError
 from poolray.ids import ClientId, GroupId, WorkerId
 from poolray.node.dispatch import Dispatcher
 from poolray.node.effects import (
@@ -324,10 +324,12 @@ class Groups:
             return
         group = worker.group
         never_ready = worker.state is _STARTING
-        stopping = worker.state is _STOPPING
-        self._observer.on_worker_lost(worker, message, was_told=stopping)
+        kill = self._tasks.protection.kills.get(message.worker_id)
+        # (One that was ended for memory has been told to stop, and had work to do.)
+        stopping = worker.state is _STOPPING and kill is None
+        self._observer.on_worker_lost(worker, message, was_told=stopping, kill=kill)
         self._dispatcher.release_lease(worker)
-        if not stopping:
+        if worker.state is not _STOPPING:
             worker.move(_STOPPING)
         self._dispatcher.on_packets_lost(worker, message)
         self.actors.on_worker_lost(message)
@@ -346,6 +348,7 @@ class Groups:
                 self._on_start_failure(group, self._death(message, WorkerStartError))
             elif group.break_on_death and group.state < GroupState.FAILED:
                 self._fail(group, self._death(message, PoolrayError))
+        self._tasks.protection.on_worker_gone(message.worker_id)
         if group.start_now:
             self._fill(group)
         self._check_drained(group)
@@ -353,7 +356,7 @@ class Groups:
 
     def _death(self, message: WorkerLost, kind: type[PoolrayError]) -> bytes:
         """What the tasks of a group are told about a worker's death."""
-        how = f"a worker (pid {message.pid}) {describe_exit(message.exit_code, message.signal)}"
+        how = f"a worker (pid {message.pid}) {self._tasks.protection.how(message)}"
         if kind is WorkerStartError:
             return self._state.encode_error(WorkerStartError(reason=how))
         return self._state.encode_error(

@@ -30,6 +30,7 @@ from poolray.node.effects import Effect, SendHead, Warn
 from poolray.node.functions import Functions
 from poolray.node.groups import Groups
 from poolray.node.memory import memory_table
+from poolray.node.memory_protection import MemoryProtection
 from poolray.node.objects import Objects
 from poolray.node.observer import Observer
 from poolray.node.peers import Peers
@@ -80,6 +81,7 @@ from poolray.protocol.node import (
     ForwardTasks,
     HeadMessage,
     Heartbeat,
+    MemoryReport,
     NamesFound,
     NodeDied,
     ObjectData,
@@ -139,6 +141,7 @@ ShellMessage: TypeAlias = (
     | SpillFailed
     | RestoreDone
     | RestoreFailed
+    | MemoryReport
     | Tick
 )
 #: All that a node may be told.
@@ -194,6 +197,8 @@ class Node:
         Ids of the devices of those resources that have some.
     labels : mapping of str to str
         What placements may ask for.
+    watches_memory : bool
+        Whether the shell can measure memory.
     """
 
     def __init__(
@@ -210,6 +215,7 @@ class Node:
         has_head: bool = False,
         devices: Mapping[str, Sequence[str]] | None = None,
         labels: Mapping[str, str] | None = None,
+        watches_memory: bool = False,
     ) -> None:
         state = NodeState(
             node_id,
@@ -248,6 +254,8 @@ class Node:
         cancellation.dispatcher = retries.dispatcher = dispatcher
         peers.cancellation = cancellation
         self._cancellation, self._retries = cancellation, retries
+        tasks.protection = self._protection = MemoryProtection(state, tasks, watches_memory)
+        self._protection.actors, self._protection.retries = actors, retries
         self._functions, self._tasks, self._objects = functions, tasks, objects
         self._dispatcher, self._groups, self._peers = dispatcher, groups, peers
         self._store = store
@@ -426,6 +434,8 @@ class Node:
                 self._store.on_restore_done(message)
             case RestoreFailed():
                 self._store.on_restore_failed(message)
+            case MemoryReport():
+                self._protection.on_report(message)
             case _:
                 _assert_never(message)
 
@@ -475,6 +485,9 @@ class Node:
     def next_deadline(self) -> float | None:
         """When to send `Tick` at the latest, on the shell's clock; None: no need."""
         deadline = self._dispatcher.deadline_s
+        look_s = self._protection.next_look_s()
+        if look_s is not None and (deadline is None or look_s < deadline):
+            deadline = look_s
         if self._has_head and (deadline is None or self._next_heartbeat_s < deadline):
             return self._next_heartbeat_s
         return deadline
@@ -483,6 +496,7 @@ class Node:
         self._groups.on_tick()
         self._cancellation.on_tick()
         self._retries.on_tick()
+        self._protection.on_tick()
         state = self.state
         if self._has_head and state.now >= self._next_heartbeat_s:
             self._next_heartbeat_s = state.now + state.config.heartbeat_interval_s
@@ -564,6 +578,7 @@ class Node:
         self._peers.check_invariants()
         self._cancellation.check_invariants()
         self._retries.check_invariants()
+        self._protection.check_invariants()
         packets = [packet for worker in state.workers.values() for packet in worker.packets]
         pins = [o for packet in packets for o in packet.pins or ()]
         self._store.check_invariants([*pins, *self._actors.pins()])

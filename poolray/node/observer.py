@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
-from typing import TypeAlias, final
+from typing import TYPE_CHECKING, TypeAlias, final
 
 from poolray.exceptions import InternalError
 from poolray.ids import ClientId, TaskId, WorkerId
@@ -36,6 +36,9 @@ from poolray.protocol.state import (
 from poolray.protocol.values import Delivery
 from poolray.tasks.class_queue import ClassQueue
 from poolray.tasks.lifecycle import DELAYED, FORWARDED, QUEUED, RUNNING, WAITING, TaskRecord
+
+if TYPE_CHECKING:
+    from poolray.node.memory_protection import Kill
 
 #: What users know the states of living tasks as.
 _STATE_NAMES = {
@@ -59,6 +62,8 @@ EndedTask: TypeAlias = tuple[
     TaskId, ClassQueue, int, tuple[str, str] | None, WorkerId, int, float, int
 ]
 _NO_WORKER = WorkerId(b"")
+#: Errors of attempts that were lost.
+_LOST = ("WORKER_DIED", "NODE_DIED", "OUT_OF_MEMORY")
 
 
 @final
@@ -82,7 +87,7 @@ class Observer:
             return
         worker = self._state.workers.get(record.worker_id) if record.worker_id else None
         # Of an attempt that was lost the task has been charged already.
-        attempt = record.attempts - (1 if error_type in ("WORKER_DIED", "NODE_DIED") else 0)
+        attempt = record.attempts - (1 if error_type in _LOST else 0)
         self.ended.append(
             (
                 record.root_id,
@@ -96,7 +101,9 @@ class Observer:
             )
         )
 
-    def on_worker_lost(self, worker: WorkerRecord, message: WorkerLost, was_told: bool) -> None:
+    def on_worker_lost(
+        self, worker: WorkerRecord, message: WorkerLost, was_told: bool, kill: Kill | None
+    ) -> None:
         """A worker's process has ended."""
         self._dead.append(
             WorkerRow(
@@ -108,6 +115,7 @@ class Observer:
                 exit_code=message.exit_code,
                 signal=message.signal,
                 was_told=was_told,
+                out_of_memory=kill is not None,
             )
         )
 

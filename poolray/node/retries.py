@@ -43,13 +43,17 @@ class Retries:
         pause_s = min(config.retry_delay_s * 2.0**doublings, config.retry_delay_max_s)
         if pause_s <= 0:
             return False
+        self.delay_for(record, pause_s)
+        return True
+
+    def delay_for(self, record: TaskRecord, pause_s: float) -> None:
+        """Let a task wait this long before it is tried again."""
         record.move(DELAYED)
         record.worker_id = None
         record.node_id = None
         record.sent_offset = record.offset
         due_s = self._due[record.task_id] = self._state.now + pause_s
         self.dispatcher.watch_time(due_s)
-        return True
 
     def forget(self, record: TaskRecord) -> None:
         """A task that waits will not be tried again."""

@@ -19,6 +19,7 @@ from poolray.exceptions import (
     NodeDiedError,
     ObjectLostError,
     ObjectReconstructionFailedError,
+    OutOfMemoryError,
     PoolrayError,
     TaskCancelledError,
     TaskUnschedulableError,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from poolray.node.cancellation import Cancellation
     from poolray.node.dispatch import Dispatcher
     from poolray.node.groups import Groups
+    from poolray.node.memory_protection import MemoryProtection
     from poolray.node.peers import Peers
     from poolray.node.retries import Retries
 
@@ -76,6 +78,7 @@ _FAILED_GROUP = GroupState.FAILED
 #: What those who look on know errors of the node's as; every other one is an exception.
 _ERROR_TYPES: dict[type[PoolrayError], str] = {
     WorkerCrashedError: "WORKER_DIED",
+    OutOfMemoryError: "OUT_OF_MEMORY",
     NodeDiedError: "NODE_DIED",
     ObjectLostError: "OBJECT_LOST",
     ObjectReconstructionFailedError: "OBJECT_UNRECONSTRUCTABLE",
@@ -108,6 +111,7 @@ class Tasks:
         "groups",
         "objects",
         "peers",
+        "protection",
         "retries",
         "store",
     )
@@ -126,6 +130,7 @@ class Tasks:
         self.peers: Peers
         self.cancellation: Cancellation
         self.retries: Retries
+        self.protection: MemoryProtection
         #: Ended tasks whose results live elsewhere only: they can be made again.
         self._lineage: dict[TaskId, TaskRecord] = {}
         #: task id -> ids of the parts split off it that have not ended.
@@ -504,7 +509,9 @@ class Tasks:
     def may_retry(self, record: TaskRecord) -> bool:
         """Whether one more attempt is allowed."""
         limit = record.class_queue.task_class.max_retries
-        return (limit < 0 or record.attempts < limit) and not self._is_stopping(record)
+        # Attempts that were ended for memory have a budget of their own.
+        charged = record.attempts - self.protection.spent.get(record.task_id, 0)
+        return (limit < 0 or charged < limit) and not self._is_stopping(record)
 
     def _is_stopping(self, record: TaskRecord) -> bool:
         """Whether a task was cancelled while a worker or another node had it."""
@@ -585,19 +592,25 @@ class Tasks:
             self.fail(record, error_of(record))
             return
         group = self._state.groups[record.class_queue.task_class.group_id]
+        kill = self.protection.kills.get(message.worker_id)
         again: list[TaskRecord] = []
         for _ in range(begun):
             # Each call that had begun goes on alone: the one that kills must not take the
             # attempts of its neighbours.
             rest = self.cut(record, record.offset + 1) if len(record.calls) > 1 else None
-            may_retry = self.may_retry(record) and not group.break_on_death
+            may_retry = not group.break_on_death and (
+                self.may_retry(record) if kill is None else self.protection.may_retry(record, kill)
+            )
             record.attempts += 1
             if may_retry and not record.is_foreign:
-                if not self.retries.delay(record):
+                if kill is not None:
+                    self.protection.delay(record)
+                elif not self.retries.delay(record):
                     again.append(record)
             else:
                 # Of another node's task the owner decides, who has counted all attempts.
-                self.fail(record, self._crash_error(record, message), crashed=record.is_foreign)
+                is_open = record.is_foreign and (kill is None or may_retry)
+                self.fail(record, self._crash_error(record, message), crashed=is_open)
             if rest is None:
                 break
             record = rest
@@ -609,6 +622,9 @@ class Tasks:
     def _crash_error(self, record: TaskRecord, message: WorkerLost) -> PoolrayError:
         if record.class_queue.task_class.kind is _CREATE:
             return self.actors.creation_error(record, message)
+        kill = self.protection.kills.get(message.worker_id)
+        if kill is not None:
+            return self.protection.error(record, message, kill)
         return WorkerCrashedError(
             task_name=record.class_queue.task_class.name,
             task_id=record.root_id.hex(),

@@ -146,6 +146,25 @@ class RestoreFailed(msgspec.Struct, frozen=True, kw_only=True):
     elapsed_s: float
 
 
+class ProcessMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """A process that uses much memory."""
+
+    pid: int
+    used_bytes: int  #: that nobody shares with it
+    name: str
+
+
+class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
+    """How much memory of the machine, or of the container, is in use."""
+
+    used_bytes: int
+    total_bytes: int
+    #: What workers that were asked for use by themselves; those that are gone are left out.
+    workers: list[tuple[WorkerId, int]] = []
+    is_detailed: bool = False  #: it was asked for in detail
+    processes: list[ProcessMemory] = []  #: the largest, largest first
+
+
 class Tick(msgspec.Struct, frozen=True):
     """Time has passed: `next_deadline` said when to say so."""
 

@@ -62,6 +62,7 @@ class WorkerRow(msgspec.Struct, frozen=True, array_like=True, tag=2, kw_only=Tru
     exit_code: int | None = None
     signal: int | None = None
     was_told: bool = False  #: its end had been asked for
+    out_of_memory: bool = False  #: it was ended because memory was short
 
 
 class ObjectRow(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only=True):
