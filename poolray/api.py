@@ -113,6 +113,7 @@ def init(
     log_to_driver: bool = True,
     configure_logging: bool = True,
     _memory: int | None = None,
+    _system_config: dict[str, Any] | None = None,
     **options: Any,
 ) -> RuntimeContextInfo:
     """Start the runtime in this process.
@@ -150,6 +151,8 @@ def init(
         Whether `logging_level` is applied.
     _memory : int, bytes, default: the machine's, less `object_store_memory`
         What tasks with `memory=` share.
+    _system_config : dict of str to value, optional
+        Fields of `poolray.config.Config`, by name, as `**options`; they override the environment.
     **options
         Fields of `poolray.config.Config`, by name.
 
@@ -180,6 +183,7 @@ def init(
     ...     poolray.get(poolray.remote(lambda n: 2**n).remote(5))
     32
     """
+    options = {**_checked_system_config(_system_config), **options}
     _check_init(address, num_cpus, num_gpus, resources, object_store_memory, namespace, options)
     directories = _spill_directories(object_spilling_directory)
     wishes = Wishes(
@@ -255,6 +259,20 @@ def _check_init(
         raise TypeError("namespace must be None or a string.")
     if namespace == "":
         raise ValueError('"" is not a valid namespace. Pass None to not specify a namespace.')
+
+
+def _checked_system_config(given: dict[str, Any] | None) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise TypeError(f"_system_config must be a dictionary of settings: {given!r}")
+    unknown = [str(name) for name in given if name not in Config.__dataclass_fields__]
+    if unknown:
+        raise ValueError(
+            f"_system_config names settings that there are none of: {', '.join(unknown)}. Those "
+            "that there are, with their reasons, are the fields of poolray.config.Config."
+        )
+    return given
 
 
 _STORE_MIN_BYTES = 1 << 20

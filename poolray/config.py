@@ -77,7 +77,7 @@ class Config:
     #: But never longer than this.
     retry_delay_max_s: float = 5.0
     #: Share of the machine's memory (of its container, if that has a limit) in use beyond which
-    #: work is ended, before the operating system ends whatever it likes.
+    #: work is ended, before the operating system ends whatever it likes; from 1 on, none is.
     memory_usage_threshold: float = 0.95
     #: But not while so many bytes are free: 5 % of a large machine is a lot. -1: the share decides.
     min_memory_free_bytes: int = -1
@@ -140,11 +140,6 @@ class Config:
             minimum = _MINIMUM.get(field.name, 0)
             if not value >= minimum or value in (float("inf"), float("-inf")):
                 raise ValueError(f"{field.name} is {value!r}: it must be at least {minimum}")
-        if self.memory_usage_threshold > 1:
-            raise ValueError(
-                f"memory_usage_threshold is {self.memory_usage_threshold!r}: it is a share of the "
-                "machine's memory, at most 1"
-            )
 
     @classmethod
     def load(cls, environment: Mapping[str, str] | None = None, **arguments: Any) -> Config:

@@ -3,6 +3,7 @@
     PoolrayError                      everything here
     ├── TaskError                     the user's own exception (also an instance of its class)
     ├── WorkerCrashedError            the worker died while it ran the task
+    ├── OutOfMemoryError              memory was short, or the task used more than its memory=
     ├── TaskCancelledError            the task was cancelled
     ├── TaskUnschedulableError        no place for the task, ever
     ├── WorkerStartError              workers of a group do not start (initializer, environment)

@@ -26,6 +26,7 @@ from typing import Any, ParamSpec, TypeVar, final
 
 from poolray.exceptions import (
     NotSupportedError,
+    OutOfMemoryError,
     PoolrayError,
     TaskError,
     WorkerCrashedError,
@@ -51,6 +52,10 @@ class WorkerDiedError(WorkerCrashedError, BrokenProcessPool):
 
     Also a `BrokenProcessPool`, as code for the standard executor expects; other calls go on.
     """
+
+
+class _EndedForMemoryError(OutOfMemoryError, BrokenProcessPool):
+    """The worker that ran a call was ended because memory was short."""
 
 
 @final
@@ -252,6 +257,8 @@ class _Core:
             broken = BrokenProcessPool(_BROKEN_WHILE_RUNNING)
             broken.__cause__ = exception
             return broken
+        if isinstance(exception, OutOfMemoryError):
+            return _EndedForMemoryError(**vars(exception))
         if isinstance(exception, WorkerCrashedError):
             return WorkerDiedError(
                 task_name=exception.task_name,

@@ -31,6 +31,7 @@ from poolray.exceptions import WorkerStartError
 from poolray.ids import NODE_ID_BYTES, WORKER_ID_BYTES, ClientId, GroupId, NodeId, WorkerId
 from poolray.local.fork_server import WorkerSetup
 from poolray.local.machine import Machine, memory_bytes
+from poolray.local.memory_monitor import MemoryMonitor, is_supported
 from poolray.local.reactor import Guard, Reactor, Waitable
 from poolray.local.session_folder import SessionFolders, sweep
 from poolray.local.spilling import SpillThreads, file_name
@@ -41,6 +42,7 @@ from poolray.node.effects import (
     GroupDrained,
     GroupFailed,
     Interrupt,
+    MeasureMemory,
     Notice,
     Nudge,
     Reply,
@@ -144,7 +146,10 @@ class NodeShell:
             ),
             local_client=local_client,
             slots=SLOTS,
+            watches_memory=is_supported(),
         )
+        #: Made at the first look.
+        self._memory: MemoryMonitor | None = None
         self.guard = Guard()
         self.reactor = Reactor(self, self.guard, config.spin_s, config.takeover_s)
         self._group_ids = itertools.count(1)
@@ -189,6 +194,7 @@ class NodeShell:
             Interrupt: self._act_interrupt,
             GroupFailed: deliver,
             GroupDrained: deliver,
+            MeasureMemory: self._act_measure_memory,
             SpillObjects: spill,
             RestoreObject: spill,
             DeleteFile: spill,
@@ -270,6 +276,16 @@ class NodeShell:
 
     def _act_interrupt(self, effect: Interrupt) -> None:
         self._host_by_worker[effect.worker_id].interrupt(effect.worker_id, effect.message)
+
+    def _act_measure_memory(self, effect: MeasureMemory) -> None:
+        if self._memory is None:
+            self._memory = MemoryMonitor()
+        self._echoes.append(self._memory.measure(effect, self._pid_of))
+
+    def _pid_of(self, worker_id: WorkerId) -> int:
+        host = self._host_by_worker.get(worker_id)
+        handle = None if host is None else host.workers.get(worker_id)
+        return 0 if handle is None else handle.pid
 
     def _with_path(self, message: RangeGranted) -> RangeGranted:
         """A client is to write a file: the folder is there, and locked, before it is told."""

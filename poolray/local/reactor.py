@@ -41,6 +41,8 @@ _YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))
 _IDLE_ROUNDS = 20
 #: Polls of a thread that submits, at the most.
 _PUMP_MAX = 64
+#: A leader that never sleeps, for there is always something to read, looks at the clock this often.
+_LOOK_AT_CLOCK_S = 0.05
 #: The longest round of the background thread while others lead.
 _ROUND_MAX_S = 0.01
 
@@ -325,6 +327,8 @@ class Reactor:
         #: A caller wants to lead: the background thread makes way.
         self._foreground = 0
         self._last_pump_s = 0.0
+        #: When a leader that does not sleep looks whether the machine wants a tick.
+        self._look_at_clock_s = 0.0
         #: Wakes a leader that sleeps in `poll`.
         self._bell = Doorbell()
         self._poller = select.poll()
@@ -534,7 +538,12 @@ class Reactor:
                 if packet:  # else its workers are gone: the server's news are on their way
                     target.on_packet(host, packet)
                     found = True
-        self._last_pump_s = time.monotonic()
+        self._last_pump_s = now = time.monotonic()
+        if now >= self._look_at_clock_s:
+            self._look_at_clock_s = now + _LOOK_AT_CLOCK_S
+            timeout = target.next_timeout()
+            if timeout is not None and timeout <= 0:
+                target.tick()
         return found
 
     def receive_all(self, host: Any) -> None:

@@ -280,8 +280,8 @@ class MemoryProtection:
 
     def _tell(self, worker: WorkerRecord, kill: Kill) -> None:
         now, queue = self._state.now, worker.runs
-        if now < self._quiet_until_s or queue is None:
-            return
+        if now < self._quiet_until_s or queue is None or kill.limit_bytes:
+            return  # (what uses too much is told by its error)
         self._quiet_until_s = now + _NOTICE_PAUSE_S
         text = f"The worker of {queue.task_class.name} (pid {worker.pid}) {self._why(kill)}."
         self._state.effects.append(Notice(text))

@@ -103,7 +103,7 @@ class WorkerState(_Row):
     worker_id: str
     is_alive: bool
     worker_type: str  #: "WORKER"
-    exit_type: str | None  #: "INTENDED_USER_EXIT" or "SYSTEM_ERROR"
+    exit_type: str | None  #: "INTENDED_USER_EXIT", "SYSTEM_ERROR" or "NODE_OUT_OF_MEMORY"
     node_id: str
     ip: str
     pid: int
@@ -258,6 +258,8 @@ def _worker(row: WorkerRow, node_id: str, offset_s: float) -> WorkerState:
     if not row.is_alive:
         clean = row.was_told or row.exit_code == 0
         exit_type = "INTENDED_USER_EXIT" if clean else "SYSTEM_ERROR"
+        if row.out_of_memory:
+            exit_type = "NODE_OUT_OF_MEMORY"
         detail = f"The worker {describe_exit(row.exit_code, row.signal)}"
     return WorkerState(
         worker_id=row.worker_id.hex(),

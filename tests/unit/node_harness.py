@@ -110,6 +110,7 @@ class Bench:
         resources: dict[str, int] | None = None,
         devices: dict[str, list[str]] | None = None,
         labels: dict[str, str] | None = None,
+        watches_memory: bool = False,
         **config: object,
     ) -> None:
         counter = itertools.count(1)
@@ -128,6 +129,7 @@ class Bench:
             next_worker_id=lambda: WorkerId(b"w%027d" % next(counter)),
             local_client=DRIVER,
             slots=slots,
+            watches_memory=watches_memory,
         )
         self.now = 0.0
         self.effects: list[Effect] = []

@@ -116,6 +116,7 @@ PUBLIC_NAMES = {
         "ObjectReconstructionFailedError",
         "ObjectStoreFullError",
         "OutOfDiskError",
+        "OutOfMemoryError",
         "OwnerDiedError",
         "PendingCallsLimitExceeded",
         "PoolrayError",
@@ -226,19 +227,25 @@ SAMPLES: dict[str, Any] = {
     "exit_code": None,
     "function_name": "resize",
     "history": ("QUEUED", "RUNNING"),
+    "limit_bytes": 0,
     "name": "counter",
     "namespace": "job",
     "node_id": "b71d" * 8,
     "object_id": "0a1b" * 14,
     "pid": 4121,
+    "processes": ((4121, 6 << 30, "python train.py"),),
     "reason": "why it happened",
     "signal": 9,
     "size_bytes": 1 << 20,
     "state": "IDLE",
     "task_id": "3f2a" * 12,
     "task_name": "resize_images",
+    "threshold": 0.95,
+    "total_bytes": 24 << 30,
     "traceback_str": "Traceback …",
+    "used_bytes": 23 << 30,
     "what": "worker 7",
+    "worker_bytes": 6 << 30,
 }
 
 
@@ -393,6 +400,21 @@ def test_the_references_names_are_the_same_classes() -> None:
 def test_errors_of_time_and_options_are_caught_by_their_usual_classes() -> None:
     assert issubclass(exceptions.GetTimeoutError, TimeoutError)
     assert issubclass(exceptions.NotSupportedError, ValueError)
+
+
+def test_an_error_for_want_of_memory_says_who_used_how_much_and_what_to_do() -> None:
+    error = make(exceptions.OutOfMemoryError)
+    for part in ("resize_images", "4121", "6.00 GiB", "23.00 GiB of 24.00 GiB", "95.8%", "0.95"):
+        assert part in str(error)
+    assert "  pid 4121       6.00 GiB  python train.py" in str(error)
+    assert "POOLRAY_memory_monitor_refresh_ms=0" in str(error)
+
+
+def test_an_error_for_too_much_memory_names_what_was_asked_for() -> None:
+    fields = {n: SAMPLES[n] for n in parameters_of(exceptions.OutOfMemoryError)}
+    error = exceptions.OutOfMemoryError(**{**fields, "limit_bytes": 100 << 20})
+    assert "used 6.00 GiB, and it had asked for memory=104857600 (100.0 MiB)" in str(error)
+    assert "POOLRAY_enforce_memory_limits=0" in str(error)
 
 
 def test_a_crash_says_how_the_worker_ended_and_what_to_do() -> None:
