@@ -524,7 +524,7 @@ class Client:
         if kwargs:
             kwargs = self._take_keyword_refs(kwargs, dependencies, slots)
         try:
-            data = self._serializer.dumps((args, kwargs))
+            data = self._serializer.dumps_call(args, kwargs)
         except _PICKLING_ERRORS as error:
             raise self._argument_error(task_class.name, args, kwargs, error) from error
         if type(data) is not bytes or len(data) > self.config.function_warn_bytes:

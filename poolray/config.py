@@ -62,9 +62,10 @@ class Config:
     nudge_after_s: float = 2e-3
     #: Results of a packet wait at the most this long for the packet's end.
     result_delay_max_s: float = 1e-3
-    #: Poll without sleeping for this long after something has happened: a sleeping core takes ten
-    #: times as long to wake on virtual machines. 0 switches spinning off.
-    spin_s: float = 60e-6
+    #: Poll without sleeping for up to this long, where recent waits were short: a sleeping core
+    #: takes ten times as long to wake on virtual machines. A fifth of it while workers have use for
+    #: every core. 0 switches spinning off.
+    spin_s: float = 250e-6
     #: The background thread takes over this long after the last blocked caller left.
     takeover_s: float = 1e-3
     #: 1: do not show errors whose refs die before anybody looked at them.

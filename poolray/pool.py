@@ -216,7 +216,7 @@ class Pool:
             self._cache[id(result)] = result  # here: Ctrl-C finds it registered and abandoned
             if type(func) is types.FunctionType or type(func) is types.BuiltinFunctionType:
                 stream = group.stream(func, CallKind.CALL)
-                payload = group.dumps((tuple(args), kwds))
+                payload = group.dumps_call(tuple(args), kwds)
             else:
                 stream = group.apply_stream()
                 payload = group.dumps((func, tuple(args), kwds))

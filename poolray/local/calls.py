@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, final
 
 from poolray.client import DefinedFunction, function_id_of, ready_to_raise
@@ -295,6 +295,10 @@ class CallGroup:
     def dumps(self, value: object) -> bytes | Serialized:
         """Serialize something for the group's workers."""
         return self.handle.serializer.dumps(value)
+
+    def dumps_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes | Serialized:
+        """Serialize the arguments of a call for the group's workers."""
+        return self.handle.serializer.dumps_call(args, kwargs)
 
     def stream(self, function: Callable[..., Any], kind: CallKind) -> CallStream:
         """Calls of a function.

@@ -73,83 +73,93 @@ def receive_descriptors(channel: socket.socket, count: int) -> tuple[bytes, list
     return packet, list(received)
 
 
+#: Weight of a new wait among those before it.
+_NEW_WEIGHT = 0.25
+#: A wait counts as so many times the longest polling at the most: one pause of the program must not
+#: outweigh all the calls before it.
+_LONGEST_WAIT = 8.0
+#: Polling is tried while waits last up to so many times what it may last: of a wait of two sleepers
+#: the most is spent waking up.
+_WORTH_TRYING = 2.0
+#: What is left of the time for polling when others have work for every core.
+_CROWDED_SHARE = 0.2
+
+
 @final
 class Spinner:
-    """Decides whether to poll before sleeping, from whether that paid lately.
+    """Decides for how long to poll before sleeping, from how long recent waits were.
 
     A sleeping core takes ten times as long to wake as a polling one takes to notice (131 against
     14 µs on virtual machines), but polling for an answer that is milliseconds away burns a core
     that a worker could use.
     """
 
-    __slots__ = ("_credit", "_skipped", "spin_s")
-
-    _CREDIT_MAX = 8
-    _TRY_EVERY = 32
+    __slots__ = ("_expected_s", "_spin_s")
 
     def __init__(self, spin_s: float) -> None:
-        self.spin_s = spin_s
-        self._credit = self._CREDIT_MAX
-        self._skipped = 0
+        self._spin_s = spin_s
+        self._expected_s = 0.0
 
-    def worth_it(self) -> bool:
-        """Whether to poll this time."""
-        if self._credit > 0:
-            return self.spin_s > 0
-        self._skipped += 1
-        if self._skipped >= self._TRY_EVERY:
-            self._skipped = 0
-            return self.spin_s > 0
-        return False
+    def limit_s(self, crowded: bool = False) -> float:
+        """Seconds to poll this time; 0: sleep at once."""
+        limit_s = self._spin_s * _CROWDED_SHARE if crowded else self._spin_s
+        return limit_s if self._expected_s <= _WORTH_TRYING * limit_s else 0.0
 
-    def report(self, found: bool) -> None:
-        """Polling found something, or it did not."""
-        if found:
-            self._credit = self._CREDIT_MAX
-        elif self._credit > 0:
-            self._credit -= 1
+    def note(self, waited_s: float) -> None:
+        """A wait has lasted so long, polling and sleeping together."""
+        sample_s = min(waited_s, _LONGEST_WAIT * self._spin_s)
+        self._expected_s += _NEW_WEIGHT * (sample_s - self._expected_s)
 
 
 @final
 class SpinningReader:
     """Reads one channel, polling before it sleeps."""
 
-    __slots__ = ("_channel", "_poll", "_spinner")
+    __slots__ = ("_channel", "_poll", "_spinner", "_started_s")
 
     def __init__(self, channel: socket.socket, spin_s: float) -> None:
         self._channel = channel
         self._spinner = Spinner(spin_s)
+        self._started_s = 0.0
         poller = select.poll()
         poller.register(channel, select.POLLIN)
         self._poll = poller.poll
 
     def poll_soon(self) -> bool:
-        """Poll; False when nothing came in time."""
+        """Poll if that is worth it; False when nothing came: then `note_slept` after sleeping."""
         poll, spinner = self._poll, self._spinner
-        end = time.perf_counter() + spinner.spin_s
-        while not poll(0):
-            if time.perf_counter() > end:
-                spinner.report(False)
-                return False
+        if poll(0):
+            spinner.note(0.0)
+            return True
+        started_s = self._started_s = time.perf_counter()
+        end_s = started_s + spinner.limit_s()
+        while time.perf_counter() < end_s:
             _YIELD()
-        spinner.report(True)
-        return True
+            if poll(0):
+                spinner.note(time.perf_counter() - started_s)
+                return True
+        return False
 
-    def receive_soon(self) -> bytes | None:
-        """Poll; None when nothing came in time, b"" when the other side is gone."""
-        # Another process that reads the channel may have been faster: then nothing is there.
-        return receive_nowait(self._channel) if self.poll_soon() else None
+    def note_slept(self) -> None:
+        """The wait that `poll_soon` began, and that went on asleep, is over."""
+        self._spinner.note(time.perf_counter() - self._started_s)
 
     def receive(self) -> bytes:
-        """The next packet: poll first if that is worth it, then sleep until it is there."""
-        if self._spinner.worth_it():
-            packet = self.receive_soon()
+        """The next packet: poll first if that is worth it, then sleep until it is there; b"" when
+        the other side is gone.
+        """
+        if self.poll_soon():
+            # Another process that reads the channel may have been faster: then nothing is there.
+            packet = receive_nowait(self._channel)
             if packet is not None:
                 return packet
+            self._started_s = time.perf_counter()
         try:
-            return self._channel.recv(RECEIVE_BYTES)
+            packet = self._channel.recv(RECEIVE_BYTES)
         except ConnectionResetError:
             return b""
+        self.note_slept()
+        return packet
 
 
 def wait_readable(channel: socket.socket, timeout_s: float | None) -> bool:

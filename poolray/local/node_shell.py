@@ -30,7 +30,7 @@ from poolray.config import Config
 from poolray.exceptions import WorkerStartError
 from poolray.ids import NODE_ID_BYTES, WORKER_ID_BYTES, ClientId, GroupId, NodeId, WorkerId
 from poolray.local.fork_server import WorkerSetup
-from poolray.local.machine import Machine, memory_bytes
+from poolray.local.machine import Machine, memory_bytes, usable_cpus
 from poolray.local.memory_monitor import MemoryMonitor, is_supported
 from poolray.local.reactor import Guard, Reactor, Waitable
 from poolray.local.session_folder import SessionFolders, sweep
@@ -152,6 +152,7 @@ class NodeShell:
         self._memory: MemoryMonitor | None = None
         self.guard = Guard()
         self.reactor = Reactor(self, self.guard, config.spin_s, config.takeover_s)
+        self._cores = usable_cpus()
         self._group_ids = itertools.count(1)
         #: group id -> handle, of groups that have not ended.
         self._groups: dict[GroupId, GroupHandle] = {}
@@ -596,6 +597,13 @@ class NodeShell:
     def wait_group_ended(self, handle: GroupHandle, timeout_s: float | None = None) -> bool:
         """Block until a closed or terminated group has ended."""
         return self.reactor.wait(handle, timeout_s)
+
+    def is_crowded(self) -> bool:
+        """Whether workers have use for every core."""
+        busy = 0
+        for group in self.node.state.groups.values():
+            busy += len(group.workers) - len(group.idle) - group.actors
+        return busy >= self._cores
 
     # ---- looking in, and the end -----------------------------------------------------------------
 

