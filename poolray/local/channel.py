@@ -77,7 +77,7 @@ def receive_descriptors(channel: socket.socket, count: int) -> tuple[bytes, list
 _NEW_WEIGHT = 0.25
 #: A wait counts as so many times the longest polling at the most: one pause of the program must not
 #: outweigh all the calls before it.
-_LONGEST_WAIT = 8.0
+_LONGEST_WAIT = 6.0
 #: Polling is tried while waits last up to so many times what it may last: of a wait of two sleepers
 #: the most is spent waking up.
 _WORTH_TRYING = 2.0
