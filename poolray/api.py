@@ -22,6 +22,7 @@ from poolray.local import process_state
 from poolray.local import runtime as local_runtime
 from poolray.local.fork_server import WorkerSetup
 from poolray.local.machine import HEAD_RESOURCE, NODE_ADDRESS, Wishes, memory_bytes
+from poolray.objects import spill_urls
 from poolray.objects.object_ref import ObjectRef
 from poolray.remote_function import RemoteFunction, check_options
 from poolray.remote_placement import check_labels
@@ -136,7 +137,9 @@ def init(
         is used up, objects that nobody looks at go to disk, and come back when they are needed.
     object_spilling_directory : str, path or sequence of str, default: the temporary folder
         Where to. Several folders, best on several disks, take turns. Each runtime makes a folder of
-        its own in them when it writes its first file, and removes it at its end.
+        its own in them when it writes its first file, and removes it at its end. URLs of storage
+        that `fsspec` reaches will do too, with `poolray[fsspec]`; what lies there is read as a
+        whole, for it cannot be mapped.
     ignore_reinit_error : bool, default False
         Return quietly when the runtime is up already (it stays as it is).
     namespace : str, optional
@@ -281,18 +284,19 @@ _STORE_MIN_BYTES = 1 << 20
 def _spill_directories(
     given: str | os.PathLike[str] | Sequence[str] | None,
 ) -> tuple[str, ...]:
-    """The folders that objects may be spilled to, by full path; they are there and can be used."""
+    """The folders that objects may be spilled to, by full path or URL; they are there and can be
+    used.
+    """
     if given is None:
         return ()
     names = [given] if isinstance(given, str | os.PathLike) else list(given)
     directories = []
     for name in names:
         text = os.fspath(name)
-        if "://" in text:
-            raise ValueError(
-                f"object_spilling_directory is {text!r}: only folders of this machine can take "
-                "spilled objects. Mount the storage, or name a local folder."
-            )
+        if spill_urls.is_url(text):
+            spill_urls.check(text)
+            directories.append(text)
+            continue
         if not text:
             raise ValueError("object_spilling_directory names no folder.")
         path = os.path.abspath(text)

@@ -3,6 +3,8 @@
     <directory>/poolray-<pid>-<job>-<n>/   lock          held with flock while the driver lives
                                            value-<n>     a value that its maker wrote to disk
                                            spilled-<n>   values that the driver spilled
+    <URL>/poolray-<pid>-<job>-<n>/         the same without a lock, which lies in a folder of the
+                                           same name below the temporary folder, with the URL
 
 What: makes a folder per spill directory when the first file is needed, hands out paths by turns,
 removes the folders at the end; sweeps folders of dead drivers.
@@ -19,13 +21,18 @@ import itertools
 import os
 import shutil
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from typing import final
 
+from poolray.objects import spill_urls
+
 _PREFIX = "poolray-"
 _LOCK = "lock"
+#: Beside a lock: the folder elsewhere that it is for.
+_URL = "url"
 #: A folder is made a moment before its lock.
 _UNLOCKED_MAX_S = 60.0
 
@@ -38,8 +45,10 @@ class SessionFolders:
         self._directories = list(directories)
         self._name = name
         self._mutex = threading.Lock()  # guards the fields below: I/O threads ask too
-        #: folder -> descriptor of its lock file.
+        #: folder that has a lock -> descriptor of its lock file.
         self._locks: dict[str, int] = {}
+        #: Folders on other storage: URL -> the folder here that has its lock.
+        self._remote: dict[str, str] = {}
         #: directory -> folder; two directories may be one and the same.
         self._folders: dict[str, str] = {}
         self._turns = itertools.count()
@@ -72,11 +81,24 @@ class SessionFolders:
     def _folder_in(self, directory: str) -> str:
         folder = self._folders.get(directory)
         if folder is None:
-            os.makedirs(directory, exist_ok=True)
             # Two names of one directory must not meet in one folder.
-            path = os.path.join(directory, f"{_PREFIX}{self._name}-{len(self._folders)}")
-            folder = self._folders[directory] = self._make(path)
+            name = f"{_PREFIX}{self._name}-{len(self._folders)}"
+            if spill_urls.is_url(directory):
+                folder = self._make_remote(f"{directory.rstrip('/')}/{name}", name)
+            else:
+                os.makedirs(directory, exist_ok=True)
+                folder = self._make(os.path.join(directory, name))
+            self._folders[directory] = folder
         return folder
+
+    def _make_remote(self, url: str, name: str) -> str:
+        """Nothing can be locked there: the lock is here, and says for what."""
+        local = self._make(os.path.join(tempfile.gettempdir(), name))
+        with open(os.path.join(local, _URL), "w", encoding="utf-8") as note:
+            note.write(url)
+        spill_urls.make_folder(url)
+        self._remote[url] = local
+        return url
 
     def _make(self, folder: str) -> str:
         while True:
@@ -101,15 +123,17 @@ class SessionFolders:
 
     def delete(self, name: str) -> None:
         """Delete a file with this name, wherever it is, if it was ever made."""
-        for folder in list(self._locks):
+        for folder in list(self._folders.values()):
             remove_file(os.path.join(folder, name))
 
     def remove(self) -> None:
         """The runtime ends: its folders go with all that is in them."""
         with self._mutex:
             self._closed = True
+            kept = {local for url, local in self._remote.items() if not _remove_remote(url)}
             for folder, descriptor in self._locks.items():
-                shutil.rmtree(folder, ignore_errors=True)
+                if folder not in kept:  # else a later runtime tries again
+                    shutil.rmtree(folder, ignore_errors=True)
                 os.close(descriptor)
             self._locks.clear()
 
@@ -125,15 +149,28 @@ class SessionFolders:
 
 def remove_file(path: str) -> None:
     """Delete a file, if it is there."""
+    if spill_urls.is_url(path):
+        spill_urls.remove_file(path)
+        return
     try:
         os.unlink(path)
     except FileNotFoundError:
         pass  # its writer died before it made it, or somebody cleaned up
 
 
+def _remove_remote(url: str) -> bool:
+    """Delete a folder on other storage; False when that cannot be reached."""
+    try:
+        spill_urls.remove_folder(url)
+    except (OSError, ImportError):
+        return False
+    return True
+
+
 def sweep(directories: Sequence[str]) -> None:
     """Remove the folders that killed drivers of this user have left."""
-    for directory in directories:
+    remote = [tempfile.gettempdir()] if any(map(spill_urls.is_url, directories)) else []
+    for directory in dict.fromkeys([*directories, *remote]):
         try:
             names = os.listdir(directory)
         except OSError:
@@ -157,8 +194,12 @@ def _sweep_folder(folder: str) -> None:
         return  # not ours after all
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        note = os.path.join(folder, _URL)
+        if os.path.exists(note):
+            with open(note, encoding="utf-8") as stream:
+                spill_urls.remove_folder(stream.read())
         shutil.rmtree(folder, ignore_errors=True)
-    except OSError:
-        pass  # its driver lives
+    except (OSError, ImportError):
+        pass  # its driver lives, or the storage cannot be reached now
     finally:
         os.close(descriptor)

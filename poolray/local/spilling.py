@@ -10,6 +10,7 @@ Invariants: large reads and writes release the interpreter's lock; a job is repo
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import queue
 import threading
@@ -23,6 +24,8 @@ from poolray.objects.shared_memory import Arena
 from poolray.objects.spill_files import SpillFileError, read_object, write_objects
 from poolray.protocol.node import RestoreDone, RestoreFailed, SpillDone, SpillFailed
 from poolray.protocol.values import InFile
+
+_log = logging.getLogger(__name__)
 
 Job: TypeAlias = SpillObjects | RestoreObject | DeleteFile | DeleteUnsealed
 Outcome: TypeAlias = SpillDone | SpillFailed | RestoreDone | RestoreFailed
@@ -87,10 +90,13 @@ class SpillThreads:
             return self._spill(job)
         if isinstance(job, RestoreObject):
             return self._restore(job)
-        if isinstance(job, DeleteFile):
-            remove_file(job.path)
-        else:
-            self._folders.delete(file_name(job.file_number))
+        try:
+            if isinstance(job, DeleteFile):
+                remove_file(job.path)
+            else:
+                self._folders.delete(file_name(job.file_number))
+        except OSError as error:  # storage out of reach: the folder goes with the runtime
+            _log.warning("a file of values cannot be deleted now: %s", error)
         return None
 
     def _spill(self, job: SpillObjects) -> Outcome:

@@ -2,7 +2,7 @@
 
 What: writes ranges of memory to a new file, reads one into memory, maps one where it lies.
 Who calls: the I/O threads of a shell; clients for values that memory has no room for.
-May touch: files and memory mappings.
+May touch: files and memory mappings; for URLs see `objects/spill_urls.py`.
 Invariants: a file is complete or does not exist; what is read has the length and the checksum that
 were noted when it was written, or `SpillFileError` says what is wrong with which file.
 """
@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from poolray.objects import spill_urls
 from poolray.objects.serialization import deserialize
 
 #: Values in a file begin at multiples of this: each can be mapped on its own.
@@ -50,6 +51,8 @@ def write_objects(path: str, sources: Sequence[memoryview]) -> list[tuple[int, i
     OSError
         The file cannot be made or the disk is full; nothing is left of it.
     """
+    if spill_urls.is_url(path):
+        return spill_urls.write_objects(path, sources)
     offsets = []
     end = 0
     for source in sources:
@@ -87,6 +90,10 @@ def read_object(path: str, offset: int, checksum: int, target: memoryview) -> No
     SpillFileError
         The file is gone, too short or damaged, or cannot be read at the moment.
     """
+    if spill_urls.is_url(path):
+        target[:] = _download(path, offset, target.nbytes)
+        _check(path, target, checksum)
+        return
     descriptor = _open(path)
     try:
         position = 0
@@ -111,6 +118,8 @@ def write_value_file(path: str, write: Callable[[memoryview], None], size_bytes:
     OSError
         The file cannot be made or the disk is full; nothing is left of it.
     """
+    if spill_urls.is_url(path):
+        return spill_urls.write_value(path, write, size_bytes)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, size_bytes)
@@ -135,6 +144,10 @@ def load_value(path: str, offset: int, size_bytes: int, checksum: int, *, writab
     SpillFileError
         The file is gone, too short or damaged, or cannot be read at the moment.
     """
+    if spill_urls.is_url(path):
+        data = _download(path, offset, size_bytes)
+        _check(path, memoryview(data), checksum)
+        return deserialize(memoryview(bytearray(data) if writable else data), writable)
     descriptor = _open(path)
     try:
         length = os.fstat(descriptor).st_size
@@ -158,6 +171,18 @@ def _open(path: str) -> int:
         raise SpillFileError(f"its file {path} is gone", is_lost=True) from error
     except OSError as error:
         raise SpillFileError(f"its file {path} cannot be opened: {error}", is_lost=False) from error
+
+
+def _download(url: str, offset: int, size_bytes: int) -> bytes:
+    try:
+        data = spill_urls.read(url, offset, size_bytes)
+    except FileNotFoundError as error:
+        raise SpillFileError(f"its file {url} is gone", is_lost=True) from error
+    except OSError as error:
+        raise SpillFileError(f"its file {url} cannot be read: {error}", is_lost=False) from error
+    if len(data) < size_bytes:
+        raise _too_short(url, offset + size_bytes, offset + len(data))
+    return data
 
 
 def _too_short(path: str, wanted: int, found: int) -> SpillFileError:

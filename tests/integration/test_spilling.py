@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 import zlib
@@ -398,6 +399,68 @@ def test_a_damaged_file_is_an_error_that_names_file_and_object(
         poolray.get(reading, timeout=DEADLINE_S)
     assert caught.value.object_id == refs[0].hex()
     assert is_array_of(7, poolray.get(refs[7])), "what is in memory is well"
+
+
+# --- storage behind a URL -------------------------------------------------------------------------
+
+
+def test_values_go_to_a_url_and_come_back_to_whoever_reads_them(folder: Path) -> None:
+    poolray.init(
+        num_cpus=2, object_store_memory=64 * MIB, object_spilling_directory=f"file://{folder}"
+    )
+    refs = [poolray.put(array_of(number)) for number in range(40)]
+    assert store().spilled_bytes > 50 * MIB
+    assert files_in(folder)
+    for number, ref in enumerate(refs):
+        assert is_array_of(number, poolray.get(ref))
+    assert poolray.get(remote_numbers.remote(*refs), timeout=DEADLINE_S) == list(range(40))
+    del ref
+    refs.clear()
+    assert_nothing_is_left_over()
+    wait_until(lambda: not files_in(folder), "the end of all files")
+    poolray.shutdown()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_value_larger_than_the_store_goes_to_a_url(folder: Path) -> None:
+    poolray.init(
+        num_cpus=1, object_store_memory=16 * MIB, object_spilling_directory=f"file://{folder}"
+    )
+    value = np.arange(4 * MIB)
+    assert np.array_equal(poolray.get(poolray.put(value)), value)
+
+
+def test_a_file_that_is_gone_from_a_url_is_an_error_that_names_it(folder: Path) -> None:
+    poolray.init(
+        num_cpus=1, object_store_memory=16 * MIB, object_spilling_directory=f"file://{folder}"
+    )
+    ref = poolray.put(np.arange(4 * MIB))
+    (file,) = files_in(folder)
+    file.unlink()
+    with pytest.raises(poolray.exceptions.ObjectLostError, match=f"file://.*{file.name} is gone"):
+        poolray.get(ref)
+
+
+def test_what_a_killed_runtime_has_left_at_a_url_is_removed_by_the_next_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", os.fspath(tmp_path))
+    url = f"file://{folder}"
+    dead = SessionFolders([url], "1-aa")
+    (remote,) = dead.next_folders()
+    (folder / remote.rpartition("/")[2] / "spilled-1").write_bytes(b"values")
+    sweep([url])
+    assert list(folder.iterdir()), "its owner lives"
+    dead.abandon()  # as the end of its process does
+    sweep([url])
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["memory://spilled", "nothing-knows-this://x", "file:///proc/x"])
+def test_a_url_that_cannot_be_used_is_refused_by_init(url: str) -> None:
+    with pytest.raises(ValueError, match=f"object_spilling_directory {url}"):
+        poolray.init(num_cpus=1, object_spilling_directory=url)
+    assert not poolray.is_initialized()
 
 
 # --- what init refuses ----------------------------------------------------------------------------

@@ -77,6 +77,7 @@ DECIDING_ROOMS = {"tasks", "actors", "objects", "scheduling", "node", "head"}
 IO_MODULES = (
     "poolray.objects.shared_memory",
     "poolray.objects.spill_files",
+    "poolray.objects.spill_urls",
     "poolray.head.storage_*",
     "poolray.scheduling.accelerators",
 )
@@ -452,6 +453,7 @@ def test_modules_named_after_a_banned_one_are_not_it() -> None:
     [
         "poolray.objects.shared_memory",
         "poolray.objects.spill_files",
+        "poolray.objects.spill_urls",
         "poolray.head.storage_sqlite",
         "poolray.scheduling.accelerators",
     ],
