@@ -25,6 +25,7 @@ from poolray.actor_methods import (
     face_of,
     identified,
     methods_of,
+    unknown_group,
 )
 from poolray.actor_options import (
     CALL_OPTIONS,
@@ -49,6 +50,7 @@ from poolray.protocol.actors import ActorSetup
 from poolray.protocol.values import CallKind, TaskClass
 from poolray.remote_function import demand_of, retry_spec
 from poolray.remote_placement import make_placement
+from poolray.scheduling.resources import UNIT
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 
 _ASYNC_CONCURRENCY = 1000
+#: Options of actors that keep a CPU unless `num_cpus` says otherwise.
+_TAKES_A_CPU = ("num_gpus", "resources", "accelerator_type")
 
 
 # ---- handles -------------------------------------------------------------------------------------
@@ -142,8 +146,8 @@ class ActorMethod:
             )
 
     def options(self, **options: Any) -> ActorMethod:
-        """The same method with other options: `num_returns`, `name`, `max_task_retries`,
-        `retry_exceptions`.
+        """The same method with other options: `num_returns`, `name`, `concurrency_group`,
+        `max_task_retries`, `retry_exceptions`.
 
         Raises
         ------
@@ -169,6 +173,7 @@ class ActorMethod:
             num_returns=options.get("num_returns"),
             max_retries=options.get("max_task_retries"),
             retry_exceptions=retry_spec(options.get("retry_exceptions") or False),
+            concurrency_group=options.get("concurrency_group") or "",
         )
         return ActorMethod(self._handle, self._face, made)
 
@@ -329,7 +334,7 @@ class ActorClass(Generic[C]):
 
         Parameters
         ----------
-        num_cpus : float, default 0
+        num_cpus : float, default 0, with num_gpus, resources or accelerator_type 1
             CPUs that the actor keeps for its life.
         memory, resources
             The same for memory in bytes, and for custom resources.
@@ -369,6 +374,8 @@ class ActorClass(Generic[C]):
         'here'
         """
         check_actor_options(options)
+        if "concurrency_groups" in options:
+            raise ValueError("Setting 'concurrency_groups' is not supported in '.options()'.")
         made: ActorClass[C] = ActorClass(self._class, {**self._options, **options})
         made._export = self._export
         return OptionedClass(made, options)
@@ -401,11 +408,16 @@ class ActorClass(Generic[C]):
         client = find_client()
         name, namespace = options.get("name") or "", _namespace(options.get("namespace"))
         pending_max = options.get("max_pending_calls")
+        groups: dict[str, int] = dict(options.get("concurrency_groups") or {})
+        for each in self._methods:
+            if each.concurrency_group and each.concurrency_group not in groups:
+                raise ValueError(unknown_group(self.__name__, each.name, each.concurrency_group))
         description = Description(
             class_name=self._class.__name__,
             methods=self._methods,
             max_task_retries=options.get("max_task_retries") or 0,
             max_pending_calls=-1 if pending_max is None else pending_max,
+            groups=list(groups),
         )
         concurrency = options.get("max_concurrency") or (
             _ASYNC_CONCURRENCY if self._is_async else 1
@@ -417,7 +429,9 @@ class ActorClass(Generic[C]):
             name=name,
             namespace=namespace,
             concurrency=concurrency,
+            groups=groups,
         )
+        is_serial = not self._is_async and concurrency == 1 and not groups
         made = actor_calls.create_actor(
             client,
             self._prepare(client),
@@ -427,11 +441,10 @@ class ActorClass(Generic[C]):
             get_if_exists=bool(options.get("get_if_exists")),
             detached=options.get("lifetime") == "detached",
             max_restarts=options.get("max_restarts") or 0,
-            ordered=not self._is_async
-            and concurrency == 1
-            and not options.get("allow_out_of_order_execution"),
+            ordered=is_serial and not options.get("allow_out_of_order_execution"),
             counted=description.max_pending_calls > 0,
-            serial=not self._is_async and concurrency == 1,
+            serial=is_serial,
+            groups=groups,
         )
         if made is None:
             raise ActorAlreadyExistsError(name=name, namespace=namespace)
@@ -445,6 +458,9 @@ class ActorClass(Generic[C]):
             self._export[0] = client
         options = self._options
         cpus = options.get("num_cpus")
+        keeps_cpus = cpus is not None or any(options.get(n) is not None for n in _TAKES_A_CPU)
+        if cpus is None:  # as in the reference: one that keeps other resources keeps a CPU too
+            cpus = 1 if keeps_cpus else 0
         task_class = identified(
             TaskClass(
                 class_id=ClassId(b""),
@@ -452,7 +468,8 @@ class ActorClass(Generic[C]):
                 name=f"{self._class.__name__}.__init__",
                 kind=CallKind.CREATE,
                 num_returns=0,
-                resources=demand_of({**options, "num_cpus": 0 if cpus is None else cpus}),
+                resources=demand_of({**options, "num_cpus": cpus}),
+                placed_with={} if keeps_cpus else {"CPU": UNIT},
                 group_id=PLAIN_TASKS,
                 max_retries=options.get("max_restarts") or 0,
                 placement=make_placement(options),
@@ -555,6 +572,8 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle[Any]:
         raise TypeError(f"The name of an actor must be a string, not {type(name).__name__}")
     if not name:
         raise ValueError("Please supply a non-empty value to get_actor")
+    if namespace is not None and not isinstance(namespace, str):
+        raise TypeError("namespace must be None or a string.")
     if namespace == "":
         raise ValueError('"" is not a valid namespace. Pass None to not specify a namespace.')
     found = actor_calls.look_up_actor(find_client(), _namespace(namespace), name)

@@ -44,6 +44,7 @@ class Method(msgspec.Struct, frozen=True, array_like=True):
     max_retries: int | None = None  #: None: the actor's own
     retry_exceptions: bytes = b""
     streams: bool = False  #: it is a generator
+    concurrency_group: str = ""
 
 
 class Description(msgspec.Struct, frozen=True, array_like=True):
@@ -53,6 +54,7 @@ class Description(msgspec.Struct, frozen=True, array_like=True):
     methods: list[Method]
     max_task_retries: int = 0
     max_pending_calls: int = -1
+    groups: list[str] = []
 
 
 encode_description = msgspec.msgpack.Encoder().encode
@@ -157,8 +159,15 @@ class ActorFace:
             max_retries=self.description.max_task_retries if retries is None else retries,
             retry_exceptions=options.retry_exceptions or method.retry_exceptions,
             method=method.name,
+            concurrency_group=self._group_of(method, options),
         )
         return identified(made)
+
+    def _group_of(self, method: Method, options: CallOptions) -> str:
+        group = options.concurrency_group or method.concurrency_group
+        if group and group not in self.description.groups:
+            raise ValueError(unknown_group(self.description.class_name, method.name, group))
+        return group
 
 
 class CallOptions(msgspec.Struct, frozen=True):
@@ -168,6 +177,7 @@ class CallOptions(msgspec.Struct, frozen=True):
     num_returns: int | None = None
     max_retries: int | None = None
     retry_exceptions: bytes = b""
+    concurrency_group: str = ""
 
 
 NO_OPTIONS = CallOptions()
@@ -219,9 +229,18 @@ def methods_of(actor_class: type) -> list[Method]:
                 max_retries=options.get("max_task_retries"),
                 retry_exceptions=retry_spec(options.get("retry_exceptions") or False),
                 streams=streams and count is None,
+                concurrency_group=options.get("concurrency_group") or "",
             )
         )
     return found
+
+
+def unknown_group(class_name: str, method: str, group: str) -> str:
+    """What is wrong with a call in a group that its actor does not have."""
+    return (
+        f"{class_name}.{method} is to run in the concurrency group {group!r}, which the actor does "
+        f"not have: name it in @remote(concurrency_groups={{{group!r}: 1}})."
+    )
 
 
 def _is_method(member: object) -> bool:

@@ -53,7 +53,6 @@ ACTOR_ONLY: dict[str, tuple[type, ...]] = {
 }
 #: Options that change what an actor does and that this version does not carry out yet.
 _NOT_YET = (
-    "concurrency_groups",
     "enable_tensor_transport",
     "_actor_generator_backpressure_num_objects",
 )
@@ -70,7 +69,6 @@ _METHOD_OPTIONS = (
 #: The same for one call; it may have a name.
 CALL_OPTIONS = ("name", *_METHOD_OPTIONS)
 _METHODS_NOT_YET = (
-    "concurrency_group",
     "_generator_backpressure_num_objects",
     "_num_objects_per_yield",
     "tensor_transport",
@@ -127,10 +125,32 @@ def _check_value(name: str, value: Any) -> None:
             f"The keyword '{name}' only accepts None, 0, -1 or a positive integer, where -1 "
             "represents infinity."
         )
+    if name == "concurrency_groups":
+        _check_groups(value)
     if name == "max_concurrency" and value < 0:
         raise ValueError(
             "The keyword 'max_concurrency' only accepts None, 0 or a positive integer."
         )
+
+
+def _check_groups(groups: Any) -> None:
+    """Names of groups, and calls that run at once in each; an empty list is no groups."""
+    if not isinstance(groups, dict):
+        if groups:
+            raise TypeError(
+                "concurrency_groups must be a dictionary of the groups' names and numbers of calls "
+                f"that run at once in each, not {groups!r}"
+            )
+        return
+    for name, count in groups.items():
+        if not isinstance(name, str) or isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(
+                f"concurrency_groups maps strings to integers, not {name!r} to {count!r}"
+            )
+        if not name or count < 1:
+            raise ValueError(
+                f"A concurrency group has a name and runs at least 1 call, not {name!r}: {count}"
+            )
 
 
 def check_names(options: Mapping[str, Any]) -> None:
@@ -152,6 +172,7 @@ def method(function: F, /) -> F: ...
 def method(
     *,
     num_returns: int | None = None,
+    concurrency_group: str | None = None,
     max_task_retries: int | None = None,
     retry_exceptions: bool | list[type[BaseException]] | None = None,
     enable_task_events: bool = True,
@@ -165,6 +186,8 @@ def method(*args: Any, **options: Any) -> Any:
     ----------
     num_returns : int
         Return values; `.remote()` gives a list of so many refs (0: None).
+    concurrency_group : str
+        The group of the actor's `concurrency_groups` in which its calls run.
     max_task_retries : int
         Further attempts after the actor's process has died; default: the actor's own.
     retry_exceptions : bool or list of exception classes
@@ -212,6 +235,9 @@ def check_method_options(options: Mapping[str, Any]) -> None:
                 f"The option {name}={options[name]!r} of methods is not supported by this version "
                 "of poolray."
             )
+    group = options.get("concurrency_group")
+    if group is not None and not isinstance(group, str):
+        raise TypeError(f"concurrency_group is the name of a group, not {group!r}")
     known = {name: options[name] for name in ("num_returns", "name") if name in options}
     if options.get("retry_exceptions") is not None:
         known["retry_exceptions"] = options["retry_exceptions"]

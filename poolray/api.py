@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, ov
 from poolray.client import Client, stale_ref_error
 from poolray.config import Config
 from poolray.exceptions import NotSupportedError
+from poolray.ids import is_actor_call
 from poolray.local import process_state
 from poolray.local import runtime as local_runtime
 from poolray.local.fork_server import WorkerSetup
@@ -812,9 +813,15 @@ def cancel(ray_waitable: ObjectRef[Any], *, force: bool = False, recursive: bool
     ------
     TypeError
         It is no ObjectRef.
+    ValueError
+        `force` for a call of an actor: `kill` ends actors.
 
     Notes
     -----
+    Calls of actors that have not begun never run either. One that runs is cancelled as asyncio
+    cancels, where it is a coroutine; any other goes on, for the actor's state must not be torn, and
+    may ask `get_runtime_context().is_canceled()`.
+
     Does not wait. `get` raises TaskCancelledError, unless the task had ended or ends in its own
     way; so do tasks that have the ref as an argument. The interrupt is raised in the worker's main
     thread: threads of the task are left alone.
@@ -835,4 +842,6 @@ def cancel(ray_waitable: ObjectRef[Any], *, force: bool = False, recursive: bool
             "ray.cancel() only supported for object refs. For actors, try ray.kill(). "
             f"Got: {type(ray_waitable)}."
         )
+    if force and is_actor_call(ray_waitable.task_id()):
+        raise ValueError("force=True is not supported for actor tasks.")
     find_client().cancel(ray_waitable, bool(force), bool(recursive))

@@ -532,7 +532,8 @@ class Client:
         self.link.enter()
         try:
             payload, borrows, temporary = self._payload(data)
-            task_id = self.task_ids.next_task_id()
+            ids = self.task_ids
+            task_id = ids.next_task_id() if actor_id is None else ids.next_call_id()
             refs = [self.own(return_id(task_id, i)) for i in range(task_class.num_returns)]
             spec = TaskSpec(
                 task_id=task_id,

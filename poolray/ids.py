@@ -33,6 +33,8 @@ ACTOR_ID_BYTES = 16
 PREFIX_BYTES = TASK_ID_BYTES - 8
 
 _HANDLE_SUFFIX = b"actor-handle"
+#: Bit of the counter in a task id that says: it is a call of an actor.
+_CALL_BIT = 1 << 63
 _INDEX_SUFFIX = tuple(index.to_bytes(4, "little") for index in range(1024))
 
 
@@ -52,6 +54,11 @@ def task_of(object_id: ObjectId) -> TaskId:
 def handle_of(actor_id: ActorId) -> ObjectId:
     """The object, without a value, that whoever has a handle to the actor holds."""
     return ObjectId(actor_id + _HANDLE_SUFFIX)
+
+
+def is_actor_call(task_id: TaskId) -> bool:
+    """Whether a task is a call of an actor; its id says so."""
+    return task_id[PREFIX_BYTES] & 0x80 != 0
 
 
 @final
@@ -75,3 +82,7 @@ class TaskIdSource:
     def next_task_id(self) -> TaskId:
         """A new task id; safe from any thread."""
         return TaskId(self._prefix + next(self._counter).to_bytes(8, "big"))
+
+    def next_call_id(self) -> TaskId:
+        """The same for a call of an actor."""
+        return TaskId(self._prefix + (next(self._counter) | _CALL_BIT).to_bytes(8, "big"))

@@ -91,7 +91,7 @@ class RuntimeContext:
 
     @property
     def was_current_actor_reconstructed(self) -> bool:
-        """False: tasks have no actor.
+        """Whether the running actor was restarted after its process had died; False in tasks.
 
         Raises
         ------
@@ -99,7 +99,7 @@ class RuntimeContext:
             In a driver, as in the reference.
         """
         self._check_worker()
-        return False
+        return process_state.is_reconstructed()
 
     def _check_worker(self) -> None:
         assert process_state.is_worker(), (
@@ -194,15 +194,19 @@ class RuntimeContext:
     def is_canceled(self) -> bool:
         """Whether the running task was told to stop by `cancel`.
 
-        The KeyboardInterrupt tells it too; this is for code that has caught that and cleans up.
+        In a task the KeyboardInterrupt tells it too; this is for code that has caught that and
+        cleans up. Calls of actors are not interrupted: one that may take long asks now and then.
 
         Raises
         ------
         RuntimeError
-            In a driver.
+            In a driver; in an actor with coroutine methods, whose calls are cancelled as asyncio
+            does it.
         """
         if not process_state.is_worker():
             raise RuntimeError("is_canceled is for tasks, not for a driver")
+        if process_state.is_async():
+            raise RuntimeError("This method is not supported in an async actor.")
         return process_state.is_current_task_cancelled()
 
     @property

@@ -16,33 +16,19 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-import threading
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, final
 
 from poolray.local import process_state, worker_process
-from poolray.local.channel import receive_nowait
+from poolray.local.actor_serial import SerialCalls
+from poolray.local.actor_threads import Threads
 from poolray.local.worker_errors import encode_constructor_error
 from poolray.protocol.actors import ActorSetup
-from poolray.protocol.values import Outcome
-from poolray.protocol.worker import (
-    ActorExiting,
-    ActorStarted,
-    RunTasks,
-    TaskCall,
-    TaskResult,
-    TasksFinished,
-)
+from poolray.protocol.worker import ActorExiting, ActorStarted, RunTasks, TaskCall
 
 if TYPE_CHECKING:
-    import asyncio
-
+    from poolray.local.actor_loops import Loops
     from poolray.local.worker import Function, Worker
-
-#: Results of several calls go in one message up to about this size.
-_REPORT_BYTES = 64 * 1024
 
 
 class ActorExit(SystemExit):
@@ -61,7 +47,8 @@ def run_actor(worker: Worker, message: RunTasks, receive: Callable[[], bytes]) -
     worker.read_definitions(message)
     task = message.tasks[0]
     function = worker.classes[task.class_index]
-    host = _ActorHost(worker, task, function)
+    process_state.set_reconstructed(message.attempt > 0)
+    host = ActorHost(worker, task, function)
     host.run(receive)
 
 
@@ -85,7 +72,7 @@ def _terminate() -> None:
 
 
 @final
-class _ActorHost:
+class ActorHost:
     """The actor, and what runs its calls."""
 
     def __init__(self, worker: Worker, task: TaskCall, function: Function) -> None:
@@ -100,17 +87,21 @@ class _ActorHost:
         from poolray.local.worker import ToldToExit
 
         worker = self._worker
-        loop: _Loop | None = None
+        loops: Loops | None = None
         try:
             args, kwargs = self._read()
             actor_class = worker.load_function(self._function)
         except BaseException as error:
             self._fail(error)
         if has_coroutines(actor_class):  # type: ignore[arg-type]
-            loop = _Loop(worker, self)
+            # (asyncio costs more than making an actor: only those pay who use it.)
+            from poolray.local.actor_loops import Loops
+
+            process_state.become_async()
+            loops = Loops(worker, self)
         try:
-            if loop is not None:
-                self.instance = loop.construct(actor_class, args, kwargs)
+            if loops is not None:
+                self.instance = loops.construct(actor_class, args, kwargs)
             else:
                 self.instance = actor_class(*args, **kwargs)
             del args, kwargs
@@ -118,12 +109,13 @@ class _ActorHost:
         except BaseException as error:
             self._fail(error)
         try:
-            if loop is not None:
-                loop.run(self.setup.concurrency)
-            elif self.setup.concurrency > 1:
-                _Threads(worker, self).run(receive)
+            if loops is not None:
+                loops.run()
+            elif self.setup.concurrency > 1 or self.setup.groups:
+                Threads(worker, self).run()
             else:
-                self._run_serially(receive)
+                worker.serial = SerialCalls(worker)
+                worker.serial.run(receive)
         except ToldToExit as told:
             if told.code == 0:
                 self.announce_exit()
@@ -176,19 +168,6 @@ class _ActorHost:
         worker.send(worker.encode(ActorStarted(worker_id=worker.worker_id, error=encoded)))
         raise ToldToExit(1)
 
-    def _run_serially(self, receive: Callable[[], bytes]) -> None:
-        worker, decode = self._worker, self._worker.decode
-        while True:
-            packet = receive()
-            if not packet:
-                return
-            message = decode(packet)
-            if type(message) is not RunTasks:
-                return
-            worker.run_packet(message)
-            # The last call's values must not live on while we wait.
-            packet = message = b""
-
     def bind(self, name: str) -> Callable[..., Any]:
         """A method, or one of those that every actor has."""
         if name.startswith("__") and not hasattr(type(self.instance), name):
@@ -218,9 +197,12 @@ class _ActorHost:
 
     def announce_exit(self) -> None:
         """The actor has ended itself: say so, after its hook has run."""
+        self.run_shutdown_hook()
+        self._tell_of_exit()
+
+    def _tell_of_exit(self) -> None:
         from poolray.local.worker import ToldToExit
 
-        self.run_shutdown_hook()
         worker_process.flush_output()
         exiting = ActorExiting(
             worker_id=self._worker.worker_id,
@@ -233,7 +215,7 @@ class _ActorHost:
             pass  # the node is gone
 
     def leave_at_once(self, error: SystemExit) -> None:
-        """End the process from a thread or coroutine among several."""
+        """End the process from a thread among several."""
         from poolray.local.worker import exit_code_of
 
         code = exit_code_of(error)
@@ -242,207 +224,22 @@ class _ActorHost:
         worker_process.flush_output()
         os._exit(code)  # other threads may wait for ever: they are not waited for
 
+    async def leave_loop(self, error: SystemExit) -> None:
+        """The same from a coroutine."""
+        from poolray.local.worker import exit_code_of
 
-@final
-class _Reports:
-    """Results of calls that end in any order, on their way to the node."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        #: Guards the fields below.
-        self._lock = threading.Lock()
-        self._results: deque[tuple[TaskResult, int]] = deque()
-        self._sending = False
-
-    def add(self, task: TaskCall, outcome: bytes | Outcome) -> None:
-        """A call is over; its result is sent with the next message."""
-        result = TaskResult(task_id=task.task_id, start=0, results=[outcome])
-        values = [outcome] if isinstance(outcome, bytes) else outcome.values
-        size = sum(len(value) if isinstance(value, bytes) else 128 for value in values)
-        with self._lock:
-            self._results.append((result, size))
-
-    def send(self) -> None:
-        """Send what there is, unless another thread is at it: it will send ours too."""
-        with self._lock:
-            if self._sending:
-                return
-            self._sending = True
-        while True:
-            with self._lock:
-                batch = self._take()
-                if not batch:
-                    self._sending = False
-                    return
-            worker = self._worker
-            pinned, unpinned = worker.client.take_view_changes()
-            kept, released = worker.client.take_reference_changes()
-            worker_process.flush_output()
-            message = TasksFinished(
-                worker_id=worker.worker_id,
-                results=batch,
-                elapsed_ns=0,
-                sequence=0,
-                kept=kept,
-                released=released,
-                viewed=worker.client.viewed_only(kept) if kept else kept,
-                pinned=pinned,
-                unpinned=unpinned,
-            )
-            worker.send(worker.encode(message))
-
-    def _take(self) -> list[TaskResult]:
-        """Results that fit one message; the caller holds the lock."""
-        batch: list[TaskResult] = []
-        size = 0
-        while self._results and (not batch or size + self._results[0][1] <= _REPORT_BYTES):
-            result, result_bytes = self._results.popleft()
-            batch.append(result)
-            size += result_bytes
-        return batch
-
-
-@final
-class _Threads:
-    """Calls of an actor that run on threads."""
-
-    def __init__(self, worker: Worker, host: _ActorHost) -> None:
-        self._worker = worker
-        self._host = host
-        self._reports = _Reports(worker)
-        self._pool = ThreadPoolExecutor(host.setup.concurrency, "poolray-actor")
-
-    def run(self, receive: Callable[[], bytes]) -> None:
-        """Hand calls to threads until told to stop; by then all of them have ended."""
-        decode = self._worker.decode
-        while True:
-            packet = receive()
-            message = decode(packet) if packet else None
-            if type(message) is not RunTasks:
-                self._pool.shutdown(wait=False)
-                return
-            self._worker.read_definitions(message)
-            for task in message.tasks:
-                self._pool.submit(self._run_call, task)
-            packet = message = None  # type: ignore[assignment]
-
-    def _run_call(self, task: TaskCall) -> None:
-        worker = self._worker
-        function = worker.classes[task.class_index]
-        outcome: bytes | Outcome
-        try:
-            begin(task, function)
-            call = function.call or worker.load_function(function)
-            args, kwargs = worker.arguments(task, task.calls[0], function.task_class)
-            result = call(*args, **kwargs)
-            args = kwargs = None
-            outcome = worker.returned(result, task, function)
-        except SystemExit as error:
-            self._reports.send()  # calls that have ended keep their results
-            self._host.leave_at_once(error)
-            return
-        except BaseException as error:
-            outcome = worker.raised(error, task, function)
-        result = None
-        self._reports.add(task, outcome)
-        self._reports.send()
-
-
-@final
-class _Loop:
-    """Calls of an actor with coroutine methods: all of its code runs in one event loop."""
-
-    def __init__(self, worker: Worker, host: _ActorHost) -> None:
-        import asyncio  # costs more than making an actor: only those pay who use it
-
-        self._worker = worker
-        self._host = host
-        self._reports = _Reports(worker)
-        self._loop = asyncio.new_event_loop()
-        asyncio.set_event_loop(self._loop)
-        #: Calls that wait for one of those that run to end.
-        self._waiting: deque[TaskCall] = deque()
-        self._free = 0
-        self._will_send = False
-        #: asyncio itself keeps weak references only.
-        self._running: set[asyncio.Task[None]] = set()
-
-    def construct(self, actor_class: Any, args: Any, kwargs: Any) -> Any:
-        """Make the actor inside the running loop, where it may make tasks of its own."""
-
-        async def make() -> Any:
-            return actor_class(*args, **kwargs)
-
-        return self._loop.run_until_complete(make())
-
-    def run(self, concurrency: int) -> None:
-        """Run calls until told to stop; by then all of them have ended."""
-        self._free = concurrency
-        tasks = self._worker.tasks
-        self._loop.add_reader(tasks.fileno(), self._read)
-        self._loop.run_forever()
-        self._loop.remove_reader(tasks.fileno())
-        result = self._host.run_shutdown_hook()
-        if inspect.isawaitable(result):
-            self._loop.run_until_complete(_wait_for(result))
+        code = exit_code_of(error)
+        if code == 0:
+            await self.run_shutdown_hook_in_loop()
+            self._tell_of_exit()
         worker_process.flush_output()
-        worker_process.leave()
-        os._exit(0)  # what the actor left running in the loop ends with it
+        os._exit(code)
 
-    def _read(self) -> None:
-        while (packet := receive_nowait(self._worker.tasks)) is not None:
-            message = self._worker.decode(packet) if packet else None
-            if type(message) is not RunTasks:
-                self._loop.stop()
-                return
-            self._worker.read_definitions(message)
-            self._waiting.extend(message.tasks)
-        self._start()
-
-    def _start(self) -> None:
-        while self._waiting and self._free:
-            self._free -= 1
-            running = self._loop.create_task(self._run_call(self._waiting.popleft()))
-            self._running.add(running)
-            running.add_done_callback(self._running.discard)
-
-    async def _run_call(self, task: TaskCall) -> None:
-        worker = self._worker
-        function = worker.classes[task.class_index]
-        outcome: bytes | Outcome
-        try:
-            begin(task, function)
-            call = function.call or worker.load_function(function)
-            args, kwargs = worker.arguments(task, task.calls[0], function.task_class)
-            result = call(*args, **kwargs)
-            args = kwargs = None
-            if inspect.isawaitable(result):
-                result = await result
-            outcome = worker.returned(result, task, function)
-        except SystemExit as error:
-            self._reports.send()  # calls that have ended keep their results
-            self._host.leave_at_once(error)
-            return
-        except BaseException as error:
-            outcome = worker.raised(error, task, function)
-        result = None
-        self._reports.add(task, outcome)
-        self._free += 1
-        if not self._will_send:  # those that end in the same round of the loop go together
-            self._will_send = True
-            self._loop.call_soon(self._send)
-        if self._waiting:
-            self._start()
-
-    def _send(self) -> None:
-        self._will_send = False
-        self._reports.send()
-
-
-async def _wait_for(awaitable: Any) -> None:
-    await awaitable
-
-
-def begin(task: TaskCall, function: Function) -> None:
-    """The call runs now, beside others."""
-    process_state.begin_concurrent_task(task.task_id, function.task_class.name, function.name)
+    async def run_shutdown_hook_in_loop(self) -> None:
+        """The actor's own `__ray_shutdown__`, which may be a coroutine."""
+        result = self.run_shutdown_hook()
+        if inspect.isawaitable(result):
+            try:
+                await result
+            except Exception:
+                sys.excepthook(*sys.exc_info())

@@ -115,12 +115,13 @@ class Spinner:
 class SpinningReader:
     """Reads one channel, polling before it sleeps."""
 
-    __slots__ = ("_channel", "_poll", "_spinner", "_started_s")
+    __slots__ = ("_channel", "_poll", "_spinner", "_started_s", "_waker")
 
     def __init__(self, channel: socket.socket, spin_s: float) -> None:
         self._channel = channel
         self._spinner = Spinner(spin_s)
         self._started_s = 0.0
+        self._waker: select.poll | None = None
         poller = select.poll()
         poller.register(channel, select.POLLIN)
         self._poll = poller.poll
@@ -143,6 +144,28 @@ class SpinningReader:
     def note_slept(self) -> None:
         """The wait that `poll_soon` began, and that went on asleep, is over."""
         self._spinner.note(time.perf_counter() - self._started_s)
+
+    def receive_or_wake(self, descriptor: int) -> bytes | None:
+        """The next packet, as `receive`; None as soon as there is something to read from a
+        descriptor.
+        """
+        if self.poll_soon():
+            packet = receive_nowait(self._channel)
+            if packet is not None:
+                return packet
+        poller = self._waker
+        if poller is None:
+            poller = self._waker = select.poll()
+            poller.register(self._channel, select.POLLIN)
+            poller.register(descriptor, select.POLLIN)
+        while True:
+            events = poller.poll()
+            self.note_slept()
+            if any(ready == descriptor for ready, _ in events):
+                return None
+            packet = receive_nowait(self._channel)
+            if packet is not None:
+                return packet
 
     def receive(self) -> bytes:
         """The next packet: poll first if that is worth it, then sleep until it is there; b"" when

@@ -37,12 +37,16 @@ class _State:
         self.task_id: TaskId | None = None
         #: The task that was told to stop last.
         self.cancelled_task_id: TaskId | None = None
+        #: Of calls that run at once in an actor, those that were told to stop.
+        self.cancelled_calls: dict[TaskId, None] = {}
         self.task_name = ""
         self.function_name = ""
         self.task_resources: dict[str, int] = {}
         #: The actor that lives in this worker, if one does.
         self.actor: ActorSetup | None = None
         self.actor_label = ""
+        self.is_reconstructed = False  #: its process had died
+        self.is_async = False  #: it runs in event loops
         #: Resource name -> ids of the devices that this worker is to use.
         self.devices: dict[str, list[str]] = {}
         #: Those of which the driver's variable named the ids.
@@ -95,12 +99,15 @@ def worker_id() -> bytes | None:
     return _state.worker_id
 
 
-def begin_task(task_id: TaskId, name: str, function_name: str, resources: dict[str, int]) -> None:
-    """A worker's loop: this task runs now."""
+def begin_task(
+    task_id: TaskId, name: str, function_name: str, resources: dict[str, int] | None
+) -> None:
+    """A worker's loop: this task runs now (without resources of its own: those stay)."""
     _state.function_name = function_name
     _state.task_id = task_id
     _state.task_name = name
-    _state.task_resources = resources
+    if resources is not None:
+        _state.task_resources = resources
 
 
 def begin_concurrent_task(task_id: TaskId, name: str, function_name: str) -> None:
@@ -111,6 +118,26 @@ def begin_concurrent_task(task_id: TaskId, name: str, function_name: str) -> Non
 def become_actor(setup: ActorSetup) -> None:
     """An actor lives in this worker from now on."""
     _state.actor = setup
+
+
+def become_async() -> None:
+    """The actor runs in event loops."""
+    _state.is_async = True
+
+
+def is_async() -> bool:
+    """Whether this worker's actor runs in event loops."""
+    return _state.is_async
+
+
+def set_reconstructed(is_reconstructed: bool) -> None:
+    """Whether the actor's process has died before."""
+    _state.is_reconstructed = is_reconstructed
+
+
+def is_reconstructed() -> bool:
+    """Whether this worker's actor has been restarted; False where there is none."""
+    return _state.is_reconstructed
 
 
 def actor() -> ActorSetup | None:
@@ -141,7 +168,20 @@ def cancel_current_task() -> None:
 
 def is_current_task_cancelled() -> bool:
     """Whether the task that runs was told to stop."""
+    concurrent = _concurrent_task.get()
+    if concurrent is not None:
+        return concurrent[0] in _state.cancelled_calls
     return _state.task_id is not None and _state.task_id == _state.cancelled_task_id
+
+
+def note_cancelled(task_id: TaskId) -> None:
+    """One of several calls that run was told to stop."""
+    _state.cancelled_calls[task_id] = None
+
+
+def forget_cancelled(task_id: TaskId) -> None:
+    """The call has ended."""
+    _state.cancelled_calls.pop(task_id, None)
 
 
 def current_task_name() -> str:

@@ -30,6 +30,7 @@ import msgspec
 from poolray.exceptions import ObjectLostError, PoolrayError, TaskCancelledError
 from poolray.ids import FunctionId, ObjectId, WorkerId, return_id
 from poolray.local import process_state, worker_process
+from poolray.local.actor_reports import cancelled_outcome
 from poolray.local.channel import SpinningReader
 from poolray.local.reactor import Guard
 from poolray.local.worker_client import WorkerClient, WorkerLink
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
+    from poolray.local.actor_serial import SerialCalls
     from poolray.local.fork_server import WorkerSetup
 
 #: Ignored unless handled, and of no use to programs otherwise: Go's runtime uses it to preempt.
@@ -178,7 +180,7 @@ class Worker:
         self._config = config
         self.tasks = tasks
         self._accelerators = setup.accelerators
-        self._reader = SpinningReader(tasks, config.spin_s)
+        self.reader = SpinningReader(tasks, config.spin_s)
         self.encode = msgspec.msgpack.Encoder().encode
         self.decode = msgspec.msgpack.Decoder(ToWorkerQueue).decode
         #: Index of a task class -> what to call.
@@ -186,6 +188,12 @@ class Worker:
         #: Once an actor lives here: gives its methods by name.
         self.bind_method: Callable[[str], Callable[..., Any]] | None = None
         self.actor_class_name = ""  #: with its module
+        #: What runs an actor's calls, if they run one after the other.
+        self.serial: SerialCalls | None = None
+        #: What runs an actor's calls reads orders itself, woken by the signal's descriptor.
+        self.reads_orders = False
+        #: The actor's call that runs was cancelled: what it returns is not its result.
+        self._is_cancelled = False
         #: Functions as defined; loaded at their first call.
         self._definitions: dict[FunctionId, FunctionDefinition] = {}
         self._loaded: dict[FunctionId, Callable[..., Any]] = {}
@@ -246,7 +254,7 @@ class Worker:
 
     def run(self) -> None:
         """Packets until told to stop or until the node is gone."""
-        receive, decode = self._reader.receive, self.decode
+        receive, decode = self.reader.receive, self.decode
         while True:
             packet = receive()
             if not packet:
@@ -312,8 +320,13 @@ class Worker:
         progress, slot = self._arena.progress, self._slot * 8
         word = message.sequence << 24
         delay_ns = int(self._config.result_delay_max_s * 1e9)
+        skipped = self.serial.skipped if self.serial is not None else None
         while self._position < self._task_limit:
             task = message.tasks[self._position]
+            if skipped and task.task_id in skipped:
+                del skipped[task.task_id]
+                self._position += 1
+                continue
             self._call_limit = len(task.calls)
             self._call_index = 0
             self._partial_start = 0
@@ -409,6 +422,8 @@ class Worker:
         """The node wonders why nothing comes, or wants a task stopped. In user code: give back what
         has not begun, now; between two calls the loop does it in a moment.
         """
+        if self.reads_orders:
+            return
         if not self._in_user_code:
             self._signalled = True
             self._nudged = self._packet is not None
@@ -429,6 +444,14 @@ class Worker:
         self._orders.append(order)
         if not self._obeying:
             signal.pthread_kill(self._thread, NUDGE_SIGNAL)
+
+    def take_all_orders(self) -> list[InterruptTask]:
+        """The orders that have come."""
+        self._read_orders()
+        orders = []
+        while self._orders:
+            orders.append(self._orders.popleft())
+        return orders
 
     def _read_orders(self) -> None:
         """Read what has come; drop the orders for packets and tasks that are done."""
@@ -459,12 +482,16 @@ class Worker:
             os.kill(os.getpid(), signal.SIGKILL)
         if mine:
             process_state.cancel_current_task()
-            raise KeyboardInterrupt
+            if self.bind_method is None:
+                raise KeyboardInterrupt
+            self._is_cancelled = True  # an actor's state is not torn: its method may ask
 
     def _obey_before(self, packet: RunTasks) -> None:
         """Orders may have come before their packet: then nothing of it is begun here."""
         self._read_orders()
-        if self._take_orders(packet.sequence):
+        if self.serial is not None:
+            self.serial.skip_cancelled(packet, 0, self._orders)
+        elif self._take_orders(packet.sequence):
             handed = [(task.task_id, 0) for task in packet.tasks]
             self._task_limit = 0
             self.send(self.encode(TasksHandedBack(worker_id=self.worker_id, tasks=handed)))
@@ -505,8 +532,12 @@ class Worker:
         """Give the calls back that have not begun."""
         self._nudged = False
         packet = self._packet
-        if packet is None or self.bind_method is not None:
-            return  # an actor's calls have nowhere else to go
+        if packet is None:
+            return
+        if self.bind_method is not None:  # an actor's calls have nowhere else to go
+            if self.serial is not None and self._orders:
+                self.serial.skip_cancelled(packet, self._position + 1, self._orders)
+            return
         # In user code call `_call_index` runs; between calls it has been counted already.
         begun = self._call_index + (1 if self._in_user_code else 0)
         handed: list[tuple[Any, int]] = []
@@ -536,7 +567,7 @@ class Worker:
                     task.task_id,
                     task_class.name,
                     function.name,
-                    task_class.resources,
+                    None if task_class.method else task_class.resources,  # the actor's, for life
                 )
             if kind is _CALL:
                 if for_caller and type(payload) is bytes and payload[0] == PICKLE_FIRST_BYTE:
@@ -573,6 +604,8 @@ class Worker:
                     self._buffered_bytes += len(data)
                     return
                 outcome = Outcome(values=[self._place(data, task, 0)])
+            elif self._is_cancelled:
+                outcome = cancelled_outcome(task.task_id, task_class.name)
             else:
                 outcome = self.returned(result, task, function)
         except ToldToExit:
@@ -589,6 +622,7 @@ class Worker:
         except BaseException as error:
             self._in_user_code = False
             outcome = self.raised(error, task, function)
+        self._is_cancelled = False
         self._partial.append(outcome)
         self._buffered_bytes += 256
 

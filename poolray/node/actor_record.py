@@ -1,6 +1,6 @@
 """One actor, as the node that it lives on keeps it.
 
-What: the record, and which of its calls a worker had begun when it died.
+What: the record, the lanes of its calls, and which calls a worker had begun when it died.
 Who calls: `node/actors.py` alone.
 May touch: nothing.
 Invariants: those that `Actors.check_invariants` tests.
@@ -19,6 +19,25 @@ from poolray.protocol.actors import CreateActor
 from poolray.protocol.node import WorkerLost
 from poolray.tasks.lifecycle import TaskRecord
 
+#: Calls that wait in the queue of a worker that runs several at once, beyond those that run.
+_AHEAD_MAX = 64
+
+
+@final
+class Lane:
+    """The calls of one concurrency group of an actor."""
+
+    __slots__ = ("limit", "order", "sent")
+
+    def __init__(self, ordered: bool, concurrency: int) -> None:
+        #: Those that were not sent.
+        self.order: CallOrder[TaskRecord] = CallOrder(ordered)
+        #: How many the worker may have, where it runs several at once: it finds the next one at
+        #: hand when one has ended.
+        self.limit = concurrency + min(concurrency, _AHEAD_MAX)
+        #: How many it has.
+        self.sent = 0
+
 
 @final
 class Actor:
@@ -30,9 +49,10 @@ class Actor:
         "death",
         "estimate_s",
         "is_freed",
+        "lane",
+        "lanes",
         "life",
         "message",
-        "order",
         "owner",
         "packets",
         "pid",
@@ -53,8 +73,12 @@ class Actor:
         #: The worker that is its own (ALIVE).
         self.worker: WorkerRecord | None = None
         self.pid = 0
-        #: Calls that were not sent.
-        self.order: CallOrder[TaskRecord] = CallOrder(message.ordered)
+        #: The calls that belong to no concurrency group.
+        self.lane = Lane(message.ordered, message.concurrency)
+        #: concurrency group -> its calls; those of none under the empty name.
+        self.lanes = {"": self.lane}
+        for name, concurrency in message.groups.items():
+            self.lanes[name] = Lane(message.ordered, concurrency)
         #: task id -> calls that were sent and have not ended, in the order of sending.
         self.sent: dict[TaskId, TaskRecord] = {}
         #: task id -> objects in memory that such a call brought, and its worker may look at.
@@ -77,6 +101,33 @@ class Actor:
     def is_serial(self) -> bool:
         """Whether its calls run one after the other."""
         return self.message.serial
+
+    def lane_of(self, record: TaskRecord) -> Lane:
+        """Where a call belongs."""
+        name = record.class_queue.task_class.concurrency_group
+        return self.lanes.get(name, self.lane) if name else self.lane
+
+    def put_back(self, records: list[TaskRecord]) -> None:
+        """Calls that were sent come back before all others, in this order."""
+        if len(self.lanes) == 1:
+            self.lane.order.put_back(records)
+            return
+        for lane in self.lanes.values():
+            lane.order.put_back([record for record in records if self.lane_of(record) is lane])
+
+    def take_all(self) -> list[TaskRecord]:
+        """Every call that was not sent; none is left."""
+        return [record for lane in self.lanes.values() for record in lane.order.take_all()]
+
+    def mark_sent(self, lane: Lane, record: TaskRecord) -> None:
+        """The worker has a call."""
+        self.sent[record.task_id] = record
+        lane.sent += 1
+
+    def unmark_sent(self, record: TaskRecord) -> None:
+        """The worker has it no more, if it had it."""
+        if self.sent.pop(record.task_id, None) is not None:
+            self.lane_of(record).sent -= 1
 
 
 def split_lost(actor: Actor, message: WorkerLost) -> tuple[list[TaskRecord], list[TaskRecord]]:

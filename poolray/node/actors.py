@@ -25,7 +25,8 @@ from poolray.exceptions import (
     PoolrayError,
 )
 from poolray.ids import ActorId, ClientId, ObjectId, TaskId, WorkerId, handle_of, return_id
-from poolray.node.actor_record import Actor, restarts_text, split_lost
+from poolray.node.actor_record import Actor, Lane, restarts_text, split_lost
+from poolray.node.cancellation import error_of
 from poolray.node.effects import Reply, SendHead, SendWorker, TerminateWorker
 from poolray.node.state import NodeState
 from poolray.node.tasks import Tasks
@@ -61,7 +62,7 @@ from poolray.protocol.worker import (
     TaskCall,
     TasksFinished,
 )
-from poolray.tasks.lifecycle import QUEUED, RUNNING, SUCCEEDED, WAITING, TaskRecord
+from poolray.tasks.lifecycle import QUEUED, RUNNING, SUCCEEDED, TaskRecord
 
 if TYPE_CHECKING:
     from poolray.node.dispatch import Dispatcher
@@ -74,8 +75,6 @@ _STOPPING = WorkerState.STOPPING
 
 #: Weight of a new report in the estimate of a call's run time.
 _NEW_WEIGHT = 0.4
-#: Calls that wait in the queue of a worker that runs several at once, beyond those that run.
-_AHEAD_MAX = 64
 
 
 @final
@@ -314,6 +313,8 @@ class Actors:
             client.held[object_id] = None
         if spec.dependencies or spec.borrows:
             self._tasks.hold_inputs(record, spec)
+        if spec.parent:
+            self._tasks.cancellation.adopt(spec.parent, spec.task_id)
         actor = self._actors.get(message.actor_id)
         if actor is None:
             self._tasks.fail(record, self._unknown(record))
@@ -329,15 +330,16 @@ class Actors:
             waits = record.missing > 0
             if not waits:
                 record.move(QUEUED)
-            actor.order.add(client_id, record, waits)
-            if actor.order.ready and actor.worker is not None:
+            order = actor.lane_of(record).order
+            order.add(client_id, record, waits)
+            if order.ready and actor.worker is not None:
                 self._feed(actor)
 
     def on_ready(self, record: TaskRecord) -> None:
         """The arguments of a call are here."""
         actor = self._actors[record.actor_id]
         record.move(QUEUED)
-        actor.order.on_ready(record.client_id, record)
+        actor.lane_of(record).order.on_ready(record.client_id, record)
         if actor.life.state is RESTARTING:
             self._refuse_ready(actor)
         self._feed(actor)
@@ -346,10 +348,10 @@ class Actors:
         """A call raised and is tried once more, before all others."""
         actor = self._actors[record.actor_id]
         self._unsend(actor, record)
-        actor.order.put_back([record])
+        actor.put_back([record])
 
     def _unsend(self, actor: Actor, record: TaskRecord) -> None:
-        actor.sent.pop(record.task_id, None)
+        actor.unmark_sent(record)
         self._unpin(actor, record)
         record.move(QUEUED)
         record.worker_id = None
@@ -358,14 +360,17 @@ class Actors:
         """A call that has not been sent is not wanted any more; the caller ends it."""
         actor = self._actors.get(record.actor_id)
         if actor is not None and record.state is not RUNNING:
-            actor.order.remove(record.client_id, record)
+            actor.lane_of(record).order.remove(record.client_id, record)
+            if actor.life.state is RESTARTING:
+                self._refuse_ready(actor)
+            self._feed(actor)  # calls that waited behind it
 
     def on_ended(self, record: TaskRecord) -> None:
         """A call is over."""
         actor = self._actors.get(record.actor_id)
         if actor is None:
             return
-        actor.sent.pop(record.task_id, None)
+        actor.unmark_sent(record)
         self._unpin(actor, record)
         actor.unfinished -= 1
         if actor.message.counted:
@@ -390,18 +395,22 @@ class Actors:
 
     def _feed(self, actor: Actor) -> None:
         """Send what the worker has room for."""
-        worker, ready = actor.worker, actor.order.ready
+        worker = actor.worker
         if worker is None:
             return
         if not actor.is_serial:
-            limit = actor.message.concurrency
-            limit += min(limit, _AHEAD_MAX)
-            while ready and len(actor.sent) < limit:
-                self._send_packet(actor, worker, limit - len(actor.sent))
+            for lane in actor.lanes.values():
+                while lane.order.ready and lane.sent < lane.limit:
+                    self._send_packet(actor, worker, lane, lane.limit - lane.sent)
             return
+        lane, packets = actor.lane, actor.packets
         packets_max = self._state.config.packets_per_worker_max
-        while ready and len(actor.packets) < packets_max:
-            self._send_packet(actor, worker, self._calls_allowed(actor))
+        while (
+            lane.order.ready
+            and len(packets) < packets_max
+            and not (packets and _may_come_back(packets[-1][1][-1]))
+        ):
+            self._send_packet(actor, worker, lane, self._calls_allowed(actor))
 
     def _calls_allowed(self, actor: Actor) -> int:
         """How many calls the next packet may hold: about `packet_target_s` of work."""
@@ -412,8 +421,8 @@ class Actors:
             return config.packet_calls_max
         return max(1, int(config.packet_target_s / estimate))
 
-    def _send_packet(self, actor: Actor, worker: WorkerRecord, limit: int) -> None:
-        ready, config = actor.order.ready, self._state.config
+    def _send_packet(self, actor: Actor, worker: WorkerRecord, lane: Lane, limit: int) -> None:
+        ready, config = lane.order.ready, self._state.config
         limit = min(limit, config.packet_calls_max)
         worker.sequence = sequence = worker.sequence + 1
         calls: list[TaskCall] = []
@@ -430,9 +439,12 @@ class Actors:
             size += bytes_
             record.move(RUNNING)
             record.worker_id = worker.worker_id
-            actor.sent[record.task_id] = record
+            record.sequence = sequence
+            actor.mark_sent(lane, record)
             records.append(record)
             calls.append(call)
+            if actor.is_serial and _may_come_back(record):
+                break  # what is behind it would run before its next attempt
         if actor.is_serial:
             actor.packets.append((sequence, records))
             if len(calls) > 1:
@@ -482,11 +494,10 @@ class Actors:
         packets = actor.packets
         while packets and packets[0][0] <= message.sequence:
             packets.popleft()
-        if calls:
+        if calls and message.elapsed_ns:
             new, old = message.elapsed_ns * 1e-9 / calls, actor.estimate_s
             actor.estimate_s = new if old is None else old + _NEW_WEIGHT * (new - old)
-        if actor.order.ready:
-            self._feed(actor)
+        self._feed(actor)
 
     def may_nudge(self, worker: WorkerRecord) -> bool:
         """Whether results may wait behind a long call of the packet that a worker runs."""
@@ -608,6 +619,10 @@ class Actors:
     ) -> None:
         """The constructor runs again; calls that may be tried again wait for it, others fail."""
         actor.life.move(RESTARTING)
+        for record in [r for r in actor.sent.values() if self._tasks.is_stopping(r)]:
+            self._tasks.fail(record, error_of(record))
+        begun = [record for record in begun if record.task_id in actor.sent]
+        untouched = [record for record in untouched if record.task_id in actor.sent]
         again: list[TaskRecord] = []
         for record in begun:
             if self._tasks.may_retry(record):
@@ -617,7 +632,7 @@ class Actors:
         for record in again:
             self._unsend(actor, record)
         refused = list(actor.sent.values())
-        actor.order.put_back(again)
+        actor.put_back(again)
         self._tasks.run_again(creation)
         for record in refused:
             self._tasks.fail(record, self._unavailable(actor))
@@ -625,9 +640,11 @@ class Actors:
 
     def _refuse_ready(self, actor: Actor) -> None:
         """Calls that could go to an actor that is being restarted, and may not be tried again."""
-        for record in [r for r in actor.order.ready if not r.class_queue.task_class.max_retries]:
-            actor.order.ready.remove(record)
-            self._tasks.fail(record, self._unavailable(actor))
+        for lane in actor.lanes.values():
+            ready = lane.order.ready
+            for record in [r for r in ready if not r.class_queue.task_class.max_retries]:
+                ready.remove(record)
+                self._tasks.fail(record, self._unavailable(actor))
 
     def on_client_lost(self, client_id: ClientId) -> None:
         """Who made these actors has died: they end, wherever they have handles."""
@@ -665,7 +682,7 @@ class Actors:
         creation, actor.creation = actor.creation, None
         if creation is not None and creation.state is SUCCEEDED:
             self._tasks.drop_lineage(creation)
-        for record in [*actor.sent.values(), *actor.order.take_all()]:
+        for record in [*actor.sent.values(), *actor.take_all()]:
             if self._state.tasks.get(record.task_id) is record:
                 self._tasks.fail_encoded(record, error)
         if message.detached:
@@ -745,7 +762,8 @@ class Actors:
             assert life in (PENDING, RESTARTING) or not (
                 actor.creation is not None and actor.creation.task_id in state.tasks
             )
-            actor.order.check_invariants()
+            for lane in actor.lanes.values():
+                lane.order.check_invariants()
             self._check_sent(actor)
         for worker_id, actor in self._by_worker.items():
             assert actor.worker is not None
@@ -764,7 +782,14 @@ class Actors:
             assert len(actor.packets) <= self._state.config.packets_per_worker_max
             in_packets = {r.task_id for _, records in actor.packets for r in records}
             assert actor.sent.keys() <= in_packets, "a call that was sent is in no packet"
-        for record in actor.order.ready:
-            assert record.state is QUEUED, "a call that may be sent is not queued"
-        waiting = WAITING
-        assert all(r.state is not waiting for r in actor.order.ready)
+        for lane in actor.lanes.values():
+            for record in lane.order.ready:
+                assert record.state is QUEUED, "a call that may be sent is not queued"
+                assert actor.lane_of(record) is lane
+        sent = [actor.lane_of(record) for record in actor.sent.values()]
+        assert all(lane.sent == sent.count(lane) for lane in actor.lanes.values())
+
+
+def _may_come_back(record: TaskRecord) -> bool:
+    """Whether what a call raises may be tried again."""
+    return bool(record.class_queue.task_class.retry_exceptions)

@@ -1,6 +1,7 @@
 """Cancelling tasks that have objects for results.
 
       CancelTask ──▶ pending here ──▶ fails at once, never runs
+                 ──▶ with an actor ──▶ order and signal to the worker
                  ──▶ with a worker ──▶ unread packets taken back; order and signal to the worker;
                  │                     by force: the worker is killed
                  └─▶ with a peer ────▶ CancelForwarded; its result tells what came of it
@@ -112,6 +113,12 @@ class Cancellation:
         if worker.group.state >= GroupState.FAILED:
             return  # it is being killed
         self.stopping[record.task_id] = None
+        if record.actor_id:
+            # Its worker knows whether it has begun, and what that means; packets stay where they
+            # are, in their order. An actor is not killed for a call.
+            order = InterruptTask(task_id=record.task_id, sequence=record.sequence, force=False)
+            state.effects.append(Interrupt(worker.worker_id, order))
+            return
         state.effects.append(TakeBack(worker.worker_id))
         if force and self._packet_of(worker, record).calls == 1:
             self._kill(worker)

@@ -286,6 +286,7 @@ class Dispatcher:
                 classes=news.classes,
                 functions=news.functions,
                 forget=news.forget,
+                attempt=packet.records[0].attempts,
             )
         state.effects.append(SendWorker(worker.worker_id, message))
 

@@ -32,8 +32,11 @@ def find_obstacle(
 ) -> Obstacle | None:
     """Why this node can never run calls of a class; None: it can."""
     placement = task_class.placement
-    demand = from_fixed(task_class.resources)
-    fits = resources.fits_ever(task_class.resources)
+    needed = dict(task_class.resources)
+    for name, amount in task_class.placed_with.items():
+        needed[name] = needed.get(name, 0) + amount
+    demand = from_fixed(needed)
+    fits = resources.fits_ever(needed)
     if placement is not None and placement.node_id and not placement.is_soft:
         if placement.node_id != node_id or not fits:
             return Obstacle(_UNSCHEDULABLE.format(placement.node_id.hex()), is_final=True)

@@ -298,7 +298,7 @@ class Tasks:
 
     def requeue(self, record: TaskRecord) -> None:
         """A task that was sent comes back before the others; the caller dispatches afterwards."""
-        if self._is_stopping(record):
+        if self.is_stopping(record):
             self.fail(record, error_of(record))
             return
         task_class = record.class_queue.task_class
@@ -413,7 +413,7 @@ class Tasks:
             for value in result.values:
                 self.objects.deliver(record.client_id, value, writer)
             self.peers.send_result(record, result)
-        elif result.crashed and self._is_stopping(record):
+        elif result.crashed and self.is_stopping(record):
             # It was lost without a result on another node, before the order to stop reached it.
             self.fail(record, error_of(record))
             return
@@ -456,7 +456,7 @@ class Tasks:
         if not wanted:
             # (A large one is freed before it could be shown.)
             known = any(i in objects for i in ids)
-            if isinstance(error, bytes) and not known and not self._is_stopping(record):
+            if isinstance(error, bytes) and not known and not self.is_stopping(record):
                 self._state.effects.append(UnhandledError(error))
             self.objects.discard(error, writer)
         elif isinstance(error, bytes):
@@ -511,16 +511,16 @@ class Tasks:
         limit = record.class_queue.task_class.max_retries
         # Attempts that were ended for memory have a budget of their own.
         charged = record.attempts - self.protection.spent.get(record.task_id, 0)
-        return (limit < 0 or charged < limit) and not self._is_stopping(record)
+        return (limit < 0 or charged < limit) and not self.is_stopping(record)
 
-    def _is_stopping(self, record: TaskRecord) -> bool:
+    def is_stopping(self, record: TaskRecord) -> bool:
         """Whether a task was cancelled while a worker or another node had it."""
         stopping = self.cancellation.stopping
         return bool(stopping) and record.task_id in stopping
 
     def try_again(self, record: TaskRecord) -> None:
         """A task that ran here or elsewhere runs again, once its arguments are here."""
-        if self._is_stopping(record):
+        if self.is_stopping(record):
             self.fail(record, error_of(record))
             return
         if record.actor_id:
@@ -588,7 +588,7 @@ class Tasks:
             How many of the record's calls had begun (the results of all but the last of them are
             lost with the worker, so they count as tried); the others were never touched.
         """
-        if self._is_stopping(record):
+        if self.is_stopping(record):
             self.fail(record, error_of(record))
             return
         group = self._state.groups[record.class_queue.task_class.group_id]
@@ -636,7 +636,7 @@ class Tasks:
 
     def on_lost_with_node(self, record: TaskRecord, node_id: NodeId) -> None:
         """The node that a task was forwarded to died: it counts as tried."""
-        if self._is_stopping(record):
+        if self.is_stopping(record):
             self.fail(record, error_of(record))
             return
         may_retry = self.may_retry(record)

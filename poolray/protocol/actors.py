@@ -28,6 +28,8 @@ class ActorSetup(msgspec.Struct, frozen=True, array_like=True, tag=120, kw_only=
     namespace: str = ""
     #: Calls that run at once, on threads or, where the class has coroutine methods, in its loop.
     concurrency: int = 1
+    #: Concurrency group -> the same for its calls; `concurrency` is for all others.
+    groups: dict[str, int] = {}
 
 
 class CreateActor(msgspec.Struct, frozen=True, array_like=True, tag=121, kw_only=True):
@@ -51,6 +53,7 @@ class CreateActor(msgspec.Struct, frozen=True, array_like=True, tag=121, kw_only
     #: Calls of one caller begin in the order in which they were made.
     ordered: bool = True
     counted: bool = False  #: calls that have not ended are counted per caller, for `CountCalls`
+    groups: dict[str, int] = {}  #: concurrency group -> its calls that run at once
 
 
 class CallActor(msgspec.Struct, frozen=True, array_like=True, tag=122, kw_only=True):

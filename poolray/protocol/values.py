@@ -119,6 +119,9 @@ class TaskClass(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=Tru
     method: str = ""  #: what `CallKind.METHOD` calls; empty for all other kinds
     placement: Placement | None = None  #: None: wherever the resources are
     is_listed: bool = True  #: whether its tasks appear in listings of what goes on
+    #: What a node has, beyond `resources`, that a call may be placed on: it is not taken.
+    placed_with: dict[str, int] = {}
+    concurrency_group: str = ""  #: of an actor, where its calls run; empty: the default one
 
 
 class TaskSpec(msgspec.Struct, frozen=True, array_like=True, tag=5, kw_only=True):

@@ -73,6 +73,7 @@ class RunTasks(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True
     classes: list[ClassDefinition] = []
     functions: list[FunctionDefinition] = []
     forget: list[FunctionId] = []  #: definitions that will not be used again
+    attempt: int = 0  #: of a constructor: how often it was tried before
 
 
 class StopWorker(msgspec.Struct, frozen=True, array_like=True, tag=2):

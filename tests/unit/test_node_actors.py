@@ -137,6 +137,7 @@ class ActorBench(Bench):
         client: bytes = DRIVER,
         payload: bytes = b"call",
         dependencies: list[ObjectId] | None = None,
+        parent: bytes = b"",
     ) -> TaskId:
         task_id = self._task_id()
         task = TaskSpec(
@@ -145,6 +146,7 @@ class ActorBench(Bench):
             calls=[payload],
             dependencies=dependencies or [],
             slots=list(range(len(dependencies or []))),
+            parent=TaskId(parent),
         )
         self.tell(CallActor(actor_id=actor_id, task=task), client)
         return task_id

@@ -1,0 +1,234 @@
+"""Calls of an actor with coroutine methods: they run in event loops.
+
+    task queue ──RunTasks──▶ main thread's loop ──┬─▶ calls of no group: here
+    control ──InterruptTask──▶        "           └─▶ calls of a group: its own loop, on a thread
+
+What: runs up to so many calls of each concurrency group at once, and cancels as asyncio does.
+Who calls: `local/actor_worker.py`.
+May touch: sockets, threads, event loops.
+Invariants: a call runs in the loop of its group, which alone touches its tables; a call is
+reported once; one that was cancelled before it began never runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any, final
+
+from poolray.ids import TaskId
+from poolray.local import worker_process
+from poolray.local.actor_reports import Reports, cancelled_outcome
+from poolray.local.actor_threads import begin
+from poolray.local.channel import receive_nowait
+from poolray.local.worker import NUDGE_SIGNAL
+from poolray.protocol.values import Outcome
+from poolray.protocol.worker import InterruptTask, RunTasks, TaskCall
+
+if TYPE_CHECKING:
+    from poolray.local.actor_worker import ActorHost
+    from poolray.local.worker import Worker
+
+
+@final
+class _Running:
+    """A call for which there is a coroutine."""
+
+    __slots__ = ("coroutine", "has_begun", "is_cancelled")
+
+    def __init__(self) -> None:
+        #: (asyncio itself keeps weak references only.)
+        self.coroutine: asyncio.Task[None]
+        self.has_begun = False
+        self.is_cancelled = False
+
+
+@final
+class _Lane:
+    """The calls of one concurrency group, and the loop that they run in."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        host: ActorHost,
+        reports: Reports,
+        loop: asyncio.AbstractEventLoop,
+        concurrency: int,
+    ) -> None:
+        self._worker = worker
+        self._host = host
+        self._reports = reports
+        self.loop = loop
+        #: Calls that wait for one of those that run to end.
+        self._waiting: deque[TaskCall] = deque()
+        self._running: dict[TaskId, _Running] = {}
+        self._free = concurrency
+        self._will_send = False
+
+    def run_on_thread(self, name: str) -> None:
+        """Run the loop beside the main one."""
+        threading.Thread(target=self._run_loop, name=f"poolray-actor-{name}", daemon=True).start()
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    def add(self, tasks: list[TaskCall]) -> None:
+        """Calls to run, from within the loop."""
+        self._waiting.extend(tasks)
+        self._start()
+
+    def _start(self) -> None:
+        while self._waiting and self._free:
+            self._free -= 1
+            task = self._waiting.popleft()
+            running = self._running[task.task_id] = _Running()
+            running.coroutine = self.loop.create_task(self._run_call(task, running))
+
+    async def _run_call(self, task: TaskCall, running: _Running) -> None:
+        worker = self._worker
+        function = worker.classes[task.class_index]
+        running.has_begun = True
+        outcome: bytes | Outcome
+        try:
+            if running.is_cancelled:
+                raise asyncio.CancelledError
+            begin(task, function.task_class.name, function.name)
+            call = function.call or worker.load_function(function)
+            args, kwargs = worker.arguments(task, task.calls[0], function.task_class)
+            result = call(*args, **kwargs)
+            args = kwargs = None
+            if inspect.isawaitable(result):
+                result = await result
+            outcome = worker.returned(result, task, function)
+        except SystemExit as error:
+            self._reports.send()  # calls that have ended keep their results
+            await self._host.leave_loop(error)
+            return
+        except asyncio.CancelledError as error:
+            if running.is_cancelled:
+                outcome = cancelled_outcome(task.task_id, function.task_class.name)
+            else:  # by the actor's own code
+                outcome = worker.raised(error, task, function)
+        except BaseException as error:
+            outcome = worker.raised(error, task, function)
+        result = None
+        del self._running[task.task_id]
+        self._report(task, outcome)
+        self._free += 1
+        if self._waiting:
+            self._start()
+
+    def _report(self, task: TaskCall, outcome: bytes | Outcome) -> None:
+        self._reports.add(task, outcome)
+        if not self._will_send:  # those that end in the same round of the loop go together
+            self._will_send = True
+            self.loop.call_soon(self._send)
+
+    def _send(self) -> None:
+        self._will_send = False
+        self._reports.send()
+
+    def stop_calls(self, orders: list[InterruptTask]) -> None:
+        """Cancel those of the calls that are here, from within the loop."""
+        for order in orders:
+            running = self._running.get(order.task_id)
+            if running is not None:
+                running.is_cancelled = True
+                if running.has_begun:
+                    running.coroutine.cancel()
+                continue
+            for task in self._waiting:
+                if task.task_id == order.task_id:
+                    self._waiting.remove(task)
+                    name = self._worker.classes[task.class_index].task_class.name
+                    self._report(task, cancelled_outcome(task.task_id, name))
+                    break
+
+
+@final
+class Loops:
+    """What runs the calls of an actor with coroutine methods."""
+
+    def __init__(self, worker: Worker, host: ActorHost) -> None:
+        self._worker = worker
+        self._host = host
+        self._loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self._loop)
+        self._lanes: dict[str, _Lane] = {}
+        self._last_sequence = 0  # of the packets that were read
+        #: Orders for calls that were not read yet.
+        self._early: list[InterruptTask] = []
+
+    def construct(self, actor_class: Any, args: Any, kwargs: Any) -> Any:
+        """Make the actor inside the running loop, where it may make tasks of its own."""
+
+        async def make() -> Any:
+            return actor_class(*args, **kwargs)
+
+        return self._loop.run_until_complete(make())
+
+    def run(self) -> None:
+        """Run calls until told to stop; by then all of them have ended."""
+        worker, host = self._worker, self._host
+        reports, setup = Reports(worker), host.setup
+        self._lanes[""] = _Lane(worker, host, reports, self._loop, setup.concurrency)
+        for name, count in setup.groups.items():
+            lane = _Lane(worker, host, reports, asyncio.new_event_loop(), count)
+            self._lanes[name] = lane
+            lane.run_on_thread(name)
+        worker.reads_orders = True
+        # (Others' handlers run when they like, and the loop may be about to sleep.)
+        self._loop.add_signal_handler(NUDGE_SIGNAL, self._obey)
+        self._loop.call_soon(self._obey)
+        self._loop.add_reader(worker.tasks.fileno(), self._read)
+        self._loop.run_forever()
+        self._loop.remove_reader(worker.tasks.fileno())
+        self._loop.run_until_complete(host.run_shutdown_hook_in_loop())
+        worker_process.flush_output()
+        worker_process.leave()
+        os._exit(0)  # what the actor left running in the loops ends with it
+
+    def _read(self) -> None:
+        worker = self._worker
+        while (packet := receive_nowait(worker.tasks)) is not None:
+            message = worker.decode(packet) if packet else None
+            if type(message) is not RunTasks:
+                self._loop.stop()
+                return
+            worker.read_definitions(message)
+            self._last_sequence = message.sequence
+            if len(self._lanes) == 1:
+                self._lanes[""].add(message.tasks)
+            else:
+                self._spread(message.tasks)
+        if self._early:
+            early, self._early = self._early, []
+            self._stop_calls(early)
+
+    def _spread(self, tasks: list[TaskCall]) -> None:
+        """A packet's calls are of one group."""
+        name = self._worker.classes[tasks[0].class_index].task_class.concurrency_group
+        lane = self._lanes.get(name, self._lanes[""])
+        if lane.loop is self._loop:
+            lane.add(tasks)
+        else:
+            lane.loop.call_soon_threadsafe(lane.add, tasks)
+
+    # ---- orders ----------------------------------------------------------------------------------
+
+    def _obey(self) -> None:
+        self._read()  # calls were sent before the orders to stop them
+        self._stop_calls(self._worker.take_all_orders())
+
+    def _stop_calls(self, orders: list[InterruptTask]) -> None:
+        self._early += [order for order in orders if order.sequence > self._last_sequence]
+        orders = [order for order in orders if order.sequence <= self._last_sequence]
+        for lane in self._lanes.values() if orders else ():
+            if lane.loop is self._loop:
+                lane.stop_calls(orders)
+            else:
+                lane.loop.call_soon_threadsafe(lane.stop_calls, orders)
