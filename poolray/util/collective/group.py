@@ -1,0 +1,368 @@
+"""A collective group on the memory of one machine: the operations, as one member runs them.
+
+    allreduce of a block, with three members; each reduces one third of it:
+
+    member 0   write parts 1 2 │      │ sum part 0 │      │ read parts 1 2
+    member 1   write parts 0 2 │ step │ sum part 1 │ step │ read parts 0 2
+    member 2   write parts 0 1 │      │ sum part 2 │      │ read parts 0 1
+
+What: moves and reduces data in blocks that fit the processor's cache; checks that all members call
+the same thing.
+Who calls: `collective.py`.
+May touch: shared memory and sockets, through `segment.py` and `rendezvous.py`.
+Invariants: every member makes the same steps; what is written to a slot in one turn is read before
+the next step of the reader. All members get the same bits, for each part is reduced once, by ranks
+in order (a small tensor: by each, in the same order).
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, final
+
+import numpy
+
+from poolray.util.collective import segment as shared
+from poolray.util.collective.operands import Combine, Operand
+from poolray.util.collective.rendezvous import meet
+from poolray.util.collective.segment import Lost, Member, Segment
+from poolray.util.collective.types import CollectiveError, CollectiveTimeoutError, ReduceOp
+
+__all__ = ["SharedMemoryGroup"]
+
+#: Up to so many bytes each member reads everything and reduces it for itself: one step, not two.
+_SMALL_BYTES = 32 * 1024
+_ALIGNMENT = 64
+#: What is called, with which root, operation, size and type of elements.
+_HEADER = struct.Struct("<16siiq16s")
+_MESSAGE_HEADER = struct.Struct("<q16s")
+_REASONS = {
+    shared.TIMED_OUT: "did not come within {timeout_s:g} s (it is late, stuck, or calls another "
+    "operation)",
+    shared.DIED: "has died",
+    shared.LEFT: "has destroyed the group",
+    shared.DIFFERS: "called something else",
+}
+
+
+@final
+class SharedMemoryGroup:
+    """One member of a group.
+
+    Parameters
+    ----------
+    scope : bytes
+        What tells this job from others on the machine.
+    world_size, rank : int
+    group_name : str
+    timeout_s : float
+        How long a member may keep the others waiting, here and in each operation.
+
+    Raises
+    ------
+    CollectiveError
+        The group did not form.
+
+    Notes
+    -----
+    Blocks until all members are there. Operations are called by all members, in one order; in one
+    process one after the other.
+    """
+
+    def __init__(
+        self, scope: bytes, world_size: int, rank: int, group_name: str, timeout_s: float
+    ) -> None:
+        if world_size > shared.WORLD_SIZE_MAX:
+            raise ValueError(
+                f"world_size is {world_size}: a group has {shared.WORLD_SIZE_MAX} members at most"
+            )
+        self.world_size = world_size
+        self.rank = rank
+        self.group_name = group_name
+        self._timeout_s = timeout_s
+        descriptor = shared.create_file(world_size) if rank == 0 else -1
+        try:
+            descriptor, pids = meet(scope, group_name, world_size, rank, descriptor, timeout_s)
+        except BaseException:
+            if descriptor >= 0:
+                shared.close_file(descriptor)
+            raise
+        members = {peer: Member(pid) for peer, pid in enumerate(pids) if peer != rank}
+        self._segment = Segment(descriptor, world_size, rank, members, timeout_s)
+        #: One operation at a time; messages go beside them, each way one at a time.
+        self._lock, self._send_lock, self._receive_lock = (threading.Lock() for _ in range(3))
+        #: What is called, until all are known to call the same.
+        self._header = b""
+        self._calls = 0
+        self._turn = 0
+        #: Peer -> parts of messages to it, and from it.
+        self._sent = dict.fromkeys(members, 0)
+        self._taken = dict.fromkeys(members, 0)
+        #: Why the group is of no use any more; empty: it is.
+        self._broken = ""
+
+    # ---- operations ------------------------------------------------------------------------------
+
+    def barrier(self) -> None:
+        """Wait for all members."""
+        with self._taking_part("barrier"):
+            self._step()
+
+    def allreduce(self, operand: Operand, op: ReduceOp) -> None:
+        """Reduce over all members, for all members."""
+        combine = operand.combine(op)
+        with self._taking_part("allreduce", operand, op=op):
+            self._reduce(operand.data, operand.data, combine)
+
+    def reduce(self, operand: Operand, root: int, op: ReduceOp) -> None:
+        """Reduce over all members, for one."""
+        combine = operand.combine(op)
+        target = operand.data if self.rank == root else None
+        with self._taking_part("reduce", operand, op=op, root=root):
+            self._reduce(operand.data, target, combine)
+
+    def broadcast(self, operand: Operand, root: int) -> None:
+        """Copy one member's tensor to all."""
+        data = operand.data
+        with self._taking_part("broadcast", operand, root=root):
+            for start, end in self._blocks(operand.size_bytes, self._segment.slot_bytes):
+                slot = self._next_slots(root)[: end - start]
+                if self.rank == root:
+                    slot[:] = data[start:end]
+                self._step()
+                if self.rank != root:
+                    data[start:end] = slot
+
+    def allgather(self, targets: Sequence[Operand], operand: Operand) -> None:
+        """Copy every member's tensor to all, in the order of ranks."""
+        data = operand.data
+        with self._taking_part("allgather", operand):
+            for start, end in self._blocks(operand.size_bytes, self._segment.slot_bytes):
+                self._next_slots(self.rank)[: end - start] = data[start:end]
+                self._step()
+                for peer, target in enumerate(targets):
+                    source = self._segment.slot(peer, self._turn)[: end - start]
+                    target.data[start:end] = source
+
+    def reducescatter(self, target: Operand, operands: Sequence[Operand], op: ReduceOp) -> None:
+        """Reduce a tensor for each member over all members; each keeps its own."""
+        combine = target.combine(op)
+        me, segment = self.rank, self._segment
+        room = segment.slot_bytes // self.world_size // _ALIGNMENT * _ALIGNMENT
+        own = operands[me].data
+        if numpy.may_share_memory(own, target.data):
+            own = own.copy()
+        with self._taking_part("reducescatter", target, op=op):
+            for start, end in self._blocks(target.size_bytes, room):
+                size = end - start
+                slot = self._next_slots(me)
+                for peer, operand in enumerate(operands):
+                    if peer != me:
+                        slot[peer * room : peer * room + size] = operand.data[start:end]
+                self._step()
+                parts = [
+                    own[start:end]
+                    if peer == me
+                    else segment.slot(peer, self._turn)[me * room : me * room + size]
+                    for peer in range(self.world_size)
+                ]
+                _accumulate(parts, target.data[start:end], combine)
+
+    def _reduce(self, source: Any, target: Any, combine: Combine) -> None:
+        """Reduce `source` over all members; who wants the result passes a target for it."""
+        if source.size <= _SMALL_BYTES:
+            size = source.size
+            self._next_slots(self.rank)[:size] = source
+            self._step()
+            if target is not None:
+                parts = [self._segment.slot(p, self._turn)[:size] for p in range(self.world_size)]
+                _accumulate(parts, target, combine)
+            return
+        for start, end in self._blocks(source.size, self._segment.slot_bytes):
+            block = None if target is None else target[start:end]
+            self._reduce_block(source[start:end], block, combine)
+
+    def _reduce_block(self, source: Any, target: Any, combine: Combine) -> None:
+        me, segment = self.rank, self._segment
+        low, high = self._part(me, source.size)
+        slot = self._next_slots(me)
+        slot[:low] = source[:low]
+        slot[high : source.size] = source[high:]
+        self._step()
+        if high > low:
+            # Nobody else's business: this stretch of the own slot takes the result.
+            result = slot[low:high]
+            parts = [
+                source[low:high] if peer == me else segment.slot(peer, self._turn)[low:high]
+                for peer in range(self.world_size)
+            ]
+            _accumulate(parts, result, combine)
+        self._step()
+        if target is None:
+            return
+        for peer in range(self.world_size):
+            low, high = self._part(peer, source.size)
+            if high > low:
+                target[low:high] = segment.slot(peer, self._turn)[low:high]
+
+    def _part(self, rank: int, size: int) -> tuple[int, int]:
+        """Where the part of a block lies that a member reduces."""
+        share = -(-size // self.world_size)
+        share = -(-share // _ALIGNMENT) * _ALIGNMENT
+        return min(rank * share, size), min((rank + 1) * share, size)
+
+    # ---- messages --------------------------------------------------------------------------------
+
+    def send(self, operand: Operand, to: int) -> None:
+        """Send a tensor to one member; returns when it has been received."""
+        segment, data = self._segment, operand.data
+        with self._send_lock, self._explaining("send"):
+            count = self._sent[to]
+            header = _MESSAGE_HEADER.pack(operand.size_bytes, operand.name.encode())
+            segment.write_message_header(to, header)
+            for number, (start, end) in enumerate(
+                self._blocks(operand.size_bytes, segment.outbox_bytes)
+            ):
+                segment.wait_taken(to, count + number - 1)
+                segment.outbox(self.rank, number % 2)[: end - start] = data[start:end]
+                segment.tell_sent(to, count + number + 1)
+            self._sent[to] = count + number + 1
+            segment.wait_taken(to, self._sent[to])
+
+    def receive(self, operand: Operand, source: int) -> None:
+        """Receive a tensor from one member."""
+        segment, data = self._segment, operand.data
+        with self._receive_lock, self._explaining("recv"):
+            count = self._taken[source]
+            for number, (start, end) in enumerate(
+                self._blocks(operand.size_bytes, segment.outbox_bytes)
+            ):
+                segment.wait_sent(source, count + number + 1)
+                if number == 0:
+                    self._check_message(operand, source)
+                data[start:end] = segment.outbox(source, number % 2)[: end - start]
+                segment.tell_taken(source, count + number + 1)
+            self._taken[source] = count + number + 1
+
+    def _check_message(self, operand: Operand, source: int) -> None:
+        header = self._segment.read_message_header(source)
+        size, name = _MESSAGE_HEADER.unpack_from(header)
+        mine = operand.size_bytes, operand.name
+        if (size, _text(name)) != mine:
+            self._segment.break_up(shared.DIFFERS, source)
+            self._fail(
+                f"rank {source} sends {size} bytes of {_text(name)}, and this one receives "
+                f"{mine[0]} bytes of {mine[1]}"
+            )
+
+    # ---- steps -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _taking_part(
+        self,
+        name: str,
+        operand: Operand | None = None,
+        *,
+        root: int = -1,
+        op: ReduceOp | None = None,
+    ) -> Iterator[None]:
+        """Around an operation: one at a time, and the same in all members."""
+        size, elements = (0, "") if operand is None else (operand.size_bytes, operand.name)
+        with self._lock, self._explaining(name):
+            self._calls += 1
+            self._header = _HEADER.pack(
+                name.encode(), root, -1 if op is None else op.value, size, elements.encode()
+            )
+            self._segment.write_header(self._calls % 2, self._header)
+            yield
+
+    @contextmanager
+    def _explaining(self, name: str) -> Iterator[None]:
+        if self._broken:
+            self._fail(self._broken)
+        try:
+            self._segment.check_whole()
+            yield
+        except Lost as lost:
+            self._fail(self._reason_of(lost, name), lost)
+        except CollectiveError:
+            raise
+        except BaseException:
+            # Ctrl-C, most likely: the others have been left in the middle.
+            self._broken = f"{name} was interrupted here"
+            self._segment.break_up(shared.LEFT, self.rank)
+            raise
+
+    def _reason_of(self, lost: Lost, name: str) -> str:
+        what = _REASONS[lost.code].format(timeout_s=self._timeout_s)
+        if lost.finder != self.rank:
+            return f"{name}: rank {lost.finder} has found that rank {lost.peer} {what}"
+        peers = [lost.peer]
+        if lost.code == shared.TIMED_OUT and name not in ("send", "recv"):
+            peers = self._segment.late_ranks() or peers
+        return f"{name}: rank {', '.join(map(str, peers))} {what}"
+
+    def _fail(self, reason: str, lost: Lost | None = None) -> None:
+        self._broken = reason
+        is_late = lost is not None and lost.code == shared.TIMED_OUT
+        kind = CollectiveTimeoutError if is_late else CollectiveError
+        raise kind(group_name=self.group_name, rank=self.rank, reason=reason) from None
+
+    def _next_slots(self, rank: int) -> Any:
+        """The slot of a member for the next block."""
+        self._turn ^= 1
+        return self._segment.slot(rank, self._turn)
+
+    def _blocks(self, size: int, block: int) -> Iterator[tuple[int, int]]:
+        """Start and end of each block; at least one, for all members make a step."""
+        for start in range(0, max(size, 1), block):
+            yield start, min(start + block, size)
+
+    def _step(self) -> None:
+        self._segment.step()
+        if self._header:
+            self._agree()
+
+    def _agree(self) -> None:
+        """Compare what the members call."""
+        mine, self._header = self._header, b""
+        for peer in range(self.world_size):
+            theirs = self._segment.read_header(peer, self._calls % 2)[: _HEADER.size]
+            if theirs != mine:
+                self._segment.break_up(shared.DIFFERS, peer)
+                self._fail(f"rank {peer} called {_describe(theirs)}, this one {_describe(mine)}")
+
+    def destroy(self) -> None:
+        """This member takes no part any more; the others are told."""
+        self._segment.leave()
+        self._broken = "the group has been destroyed here"
+        self._segment.close()
+
+
+def _accumulate(parts: Sequence[Any], out: Any, combine: Combine) -> None:
+    if len(parts) == 1:
+        out[:] = parts[0]
+        return
+    combine(parts[0], parts[1], out)
+    for part in parts[2:]:
+        combine(out, part, out)
+
+
+def _text(name: bytes) -> str:
+    return name.rstrip(b"\0").decode(errors="replace")
+
+
+def _describe(header: bytes) -> str:
+    """A call, in words."""
+    name, root, op, size, elements = _HEADER.unpack(header)
+    words = [_text(name)]
+    if op >= 0:
+        words.append(f"({ReduceOp(op).name})")
+    if elements.strip(b"\0"):
+        words.append(f"of {size} bytes of {_text(elements)}")
+    if root >= 0:
+        words.append(f"with rank {root} as the one")
+    return " ".join(words)

@@ -1,0 +1,263 @@
+"""How the members of a group find each other and come by its shared memory.
+
+    rank 0    listens ──── Join ◀──── rank 1, 2, …        (a socket with a name and no file)
+       │ all are there
+       └──── Welcome + the file's descriptor ────▶ each
+
+What: collects the members at rank 0, hands each the memory and the others' process ids.
+Who calls: `group.py`.
+May touch: Unix sockets, the clock.
+Invariants: nothing is left behind however a member ends: names of such sockets go with their last
+descriptor, the file has none. Whoever dies while the group forms may come again, restarted, until
+the time is up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import select
+import socket
+import struct
+import time
+from typing import final
+
+import msgspec
+
+from poolray.util.collective.types import CollectiveError, CollectiveTimeoutError
+
+__all__ = ["meet"]
+
+_VERSION = 1
+_MESSAGE_BYTES_MAX = 64 * 1024
+#: Rank 0 may be late: knock again after this long.
+_KNOCK_AGAIN_S = 0.01
+
+
+class Join(msgspec.Struct, frozen=True, tag="join", kw_only=True):
+    """Member to rank 0: I am here."""
+
+    rank: int
+    world_size: int
+    pid: int
+    version: int = _VERSION
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome", kw_only=True):
+    """Rank 0 to member, with a descriptor: all are here."""
+
+    pids: list[int]  #: by rank
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused", kw_only=True):
+    """Rank 0 to member: this cannot be."""
+
+    reason: str
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_join = msgspec.msgpack.Decoder(Join).decode
+_decode_reply = msgspec.msgpack.Decoder(Welcome | Refused).decode
+
+
+def meet(
+    scope: bytes, group_name: str, world_size: int, rank: int, descriptor: int, timeout_s: float
+) -> tuple[int, list[int]]:
+    """Wait for all members.
+
+    Parameters
+    ----------
+    scope : bytes
+        What tells this job from others on the machine.
+    descriptor : int
+        In rank 0: the file of the group; else -1.
+
+    Returns
+    -------
+    descriptor, pids
+        The file, and the members' processes by rank.
+
+    Raises
+    ------
+    CollectiveTimeoutError
+        Not all came in time.
+    CollectiveError
+        Two members have one rank, or they speak of groups of different sizes.
+    """
+    deadline = time.monotonic() + timeout_s
+    digest = hashlib.blake2b(group_name.encode(), key=scope[:64], digest_size=20).hexdigest()
+    address = f"\0poolray-collective-{digest}"
+    if rank == 0:
+        host = _Host(group_name, world_size, timeout_s)
+        try:
+            return descriptor, host.gather(address, descriptor, deadline)
+        finally:
+            host.close()
+    return _join(address, group_name, world_size, rank, deadline, timeout_s)
+
+
+# ---- rank 0 --------------------------------------------------------------------------------------
+
+
+@final
+class _Host:
+    """Rank 0, while the group forms."""
+
+    def __init__(self, group_name: str, world_size: int, timeout_s: float) -> None:
+        self._group_name = group_name
+        self._world_size = world_size
+        self._timeout_s = timeout_s
+        self._listener: socket.socket | None = None
+        #: Descriptor -> connection whose rank is not known yet.
+        self._unknown: dict[int, socket.socket] = {}
+        #: Rank -> (connection, process id).
+        self._joined: dict[int, tuple[socket.socket, int]] = {}
+
+    def gather(self, address: str, descriptor: int, deadline: float) -> list[int]:
+        """Wait for all others, hand them the file; gives process ids by rank."""
+        self._listener = self._listen(address, deadline)
+        while len(self._joined) + 1 < self._world_size:
+            self._wait(deadline)
+        pids = [os.getpid(), *(self._joined[r][1] for r in range(1, self._world_size))]
+        welcome = _encode(Welcome(pids=pids))
+        for connection, _ in self._joined.values():
+            try:
+                socket.send_fds(connection, [welcome], [descriptor])
+            except OSError:
+                pass  # it has died in this moment: the first call of the group finds out
+        return pids
+
+    def _listen(self, address: str, deadline: float) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.setblocking(False)
+        while True:
+            try:
+                listener.bind(address)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    listener.close()
+                    raise CollectiveError(
+                        group_name=self._group_name,
+                        rank=0,
+                        reason="another process is making a group of this name as rank 0",
+                    ) from error
+                time.sleep(_KNOCK_AGAIN_S)
+        listener.listen(self._world_size)
+        return listener
+
+    def _wait(self, deadline: float) -> None:
+        """One round: take new connections, read what has come, drop who has died."""
+        assert self._listener is not None
+        poll = select.poll()
+        sockets = {self._listener.fileno(): self._listener, **self._unknown}
+        sockets.update((c.fileno(), c) for c, _ in self._joined.values())
+        for number in sockets:
+            poll.register(number, select.POLLIN)
+        left_s = deadline - time.monotonic()
+        ready = poll.poll(left_s * 1000) if left_s > 0 else []
+        if not ready:
+            missing = [r for r in range(1, self._world_size) if r not in self._joined]
+            raise CollectiveTimeoutError(
+                group_name=self._group_name,
+                rank=0,
+                reason=f"after {self._timeout_s:g} s rank(s) {missing} have not joined. All "
+                f"{self._world_size} members must call init_collective_group at about the same "
+                "time, on one machine",
+            )
+        for number, _ in ready:
+            if number == self._listener.fileno():
+                self._accept()
+            else:
+                self._read(number, sockets[number])
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return  # it has gone again
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        if struct.unpack("3i", credentials)[1] != os.getuid():
+            connection.close()  # such names have no permissions
+            return
+        self._unknown[connection.fileno()] = connection
+
+    def _read(self, number: int, connection: socket.socket) -> None:
+        try:
+            data = connection.recv(_MESSAGE_BYTES_MAX, socket.MSG_DONTWAIT)
+            join = _decode_join(data) if data else None
+        except (OSError, msgspec.DecodeError):
+            join = None
+        is_known = self._unknown.pop(number, None) is None
+        if is_known or join is None:  # it has died, or talks nonsense
+            self._joined = {r: (c, p) for r, (c, p) in self._joined.items() if c is not connection}
+            connection.close()
+            return
+        reason = self._objection(join)
+        if reason:
+            connection.send(_encode(Refused(reason=reason)))
+            connection.close()
+        else:
+            self._joined[join.rank] = (connection, join.pid)
+
+    def _objection(self, join: Join) -> str:
+        if join.version != _VERSION:
+            return "rank 0 runs another version of poolray"
+        if join.world_size != self._world_size:
+            return f"rank 0 makes a group of {self._world_size}, this one of {join.world_size}"
+        if join.rank in self._joined or not 0 < join.rank < self._world_size:
+            return f"another process has rank {join.rank} already"
+        return ""
+
+    def close(self) -> None:
+        """The group is complete, or will not be."""
+        if self._listener is not None:
+            self._listener.close()
+        for connection in [*self._unknown.values(), *(c for c, _ in self._joined.values())]:
+            connection.close()
+
+
+# ---- the others ----------------------------------------------------------------------------------
+
+
+def _join(
+    address: str, group_name: str, world_size: int, rank: int, deadline: float, timeout_s: float
+) -> tuple[int, list[int]]:
+    join = _encode(Join(rank=rank, world_size=world_size, pid=os.getpid()))
+    while True:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            answer = _knock(connection, address, join, deadline)
+            if isinstance(answer, tuple):
+                return answer
+        if isinstance(answer, Refused):
+            raise CollectiveError(group_name=group_name, rank=rank, reason=answer.reason)
+        if time.monotonic() > deadline:
+            raise CollectiveTimeoutError(
+                group_name=group_name,
+                rank=rank,
+                reason=f"after {timeout_s:g} s not all of the {world_size} members have joined, "
+                "or rank 0 has not. They must call init_collective_group at about the same time, "
+                "on one machine",
+            )
+        time.sleep(_KNOCK_AGAIN_S)
+
+
+def _knock(
+    connection: socket.socket, address: str, join: bytes, deadline: float
+) -> tuple[int, list[int]] | Refused | None:
+    """Join once; None: rank 0 was not there, or has died, or the time is up."""
+    try:
+        connection.connect(address)
+        connection.send(join)
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
+        data, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES_MAX, 1)
+    except OSError:
+        return None
+    if not data:
+        return None
+    reply = _decode_reply(data)
+    if isinstance(reply, Refused):
+        return reply
+    os.set_inheritable(descriptors[0], False)
+    return descriptors[0], reply.pids
