@@ -234,6 +234,16 @@ class Client:
         """Serialize for other readers from now on."""
         self._serializer = serializer
 
+    def unview(self, object_id: ObjectId) -> None:
+        """This process was told where an object is, and will not look; safe in signal handlers."""
+        self._unviewed.append(object_id)
+
+    def _let_go(self, values: Iterable[tuple[bytes | InArena | InFile, ObjectRef[Any]]]) -> None:
+        """Nobody will look at these values, that the node has told us of."""
+        near = [ref._id for value, ref in values if type(value) is InArena and not value.node_id]
+        if near:
+            self.link.send(UnpinObjects(object_ids=near))
+
     def take_view_changes(self) -> tuple[list[ObjectId], list[ObjectId]]:
         """Views that the node does not know of, and views that have died; once for each view."""
         if not self._unviewed and not self._fresh_views:
@@ -788,20 +798,21 @@ class Client:
             raise GetTimeoutError("Get timed out: some object(s) not ready.")
         if reply.errors:
             first = reply.errors[0]
-            for index, (value, ref) in enumerate(zip(reply.values, refs, strict=True)):
-                if index != first and type(value) is InArena and not value.node_id:
-                    self.link.send(UnpinObjects(object_ids=[ref._id]))
+            pairs = zip(reply.values, refs, strict=True)
+            self._let_go(pair for index, pair in enumerate(pairs) if index != first)
             raise self.load_error(_named(reply.values[first], refs[first]._id))
+        pairs = zip(reply.values, refs, strict=True)
         try:
             return [
                 deserialize(value, writable)
                 if type(value) is bytes
                 else self._load_as(value, ref._id, writable)
-                for value, ref in zip(reply.values, refs, strict=True)
+                for value, ref in pairs
             ]
-        except ObjectLostError:
-            raise
-        except Exception as error:
+        except BaseException as error:
+            self._let_go(pairs)  # those that it has not come to
+            if isinstance(error, ObjectLostError) or not isinstance(error, Exception):
+                raise
             raise InternalError(
                 f"System error: a value could not be loaded: {type(error).__name__}: {error}\n"
                 f"traceback: {traceback.format_exc()}"
@@ -870,20 +881,25 @@ class Client:
         def note(reply: ObjectValues) -> None:
             if not arrival.done():
                 arrival.set_result(reply)
+            else:
+                self._let_go([(reply.values[0], ref)])
 
         def tell_loop(reply: ObjectValues) -> None:
             try:
                 loop.call_soon_threadsafe(note, reply)
-            except RuntimeError:
-                pass  # the loop was closed: nobody waits any more
+            except RuntimeError:  # the loop was closed: nobody waits any more
+                self._let_go([(reply.values[0], ref)])
 
         self.sync_references()
         forget = self.link.when_ready(ref._id, tell_loop)
         try:
             reply = yield from arrival
-        finally:
+        except BaseException:
             if not arrival.done() or arrival.cancelled():
                 forget()
+            else:  # it came while the await was being cancelled
+                self._let_go([(arrival.result().values[0], ref)])
+            raise
         # Read in the loop's thread: unpickling runs user code.
         error, value = self._read_reply(reply, ref)
         if error is not None:

@@ -353,8 +353,11 @@ class LocalRuntime(NodeShell):
                 if not request.done:
                     self.tell(CancelRequest(request_id=request_id))
         except BaseException:
-            self._requests.pop(request_id, None)
-            self.tell(CancelRequest(request_id=request_id))
+            # In this order: an answer that comes before the machine has heard must be taken.
+            try:
+                self.tell(CancelRequest(request_id=request_id))
+            finally:
+                self._requests.pop(request_id, None)
             raise
         self._requests.pop(request_id, None)
         return request.reply
@@ -374,8 +377,10 @@ class LocalRuntime(NodeShell):
         self.reactor.ensure_background()
 
         def forget() -> None:
-            if self._requests.pop(request_id, None) is not None and not self._closed:
+            # (An answer that comes meanwhile is handed to `call`, which lets go of it.)
+            if request_id in self._requests and not self._closed:
                 self.tell(CancelRequest(request_id=request_id))
+            self._requests.pop(request_id, None)
 
         return forget
 

@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import msgspec
@@ -105,6 +105,11 @@ class WorkerLink:
         self._replies: dict[int, _Parts] = {}
         #: request id -> what to call with its reply, of awaited objects.
         self._calls: dict[int, Callable[[ObjectValues], None]] = {}
+        #: request id -> objects that it asked for, of those that were given up and not answered;
+        #: less those that parts of the answer have named.
+        self._abandoned: dict[int, Iterator[ObjectId]] = {}
+        #: Takes note of an object that this process was told to look at and will not.
+        self.let_go: Callable[[ObjectId], None] = _do_nothing
         #: Of those, the ones whose replies are complete.
         self._arrived: deque[int] = deque()
         self._listening = False  #: a thread hands them over
@@ -130,6 +135,7 @@ class WorkerLink:
                 self.send(CancelRequest(request_id=request_id))
                 parts = self._await(request_id, None, tell=False)
         except KeyboardInterrupt:
+            self._abandon(request_id, object_ids)
             self.send(CancelRequest(request_id=request_id))
             raise
         finally:
@@ -205,7 +211,7 @@ class WorkerLink:
         self.send(GetObjects(request_id=request_id, object_ids=[object_id]))
 
         def forget() -> None:
-            if self._close(request_id):
+            if self._abandon(request_id, [object_id]):
                 self.send(CancelRequest(request_id=request_id))
 
         return forget
@@ -234,6 +240,30 @@ class WorkerLink:
         with self._lock:
             self._calls.pop(request_id, None)
             return self._replies.pop(request_id, None) is not None
+
+    def _abandon(self, request_id: int, object_ids: list[ObjectId]) -> bool:
+        """Nobody will look at the values that were asked for, also if they are on their way; False
+        when they have been handed over.
+        """
+        with self._lock:
+            self._calls.pop(request_id, None)
+            parts = self._replies.pop(request_id, None)
+            if parts is None:
+                return False
+            # (The node answers once: with the values, or with nothing once it has been told.)
+            rest = self._abandoned[request_id] = iter(object_ids)
+            for part in parts:
+                self._drop(part, rest)
+            return True
+
+    def _drop(self, part: _Reply, rest: Iterator[ObjectId]) -> None:
+        """A part of an answer that nobody waits for: let go of what it names; under the lock."""
+        if isinstance(part, ObjectValues):
+            for value, object_id in zip(part.values, rest, strict=False):
+                if isinstance(value, InArena) and not value.node_id:
+                    self.let_go(object_id)
+        if _is_last(part):
+            self._abandoned.pop(part.request_id, None)
 
     def _await(self, request_id: int, deadline: float | None, tell: bool = True) -> _Parts | None:
         """All parts of a reply; None when the time is up.
@@ -335,6 +365,8 @@ class WorkerLink:
                 parts.append(message)
                 if message.request_id in self._calls and _is_last(message):
                     self._arrived.append(message.request_id)
+            elif (rest := self._abandoned.get(message.request_id)) is not None:
+                self._drop(message, rest)
             self._wake_followers()
 
     def _listen(self) -> None:
@@ -382,6 +414,10 @@ class WorkerLink:
         self._prepare_to_block()
         self._reports.send(self._encode(WorkerBlocked(worker_id=self._worker_id)))
         return True
+
+
+def _do_nothing(_: ObjectId) -> None:
+    """Before there is a client."""
 
 
 def _wait_out(wait: Callable[..., T], *args: Any) -> T:
@@ -453,6 +489,7 @@ class WorkerClient:
             is_worker=True,
         )
         self.api.current_task = process_state.current_task_id
+        self.link.let_go = self.api.unview
         self.take_reference_changes = self.api.take_reference_changes
         self.viewed_only = self.api.viewed_only
         self.take_view_changes = self.api.take_view_changes
