@@ -185,7 +185,7 @@ def _trace(rows: list[TaskRow]) -> list[dict[str, Any]]:
                     "job_id": job_id,
                     "attempt_number": row.attempt,
                     "func_or_class_name": row.function_name,
-                    "actor_id": None,
+                    "actor_id": row.actor_id.hex() or None,
                     "state": row.state,
                 },
             }

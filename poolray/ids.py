@@ -51,6 +51,11 @@ def task_of(object_id: ObjectId) -> TaskId:
     return TaskId(object_id[:TASK_ID_BYTES])
 
 
+def is_handle(object_id: ObjectId) -> bool:
+    """Whether an object stands for the handles of an actor."""
+    return object_id.endswith(_HANDLE_SUFFIX)
+
+
 def handle_of(actor_id: ActorId) -> ObjectId:
     """The object, without a value, that whoever has a handle to the actor holds."""
     return ObjectId(actor_id + _HANDLE_SUFFIX)

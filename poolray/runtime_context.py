@@ -115,6 +115,12 @@ class RuntimeContext:
         assert runtime is not None  # `get_runtime_context` has started it
         return dict(runtime.node.state.labels)
 
+    def get_temp_dir(self) -> str:
+        """The folder for temporary files, in which runtimes make folders of their own."""
+        import tempfile
+
+        return tempfile.gettempdir()
+
     def get_session_name(self) -> str:
         """A name for this run of the runtime."""
         return f"session_{self.get_job_id()}"

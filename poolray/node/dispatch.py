@@ -685,8 +685,10 @@ class Dispatcher:
         """What becomes of calls that were on their way to a worker that died."""
         packets = list(worker.packets)
         worker.packets.clear()
+        observer = self._tasks.observer
         for packet in reversed(packets):
             self.let_go(packet)
+            observer.lost_since_s = packet.sent_s
             for position in range(len(packet.records) - 1, -1, -1):
                 record = packet.records[position]
                 if not _is_in(record, worker, packet.sequence):
@@ -699,6 +701,7 @@ class Dispatcher:
                 else:
                     begun = count if packet.sequence < message.sequence else 0
                 self._tasks.on_lost_with_worker(record, begun, message)
+        observer.lost_since_s = 0.0
 
     # ---- time ------------------------------------------------------------------------------------
 

@@ -253,6 +253,7 @@ class Node:
         tasks.retries = retries = Retries(state, tasks)
         cancellation.dispatcher = retries.dispatcher = dispatcher
         peers.cancellation = cancellation
+        observer.cancellation, observer.call_sites = cancellation, objects.call_sites
         self._cancellation, self._retries = cancellation, retries
         tasks.protection = self._protection = MemoryProtection(state, tasks, watches_memory)
         self._protection.actors, self._protection.retries = actors, retries

@@ -12,12 +12,12 @@ results.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, TypeAlias, final
 
 from poolray.exceptions import InternalError
-from poolray.ids import ClientId, TaskId, WorkerId
+from poolray.ids import ActorId, ClientId, ObjectId, TaskId, WorkerId, is_handle
 from poolray.node.effects import Reply
 from poolray.node.state import NodeState
 from poolray.node.workers import WorkerRecord, WorkerState
@@ -38,6 +38,7 @@ from poolray.tasks.class_queue import ClassQueue
 from poolray.tasks.lifecycle import DELAYED, FORWARDED, QUEUED, RUNNING, WAITING, TaskRecord
 
 if TYPE_CHECKING:
+    from poolray.node.cancellation import Cancellation
     from poolray.node.memory_protection import Kill
 
 #: What users know the states of living tasks as.
@@ -55,13 +56,24 @@ _MESSAGE_CHARS_MAX = 4096
 _DEAD_WORKERS_MAX = 1000
 
 
+#: The task that submitted a task, and the actor that it calls.
+Family: TypeAlias = tuple[TaskId, ActorId]
 #: An ended task: id, class, attempts before, error (type, message) if it failed, worker and its
-#: pid, when that was reported, and the nanoseconds that all tasks of the same report took together.
-#: Plain tuples, for one is made for every task.
+#: pid, when that was reported, the nanoseconds that all tasks of the same report took together, and
+#: its family if it has one. Plain tuples, for one is made for every task.
 EndedTask: TypeAlias = tuple[
-    TaskId, ClassQueue, int, tuple[str, str] | None, WorkerId, int, float, int
+    TaskId,
+    ClassQueue,
+    int,
+    tuple[str, str] | None,
+    WorkerId,
+    int,
+    float,
+    int,
+    Family | None,
 ]
 _NO_WORKER = WorkerId(b"")
+_NO_TASK = TaskId(b"")
 #: Errors of attempts that were lost.
 _LOST = ("WORKER_DIED", "NODE_DIED", "OUT_OF_MEMORY")
 
@@ -70,7 +82,7 @@ _LOST = ("WORKER_DIED", "NODE_DIED", "OUT_OF_MEMORY")
 class Observer:
     """The memory of a node, and its voice."""
 
-    __slots__ = ("_dead", "_state", "ended")
+    __slots__ = ("_dead", "_state", "call_sites", "cancellation", "ended", "lost_since_s")
 
     def __init__(self, state: NodeState) -> None:
         self._state = state
@@ -78,6 +90,11 @@ class Observer:
         #: Ended tasks, oldest first; None: they are not remembered. (The tasks' side appends.)
         self.ended: deque[EndedTask] | None = deque(maxlen=limit) if limit else None
         self._dead: deque[WorkerRow] = deque(maxlen=_DEAD_WORKERS_MAX)
+        self.cancellation: Cancellation
+        #: object id -> where its first ref was made.
+        self.call_sites: Mapping[ObjectId, str] = {}
+        #: While tasks of a lost worker are given up: when their packet was sent; else 0.
+        self.lost_since_s = 0.0
 
     # ---- what ends -------------------------------------------------------------------------------
 
@@ -97,9 +114,16 @@ class Observer:
                 worker.worker_id if worker is not None else _NO_WORKER,
                 worker.pid if worker is not None else 0,
                 self._state.now,
-                0,
+                int((self._state.now - self.lost_since_s) * 1e9) if self.lost_since_s else 0,
+                self._family(record),
             )
         )
+
+    def _family(self, record: TaskRecord) -> Family | None:
+        parent = self.cancellation.parents.get(record.root_id)
+        if parent is None and not record.actor_id:
+            return None
+        return parent or _NO_TASK, record.actor_id
 
     def on_worker_lost(
         self, worker: WorkerRecord, message: WorkerLost, was_told: bool, kill: Kill | None
@@ -187,7 +211,7 @@ class Observer:
         """Ended tasks that were reported together, newest first."""
         together: list[EndedTask] = []
         for task in reversed(self.ended or ()):
-            if together and task[4:] != together[0][4:]:
+            if together and task[4:8] != together[0][4:8]:
                 yield together
                 together = []
             if task[1].task_class.is_listed:
@@ -209,6 +233,9 @@ class Observer:
             worker_id=worker.worker_id if worker is not None else WorkerId(b""),
             pid=worker.pid if worker is not None else 0,
             started_s=running.get(record.task_id, 0.0),
+            kind=queue.task_class.kind,
+            actor_id=record.actor_id,
+            parent_id=self.cancellation.parents.get(record.root_id, _NO_TASK),
         )
 
     def _running(self) -> dict[TaskId, float]:
@@ -237,6 +264,8 @@ class Observer:
 
     def _objects(self) -> Iterator[ObjectRow]:
         for object_id, record in self._state.objects.items():
+            if is_handle(object_id):
+                continue
             yield ObjectRow(
                 object_id=object_id,
                 size_bytes=_size_of(record),
@@ -244,12 +273,14 @@ class Observer:
                 is_error=record.is_error,
                 holders=record.holders,
                 in_store=record.state is READY and not isinstance(record.value, bytes),
+                call_site=self.call_sites.get(object_id, ""),
             )
 
 
 def _ended_row(task: EndedTask, started_s: float, ended_s: float) -> TaskRow:
-    task_id, queue, attempt, error, worker_id, pid, _, _ = task
+    task_id, queue, attempt, error, worker_id, pid, _, _, family = task
     error_type, message = error or ("", "")
+    parent_id, actor_id = family or (_NO_TASK, ActorId(b""))
     return TaskRow(
         task_id=task_id,
         attempt=attempt,
@@ -263,6 +294,9 @@ def _ended_row(task: EndedTask, started_s: float, ended_s: float) -> TaskRow:
         ended_s=ended_s,
         error_type=error_type,
         error_message=message[:_MESSAGE_CHARS_MAX],
+        kind=queue.task_class.kind,
+        actor_id=actor_id,
+        parent_id=parent_id,
     )
 
 

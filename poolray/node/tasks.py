@@ -39,7 +39,7 @@ from poolray.node.cancellation import error_of
 from poolray.node.effects import Reply, UnhandledError
 from poolray.node.functions import Functions
 from poolray.node.objects import Objects
-from poolray.node.observer import Observer
+from poolray.node.observer import Family, Observer
 from poolray.node.state import NodeState
 from poolray.node.store import Store
 from poolray.node.workers import Group, GroupState, Packet, WorkerRecord
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 
 _CALLER = Delivery.CALLER
 _CREATE = CallKind.CREATE
+_NO_TASK = TaskId(b"")
 _OPEN = GroupState.OPEN
 _FAILED_GROUP = GroupState.FAILED
 
@@ -101,7 +102,6 @@ class Tasks:
 
     __slots__ = (
         "_lineage",
-        "_observer",
         "_parts",
         "_state",
         "actors",
@@ -110,6 +110,7 @@ class Tasks:
         "functions",
         "groups",
         "objects",
+        "observer",
         "peers",
         "protection",
         "retries",
@@ -122,7 +123,7 @@ class Tasks:
         self._state = state
         self.store = store
         self.functions = functions
-        self._observer = observer
+        self.observer = observer
         self.objects: Objects
         self.actors: Actors
         self.dispatcher: Dispatcher
@@ -337,7 +338,7 @@ class Tasks:
         tasks = self._state.tasks
         worker_id = worker.worker_id
         calls = 0
-        ended = self._observer.ended
+        ended, parents = self.observer.ended, self.cancellation.parents
         now, pid = self._state.now, worker.pid
         for report in message.results:
             results = report.results
@@ -351,6 +352,9 @@ class Tasks:
                 self._deliver(record, record.sent_offset + report.start, results, worker)
             elif results:
                 result = results[0]
+                family: Family | None = None
+                if parents or record.actor_id:
+                    family = parents.get(record.root_id, _NO_TASK), record.actor_id
                 self.finish(record, result, worker.client_id)
                 if ended is not None and (
                     type(result) is bytes or record.state >= SUCCEEDED  # else it is tried again
@@ -365,6 +369,7 @@ class Tasks:
                             pid,
                             now,
                             message.elapsed_ns,
+                            family,
                         )
                     )
         return calls
@@ -549,7 +554,7 @@ class Tasks:
     def _fail(
         self, record: TaskRecord, error: bytes, crashed: bool, error_type: str, message: str
     ) -> None:
-        self._observer.on_given_up(record, error_type, message)
+        self.observer.on_given_up(record, error_type, message)
         outcome = Outcome(values=[error], is_error=True, retriable=crashed, crashed=crashed)
         record.move(FAILED)
         if record.class_queue.task_class.kind is _CREATE:
@@ -685,7 +690,7 @@ class Tasks:
                     task_name=record.class_queue.task_class.name,
                     reason=reason,
                 )
-                self._observer.on_given_up(record, _ERROR_TYPES[TaskCancelledError], str(error))
+                self.observer.on_given_up(record, _ERROR_TYPES[TaskCancelledError], str(error))
                 encoded = self._state.encode_error(error)
                 if record.class_queue.task_class.kind is _CREATE:
                     self.actors.on_creation_failed(record, encoded)

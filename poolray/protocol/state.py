@@ -14,7 +14,8 @@ from typing import TypeAlias
 
 import msgspec
 
-from poolray.ids import NodeId, ObjectId, TaskId, WorkerId
+from poolray.ids import ActorId, NodeId, ObjectId, TaskId, WorkerId
+from poolray.protocol.values import CallKind
 
 
 class StateKind(enum.IntEnum):
@@ -49,6 +50,9 @@ class TaskRow(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True)
     ended_s: float = 0.0
     error_type: str = ""
     error_message: str = ""
+    kind: CallKind = CallKind.CALL
+    actor_id: ActorId = ActorId(b"")  #: of an actor's call, the actor's
+    parent_id: TaskId = TaskId(b"")  #: the task that submitted it; empty for a driver's
 
 
 class WorkerRow(msgspec.Struct, frozen=True, array_like=True, tag=2, kw_only=True):
@@ -74,6 +78,7 @@ class ObjectRow(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only=Tru
     is_error: bool
     holders: int  #: processes, tasks and objects that hold it
     in_store: bool  #: in shared memory, not inside its messages
+    call_site: str = ""  #: where its first ref was made, if that is recorded
 
 
 class NodeRow(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=True):

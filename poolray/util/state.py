@@ -10,26 +10,38 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar, cast, final
 
-from poolray.api import ids_of_process
+from poolray.api import find_client, ids_of_process
 from poolray.cluster_state import ask, wall_clock_offset_s
+from poolray.local import process_state
+from poolray.local import runtime as local_runtime
 from poolray.local.machine import NODE_ADDRESS
 from poolray.protocol.state import NodeRow, ObjectRow, StateKind, TaskRow, WorkerRow
+from poolray.protocol.values import CallKind
 from poolray.scheduling.resources import from_fixed
 
 __all__ = [
+    "ClusterEventState",
+    "JobState",
     "NodeState",
     "ObjectState",
+    "RuntimeEnvState",
     "TaskState",
     "WorkerState",
+    "get_job",
     "get_node",
     "get_objects",
     "get_task",
     "get_worker",
+    "list_cluster_events",
+    "list_jobs",
     "list_nodes",
     "list_objects",
+    "list_runtime_envs",
     "list_tasks",
     "list_workers",
     "summarize_objects",
@@ -65,6 +77,10 @@ class TaskState(_Row):
 
     Attributes
     ----------
+    type : str
+        "NORMAL_TASK", "ACTOR_CREATION_TASK" or "ACTOR_TASK".
+    attempt_number : int
+        How often it was tried before.
     state : str
         "PENDING_ARGS_AVAIL", "PENDING_NODE_ASSIGNMENT", "SUBMITTED_TO_WORKER", "RUNNING",
         "FINISHED" or "FAILED".
@@ -93,6 +109,7 @@ class TaskState(_Row):
     start_time_ms: int | None = None
     end_time_ms: int | None = None
     error_message: str | None = None
+    runtime_env_info: dict[str, Any] | None = None
 
 
 @final
@@ -124,6 +141,7 @@ class ObjectState(_Row):
     reference_count: int  #: processes, tasks and objects that hold it
     is_error: bool
     ip: str
+    call_site: str  #: where its first ref was made; "disabled" unless that is recorded
 
 
 @final
@@ -141,6 +159,52 @@ class NodeState(_Row):
     state_message: str | None = None
 
 
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobState(_Row):
+    """What one driver has started."""
+
+    job_id: str
+    type: str  #: "DRIVER"
+    status: str  #: "RUNNING"
+    entrypoint: str  #: the driver's command line
+    submission_id: str | None = None
+    message: str | None = None
+    error_type: str | None = None
+    driver_info: dict[str, Any] | None = None  #: `id` of the job, `node_ip_address`, `pid`
+    start_time: int | None = None  #: milliseconds since 1970
+    end_time: int | None = None
+    metadata: dict[str, str] | None = None
+    runtime_env: dict[str, Any] | None = None
+    driver_node_id: str | None = None
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuntimeEnvState(_Row):
+    """A runtime environment that was made."""
+
+    runtime_env: dict[str, Any]
+    success: bool
+    node_id: str
+    creation_time_ms: float | None = None
+    ref_cnt: int | None = None
+    error: str | None = None
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterEventState(_Row):
+    """Something that happened to the cluster: here, the death of a worker."""
+
+    severity: str  #: "ERROR", or "INFO" where the worker had been told to end
+    time: str  #: local date and time
+    source_type: str  #: "RAYLET"
+    message: str
+    event_id: str
+    custom_fields: dict[str, Any] | None = None
+
+
 #: Columns that only `detail=True` fills.
 _DETAILS = frozenset(
     {
@@ -151,12 +215,35 @@ _DETAILS = frozenset(
         "end_time_ms",
         "error_message",
         "exit_detail",
+        "runtime_env_info",
+        "start_time",
+        "end_time",
+        "metadata",
+        "runtime_env",
+        "driver_node_id",
+        "custom_fields",
     }
 )
+#: But of these kinds of rows they are there always.
+_KEPT = {"RuntimeEnvState": frozenset({"runtime_env"})}
 #: Columns that cannot be compared with a value.
 _NOT_FILTERABLE = frozenset(
-    {"required_resources", "error_message", "exit_detail", "resources_total", "labels"}
+    {
+        "required_resources",
+        "error_message",
+        "exit_detail",
+        "resources_total",
+        "labels",
+        "runtime_env_info",
+        "driver_info",
+        "metadata",
+        "message",
+        "time",
+        "custom_fields",
+    }
 )
+_TASK_TYPES = {CallKind.CREATE: "ACTOR_CREATION_TASK", CallKind.METHOD: "ACTOR_TASK"}
+_NORMAL = "NORMAL_TASK"
 R = TypeVar("R", bound=_Row)
 
 
@@ -219,8 +306,10 @@ def _task(row: TaskRow, node_id: str, job_id: str, offset_s: float) -> TaskState
         name=row.name,
         state=row.state,
         job_id=job_id,
-        type="NORMAL_TASK",
+        type=_TASK_TYPES.get(row.kind, _NORMAL),
         func_or_class_name=row.function_name,
+        actor_id=row.actor_id.hex() or None,
+        parent_task_id=row.parent_id.hex() or None,
         node_id=node_id if row.worker_id else None,
         worker_id=row.worker_id.hex() if row.worker_id else None,
         worker_pid=row.pid or None,
@@ -230,6 +319,7 @@ def _task(row: TaskRow, node_id: str, job_id: str, offset_s: float) -> TaskState
         start_time_ms=_date_ms(row.started_s, offset_s),
         end_time_ms=_date_ms(row.ended_s, offset_s),
         error_message=row.error_message or None,
+        runtime_env_info={},
     )
 
 
@@ -298,6 +388,7 @@ def _object(row: ObjectRow) -> ObjectState:
         reference_count=row.holders,
         is_error=row.is_error,
         ip=NODE_ADDRESS,
+        call_site=row.call_site or "disabled",
     )
 
 
@@ -325,6 +416,101 @@ def _node(row: NodeRow) -> NodeState:
         resources_total=from_fixed(row.total),
         labels=row.labels,
     )
+
+
+def list_jobs(
+    address: str | None = None,
+    filters: Sequence[Filter] | None = None,
+    limit: int = _LIMIT,
+    timeout: int = 30,
+    detail: bool = False,
+    raise_on_missing_output: bool = True,
+) -> list[JobState]:
+    """Jobs: that of this program; see `list_tasks`.
+
+    Examples
+    --------
+    >>> from poolray.util.state import list_jobs
+    >>> [job.status for job in list_jobs()]
+    ['RUNNING']
+    """
+    _check(address, limit)
+    find_client()
+    return _select([_job()], JobState, filters, limit, detail)
+
+
+def _job() -> JobState:
+    node_id, job_id = ids_of_process()
+    runtime = local_runtime.current()
+    in_driver = not process_state.is_worker() and runtime is not None
+    info: dict[str, Any] = {"id": job_id.hex(), "node_ip_address": NODE_ADDRESS}
+    if in_driver:
+        info["pid"] = str(os.getpid())
+    # (A forked worker has the driver's command line; a spawned one its own.)
+    return JobState(
+        job_id=job_id.hex(),
+        type="DRIVER",
+        status="RUNNING",
+        entrypoint=" ".join([os.path.basename(sys.executable), *sys.argv]),
+        driver_info=info,
+        metadata={},
+        runtime_env={},
+        driver_node_id=node_id.hex(),
+    )
+
+
+def list_runtime_envs(
+    address: str | None = None,
+    filters: Sequence[Filter] | None = None,
+    limit: int = _LIMIT,
+    timeout: int = 30,
+    detail: bool = False,
+    raise_on_missing_output: bool = True,
+) -> list[RuntimeEnvState]:
+    """Runtime environments that were made: none, in this version; see `list_tasks`."""
+    _check(address, limit)
+    find_client()
+    return _select([], RuntimeEnvState, filters, limit, detail)
+
+
+def list_cluster_events(
+    address: str | None = None,
+    filters: Sequence[Filter] | None = None,
+    limit: int = _LIMIT,
+    timeout: int = 30,
+    detail: bool = False,
+    raise_on_missing_output: bool = True,
+) -> list[ClusterEventState]:
+    """What happened to the cluster: ends of workers that were not asked for; see `list_tasks`."""
+    _check(address, limit)
+    offset_s = wall_clock_offset_s()
+    rows = cast("list[WorkerRow]", ask(StateKind.WORKERS))
+    events = (_event(row, offset_s) for row in rows if not row.is_alive and not row.was_told)
+    return _select(events, ClusterEventState, filters, limit, detail)
+
+
+def _event(row: WorkerRow, offset_s: float) -> ClusterEventState:
+    from poolray.exceptions import describe_exit
+
+    how = describe_exit(row.exit_code, row.signal)
+    why = " because memory was short" if row.out_of_memory else ""
+    return ClusterEventState(
+        severity="ERROR",
+        time=time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.ended_s + offset_s)),
+        source_type="RAYLET",
+        message=f"Worker {row.worker_id.hex()} (pid {row.pid}) {how}{why}.",
+        event_id=row.worker_id.hex(),
+        custom_fields={"pid": row.pid, "out_of_memory": row.out_of_memory},
+    )
+
+
+def get_job(
+    id: str,
+    address: str | None = None,
+    timeout: int = 30,
+) -> JobState | None:
+    """The job with this id, with all columns; None if there is none."""
+    return _first(list_jobs(address, [("job_id", "=", id)], detail=True))
 
 
 def get_task(
@@ -377,25 +563,22 @@ def summarize_tasks(
     """
     _check(address, _LIMIT)
     summary: dict[str, dict[str, Any]] = {}
-    total = 0
+    totals = {_NORMAL: 0, "ACTOR_TASK": 0, "ACTOR_CREATION_TASK": 0}
     for row in cast("list[TaskRow]", ask(StateKind.TASKS)):
-        total += 1
+        kind = _TASK_TYPES.get(row.kind, _NORMAL)
+        totals[kind] += 1
         entry = summary.setdefault(
             row.function_name,
-            {
-                "func_or_class_name": row.function_name,
-                "type": "NORMAL_TASK",
-                "state_counts": {},
-            },
+            {"func_or_class_name": row.function_name, "type": kind, "state_counts": {}},
         )
         counts = entry["state_counts"]
         counts[row.state] = counts.get(row.state, 0) + 1
     return {
         "cluster": {
             "summary": summary,
-            "total_tasks": total,
-            "total_actor_tasks": 0,
-            "total_actor_scheduled": 0,
+            "total_tasks": totals[_NORMAL],
+            "total_actor_tasks": totals["ACTOR_TASK"],
+            "total_actor_scheduled": totals["ACTOR_CREATION_TASK"],
             "summary_by": "func_name",
         }
     }
@@ -404,19 +587,32 @@ def summarize_tasks(
 def summarize_objects(
     address: str | None = None, timeout: int = 30, raise_on_missing_output: bool = True
 ) -> dict[str, Any]:
-    """Numbers and bytes of objects."""
+    """Numbers and bytes of objects, by where their first refs were made if that is recorded."""
     _check(address, _LIMIT)
-    rows = cast("list[ObjectRow]", ask(StateKind.OBJECTS))
-    counts: dict[str, int] = {}
-    for row in rows:
-        state = "FINISHED" if row.is_ready else "PENDING"
-        counts[state] = counts.get(state, 0) + 1
+    rows = [_object(row) for row in cast("list[ObjectRow]", ask(StateKind.OBJECTS))]
+    sites = sorted({row.call_site for row in rows})
+    by_site = {site: _object_counts([r for r in rows if r.call_site == site]) for site in sites}
     return {
         "cluster": {
-            "total_objects": len(rows),
-            "total_size_mb": sum(max(0, row.size_bytes) for row in rows) / 2**20,
-            "task_state_counts": counts,
+            "summary": by_site,
+            **_object_counts(rows),
+            "callsite_enabled": any(site != "disabled" for site in sites),
+            "summary_by": "callsite",
         }
+    }
+
+
+def _object_counts(rows: list[ObjectState]) -> dict[str, Any]:
+    states: dict[str, int] = {}
+    references: dict[str, int] = {}
+    for row in rows:
+        states[row.task_status] = states.get(row.task_status, 0) + 1
+        references[row.reference_type] = references.get(row.reference_type, 0) + 1
+    return {
+        "total_objects": len(rows),
+        "total_size_mb": sum(max(0, row.object_size) for row in rows) / 2**20,
+        "task_state_counts": states,
+        "ref_type_counts": references,
     }
 
 
@@ -474,7 +670,8 @@ def _columns(kind: type[_Row]) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def _brief(row: R) -> R:
-    details = {field.name: None for field in _columns(type(row)) if field.name in _DETAILS}
+    hidden = _DETAILS - _KEPT.get(type(row).__name__, frozenset())
+    details = {field.name: None for field in _columns(type(row)) if field.name in hidden}
     return cast("R", dataclasses.replace(cast("Any", row), **details)) if details else row
 
 
