@@ -117,6 +117,15 @@ class Config:
     heartbeat_interval_s: float = 0.5
     #: A message to a peer that is not acknowledged for this long is sent again.
     resend_after_s: float = 0.2
+    #: Bytes of a large object that travel between nodes in one message: from here on, larger ones
+    #: gain nothing in speed.
+    transfer_chunk_bytes: int = 4 * 1024 * 1024
+    #: Chunks of one object that were asked for and have not come, at the most: enough to hide the
+    #: way there and back, few enough that control messages get through between them.
+    transfer_window_chunks: int = 4
+    #: Nodes that pull one object from one source at once: the next ones wait for who has it by
+    #: then, so that a broadcast takes steps in the logarithm of its nodes.
+    transfer_fanout: int = 2
     #: Ended tasks that are remembered, for `poolray.util.state` and `poolray.timeline`; 0: none.
     task_history_max: int = 10_000
     #: Transitions kept per failed task for its error message.
@@ -182,6 +191,9 @@ _MINIMUM = {
     "task_oom_retries": -1,
     "workers_max": 1,
     "min_spilling_size_bytes": 1,
+    "transfer_chunk_bytes": 1,
+    "transfer_window_chunks": 1,
+    "transfer_fanout": 1,
     "max_io_workers": 1,
     "imap_window_items": 1,
     "imap_window_bytes": 1,

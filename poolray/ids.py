@@ -66,6 +66,13 @@ def is_actor_call(task_id: TaskId) -> bool:
     return task_id[PREFIX_BYTES] & 0x80 != 0
 
 
+def actor_of_handle(object_id: ObjectId) -> ActorId | None:
+    """The actor that an object stands for, or None for an ordinary object."""
+    if object_id.endswith(_HANDLE_SUFFIX):
+        return ActorId(object_id[:ACTOR_ID_BYTES])
+    return None
+
+
 @final
 class TaskIdSource:
     """Makes task ids that no other source makes: a random prefix, then a counter.

@@ -311,7 +311,7 @@ class Dispatcher:
         if function_id and function_id not in worker.functions:
             worker.functions[function_id] = None
             packet.functions = [function_id]
-            news.functions.append(self._state.functions[function_id])
+            news.functions.append(self._tasks.definition(function_id))
             if function_id in worker.forget:
                 worker.forget.remove(function_id)
         if worker.forget:
@@ -432,7 +432,8 @@ class Dispatcher:
             if not isinstance(payload, bytes):
                 object_id = payload.object_id
                 payload = store.place_of(payload)
-                store.send(object_id, payload, pins)
+                if not isinstance(payload, bytes):
+                    store.send(object_id, payload, pins)
             found.append(payload)
         packet.pins = (packet.pins or []) + pins
         return found

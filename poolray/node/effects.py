@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from poolray.ids import ClientId, GroupId, NodeId, WorkerId
+from poolray.ids import ClientId, GroupId, NodeId, ObjectId, WorkerId
 from poolray.protocol.actors import ActorReply, CallCount, NamedActors
 from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, WaitReply
 from poolray.protocol.node import HeadRequest, PeerMessage
@@ -140,18 +140,35 @@ class SendHead(msgspec.Struct, frozen=True, gc=False):
     message: HeadRequest
 
 
-class SendObject(msgspec.Struct, frozen=True, gc=False):
-    """Send an object's bytes to another node, as `ObjectData`."""
+class SendChunk(msgspec.Struct, frozen=True, gc=False):
+    """Send some bytes of a value to another node, as `ChunkData`.
+
+    A value in the arena stays where it is until the node says `PullEnded`, or is dead: its memory
+    may be sent without a copy. A value on disk that cannot be read is sent as `missing`.
+    """
 
     node_id: NodeId
-    value: InArena | InFile
+    object_id: ObjectId
+    place: InArena | InFile
+    offset: int  #: bytes from the start of the value
+    size_bytes: int
 
 
-class WriteObject(msgspec.Struct, frozen=True, gc=False):
-    """Write an object that came from another node to its range; it is readable afterwards."""
+class WriteChunk(msgspec.Struct, frozen=True, gc=False):
+    """Write bytes that came from another node."""
 
+    #: Bytes from the start of the arena, or of the file where there is one.
     offset: int
-    data: bytes
+    file_number: int  #: 0: into the arena; else into the file of this number, as clients name them
+    data: bytes  #: whatever buffer the shell put into `ChunkData`
+
+
+class SealFile(msgspec.Struct, frozen=True, gc=False):
+    """All of a file that chunks were written to is there: report where, with `FileSealed`."""
+
+    file_number: int
+    object_id: ObjectId
+    size_bytes: int
 
 
 class Warn(msgspec.Struct, frozen=True, gc=False):
@@ -189,8 +206,9 @@ Effect: TypeAlias = (
     | DeleteFile
     | SendPeer
     | SendHead
-    | SendObject
-    | WriteObject
+    | SendChunk
+    | WriteChunk
+    | SealFile
     | Warn
     | Notice
     | UnhandledError

@@ -292,6 +292,8 @@ class Groups:
             else:
                 queued = [record for record in self._tasks_of(group) if record.state is QUEUED]
                 self._give_up(queued, error)
+                # What these kept others from, or what they were waited for by, may run.
+                self._dispatcher.offer(group)
 
     # ---- stopping workers ------------------------------------------------------------------------
 

@@ -71,12 +71,16 @@ from poolray.protocol.client import (
 from poolray.protocol.directory import ActorFound
 from poolray.protocol.memory import MemoryTable
 from poolray.protocol.node import (
+    AskSource,
+    AwaitObject,
     CancelForwarded,
+    ChunkData,
     ClientLeft,
     CloseGroup,
     ClusterView,
     CreateGroup,
     FailGroup,
+    FileSealed,
     ForwardedResults,
     ForwardTasks,
     HeadMessage,
@@ -84,20 +88,23 @@ from poolray.protocol.node import (
     MemoryReport,
     NamesFound,
     NodeDied,
-    ObjectData,
+    ObjectReady,
     PacketsTakenBack,
     PeerMessage,
     PeerReleases,
-    PullObject,
+    PullChunk,
+    PullEnded,
     Refused,
     RegisterNode,
     ResizeGroup,
     RestoreDone,
     RestoreFailed,
+    SourceDone,
     SpillDone,
     SpillFailed,
     TerminateGroup,
     Tick,
+    UseSource,
     WorkerLost,
 )
 from poolray.protocol.state import QueryState
@@ -142,6 +149,7 @@ ShellMessage: TypeAlias = (
     | RestoreDone
     | RestoreFailed
     | MemoryReport
+    | FileSealed
     | Tick
 )
 #: All that a node may be told.
@@ -245,8 +253,7 @@ class Node:
         )
         tasks.actors = dispatcher.actors = groups.actors = self._actors = actors
         objects.on_actor_freed = actors.on_freed
-        objects.pull, objects.on_local = peers.pull, tasks.on_object_local
-        objects.is_dead = peers.dead.__contains__
+        objects.on_local = tasks.on_object_local
         dispatcher.groups, dispatcher.try_forward = groups, peers.try_forward
         dispatcher.peers = peers.views
         tasks.cancellation = cancellation = Cancellation(state, tasks)
@@ -310,6 +317,7 @@ class Node:
             raise InternalError(f"a node cannot take {type(message).__name__}")
         if self._store.attention:
             self._store.make_room()
+        self._peers.borrowing.flush()
         effects = state.effects
         if effects:
             state.effects = []
@@ -437,6 +445,8 @@ class Node:
                 self._store.on_restore_failed(message)
             case MemoryReport():
                 self._protection.on_report(message)
+            case FileSealed():
+                self._peers.transfers.on_file_sealed(message)
             case _:
                 _assert_never(message)
 
@@ -449,14 +459,36 @@ class Node:
                 peers.on_forwarded(node_id, message)
             case ForwardedResults():
                 peers.on_results(node_id, message)
-            case PullObject():
-                peers.on_pull(node_id, message)
-            case ObjectData():
-                peers.on_object_data(node_id, message)
             case PeerReleases():
-                peers.on_releases(node_id, message)
+                peers.borrowing.on_releases(node_id, message.object_ids)
             case CancelForwarded():
                 peers.on_cancel(node_id, message)
+            case ObjectReady():
+                peers.borrowing.on_ready(node_id, message)
+            case AwaitObject():
+                peers.borrowing.on_await(node_id, message)
+            case _:
+                self._on_transfer(node_id, message)
+
+    def _on_transfer(
+        self,
+        node_id: NodeId,
+        message: PullChunk | ChunkData | PullEnded | AskSource | UseSource | SourceDone,
+    ) -> None:
+        transfers = self._peers.transfers
+        match message:
+            case ChunkData():
+                transfers.on_chunk(node_id, message)
+            case PullChunk():
+                transfers.on_pull_chunk(node_id, message)
+            case PullEnded():
+                transfers.on_pull_ended(node_id, message)
+            case AskSource():
+                transfers.on_ask(node_id, message)
+            case UseSource():
+                transfers.on_use_source(node_id, message)
+            case SourceDone():
+                transfers.on_source_done(node_id, message)
             case _:
                 _assert_never(message)
 
@@ -582,7 +614,7 @@ class Node:
         self._protection.check_invariants()
         packets = [packet for worker in state.workers.values() for packet in worker.packets]
         pins = [o for packet in packets for o in packet.pins or ()]
-        self._store.check_invariants([*pins, *self._actors.pins()])
+        self._store.check_invariants([*pins, *self._actors.pins(), *self._peers.transfers.pins()])
         kept = (*self._tasks.lineage(), *self._actors.kept_creations())
         records = [r for r in (*state.tasks.values(), *kept) if r.owner_pins]
         for packet in packets:

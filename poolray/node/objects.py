@@ -9,12 +9,12 @@ references with it; a request is answered exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import final
 
 from poolray.exceptions import ObjectLostError
 from poolray.ids import ActorId, ClientId, NodeId, ObjectId, TaskId
-from poolray.node.effects import Reply, SendPeer, UnhandledError, WriteObject
+from poolray.node.effects import Reply, UnhandledError
 from poolray.node.state import NodeState
 from poolray.node.store import Store
 from poolray.objects.directory import READY, ClientRecord, ObjectRecord, Request
@@ -27,7 +27,6 @@ from poolray.protocol.client import (
     WaitObjects,
     WaitReply,
 )
-from poolray.protocol.node import PeerReleases
 from poolray.protocol.values import InArena, InFile, Value
 
 #: A reply to a worker must fit one packet of its control channel.
@@ -41,17 +40,23 @@ class Objects:
 
     __slots__ = (
         "_releasing",
-        "_remote",
         "_state",
         "_store",
         "_to_release",
         "_wake_task",
         "call_sites",
+        "give_back",
         "handles",
-        "is_dead",
         "on_actor_freed",
+        "on_awaited",
+        "on_forgotten",
+        "on_handle",
         "on_local",
+        "on_lost",
+        "on_sourced",
+        "originals",
         "pull",
+        "sourced",
     )
 
     def __init__(
@@ -66,10 +71,10 @@ class Objects:
         #: Tells the task side that one dependency of a task is here.
         self._wake_task = wake_task
         #: Asks another node for an object's bytes.
-        self.pull: Callable[[ObjectId, NodeId], None]
+        self.pull: Callable[[ObjectId], None]
         #: object id -> (node, name there) of the original that another node keeps for us until the
         #: object is freed here, also after its bytes have come.
-        self._remote: dict[ObjectId, tuple[NodeId, ObjectId]] = {}
+        self.originals: dict[ObjectId, tuple[NodeId, ObjectId]] = {}
         #: object id -> where it was made, if that is recorded.
         self.call_sites: dict[ObjectId, str] = {}
         #: Holds to let go of, and whether `release_all` is at work on them.
@@ -81,8 +86,18 @@ class Objects:
         self.handles: dict[ObjectId, ActorId] = {}
         #: Told of actors that nobody has a handle to any more.
         self.on_actor_freed: Callable[[ActorId], None] = lambda actor_id: None
-        #: Whether a node is known to be dead.
-        self.is_dead: Callable[[NodeId], bool] = lambda node_id: False
+        #: Told what another node need not keep for us any more.
+        self.give_back: Callable[[NodeId, ObjectId], None] = lambda node_id, name: None
+        #: Told of peers that wait for an object which is there now.
+        self.on_awaited: Callable[[ClientId, ObjectId], None]
+        #: Told of objects that are freed, or whose value is not where it was.
+        self.on_forgotten: Callable[[ObjectId], None] = lambda object_id: None
+        self.on_lost: Callable[[ObjectId], None] = lambda object_id: None
+        #: Told of objects that another node has lent, if they stand for actors.
+        self.on_handle: Callable[[ObjectId, NodeId], None] = lambda object_id, node_id: None
+        #: Objects that others pull, and who is told when one of them is there (again).
+        self.sourced: Collection[ObjectId] = ()
+        self.on_sourced: Callable[[ObjectId], None]
 
     # ---- clients ---------------------------------------------------------------------------------
 
@@ -224,9 +239,9 @@ class Objects:
                 continue  # answered with an error
             if record.state is not READY:
                 pending.append(object_id)
-            elif (location := record.location()) is not None:
+            elif record.location() is not None:
                 pending.append(object_id)
-                self.pull(object_id, location)
+                self.pull(object_id)
         return pending
 
     def _restore(self, object_ids: list[ObjectId]) -> list[ObjectId]:
@@ -313,7 +328,21 @@ class Objects:
                 return
             start = stop
 
+    def await_for(self, request: Request) -> None:
+        """A peer waits for an object that is not there: `on_awaited` tells it."""
+        self._await(request, request.object_ids, 1)
+
+    def forget_await(self, request: Request) -> None:
+        """A peer does not wait any more."""
+        self._forget_request(request)
+        client = self._state.clients.get(request.client_id)
+        if client is not None:
+            client.requests.pop(request.request_id, None)
+
     def _answer_wait(self, request: Request) -> None:
+        if request.is_peers:
+            self.on_awaited(request.client_id, request.object_ids[0])
+            return
         objects = self._state.objects
         ready: list[int] = []
         for index, object_id in enumerate(request.object_ids):
@@ -371,12 +400,15 @@ class Objects:
         record.seal(value, is_error, contained)
         if isinstance(value, InArena):
             if value.node_id:
-                self._remote[object_id] = (value.node_id, value.object_id)
+                # (What was lent to us is kept by who lent it, wherever the bytes are.)
+                self.originals.setdefault(object_id, (value.node_id, value.object_id))
             else:
                 self._store.adopt(object_id, value, writer)
         elif isinstance(value, InFile):
             self._store.adopt(object_id, value, writer)
         self.wake(record)
+        if self.sourced and object_id in self.sourced:
+            self.on_sourced(object_id)
 
     def seal_alias(
         self, object_id: ObjectId, record: ObjectRecord, error: Value, first: ObjectId
@@ -390,14 +422,9 @@ class Objects:
     def discard(self, value: Value, writer: ClientId) -> None:
         """A value that nobody wants any more."""
         if isinstance(value, InArena) and value.node_id:
-            self._release_at(value.node_id, value.object_id)
+            self.give_back(value.node_id, value.object_id)
         elif not isinstance(value, bytes):
             self._store.discard(value, writer)
-
-    def _release_at(self, node_id: NodeId, name: ObjectId) -> None:
-        """What another node keeps for us is not needed any more."""
-        if not self.is_dead(node_id):
-            self._state.effects.append(SendPeer(node_id, PeerReleases(object_ids=[name])))
 
     def deliver(self, client_id: ClientId, value: Value, writer: ClientId) -> None:
         """A value goes straight to a client: of its memory the client becomes the holder."""
@@ -502,10 +529,11 @@ class Objects:
             self._store.forget(object_id)
         if self.call_sites:
             self.call_sites.pop(object_id, None)
-        if self._remote:
-            original = self._remote.pop(object_id, None)
+        if self.originals or self.sourced:
+            self.on_forgotten(object_id)
+            original = self.originals.pop(object_id, None)
             if original is not None:
-                self._release_at(*original)
+                self.give_back(*original)
         if self.handles:
             actor_id = self.handles.pop(object_id, None)
             if actor_id is not None:
@@ -514,28 +542,15 @@ class Objects:
 
     def forget_originals(self, node_id: NodeId) -> None:
         """A node is dead: what it kept for us, beside the copies here, is gone."""
-        for object_id in [o for o, (keeper, _) in self._remote.items() if keeper == node_id]:
-            del self._remote[object_id]
+        for object_id in [o for o, (keeper, _) in self.originals.items() if keeper == node_id]:
+            del self.originals[object_id]
 
     def lose(self, object_id: ObjectId, record: ObjectRecord) -> None:
         """The only copy of a value was elsewhere and is gone."""
-        self._remote.pop(object_id, None)
+        self.on_lost(object_id)
         contained = record.contained
         record.lose()
         self.release_all(contained)
-
-    def store_copy(self, object_id: ObjectId, record: ObjectRecord, data: bytes) -> None:
-        """The bytes of an object from another node are here: keep them, wake who waits."""
-        offset = None
-        if len(data) > self._state.config.inline_max_bytes:
-            offset = self._store.adopt_copy(object_id, len(data))
-        if offset is None:
-            record.value = data  # small, or without room in the arena: in the node's own memory
-        else:
-            self._state.effects.append(WriteObject(offset, data))
-            record.value = InArena(object_id=object_id, offset=offset, size_bytes=len(data))
-        self.wake(record)
-        self.on_local(object_id)
 
     def check_invariants(self, tasks_holds: Iterable[ObjectId]) -> None:
         """Raise AssertionError when a count of holders is wrong.
@@ -566,5 +581,5 @@ class Objects:
                 assert record.location() or self._store.is_returning(object_id)
         for client in state.clients.values():
             assert client.viewed.keys() <= client.held.keys(), "a view of what is not held"
-        for object_id in (*self._remote, *self.call_sites):
+        for object_id in (*self.originals, *self.call_sites):
             assert object_id in state.objects, f"what was kept for {object_id.hex()} leaks"

@@ -1,7 +1,8 @@
-"""Other nodes: tasks given to them and taken from them, objects fetched from them.
+"""Other nodes: tasks given to them and taken from them.
 
-What: which peer gets a task that does not fit here, what a forwarded task becomes, where the bytes
-of a remote object come from, and what a peer's death means.
+What: which peer gets a task that does not fit here, what a forwarded task becomes, and what a
+peer's death means. What travels with tasks is `node/borrowing.py`'s affair, bytes of objects that
+of `node/transfers.py`.
 Who calls: `node/node.py` with peers' and the head's messages; the dispatcher with tasks that wait.
 May touch: nothing.
 Invariants: a task is forwarded once (its executor queues it, it never passes it on); a result in
@@ -14,14 +15,16 @@ from typing import TYPE_CHECKING, final
 
 import msgspec
 
-from poolray.ids import ClientId, NodeId, ObjectId, TaskId
-from poolray.node.effects import SendObject, SendPeer
+from poolray.ids import ClientId, NodeId, ObjectId, TaskId, actor_of_handle
+from poolray.node.borrowing import Borrowing, client_of, node_of
+from poolray.node.effects import SendPeer
 from poolray.node.functions import Functions
 from poolray.node.objects import Objects
 from poolray.node.state import NodeState
 from poolray.node.store import Store
 from poolray.node.tasks import Tasks
-from poolray.objects.directory import READY, ObjectRecord
+from poolray.node.transfers import Transfers
+from poolray.objects.directory import ObjectRecord
 from poolray.protocol.node import (
     CancelForwarded,
     ForwardedResult,
@@ -29,9 +32,6 @@ from poolray.protocol.node import (
     ForwardedTask,
     ForwardTasks,
     NodeView,
-    ObjectData,
-    PeerReleases,
-    PullObject,
 )
 from poolray.protocol.values import (
     CallKind,
@@ -48,20 +48,8 @@ from poolray.tasks.lifecycle import FORWARDED, TaskRecord
 if TYPE_CHECKING:
     from poolray.node.cancellation import Cancellation
 
-_PEER_PREFIX = b"node:"
-
 #: Dead peers remembered; the first are forgotten when there are more.
 _DEAD_MAX = 4096
-
-
-def client_of(node_id: NodeId) -> ClientId:
-    """A peer as a client: what it holds in our arena, whose tasks we run."""
-    return ClientId(_PEER_PREFIX + node_id)
-
-
-def node_of(client_id: ClientId) -> NodeId:
-    """The peer that a client is."""
-    return NodeId(client_id[len(_PEER_PREFIX) :])
 
 
 @final
@@ -71,12 +59,12 @@ class Peers:
     __slots__ = (
         "_functions",
         "_objects",
-        "_pulls",
         "_state",
-        "_store",
         "_tasks",
+        "borrowing",
         "cancellation",
         "dead",
+        "transfers",
         "views",
     )
 
@@ -84,7 +72,6 @@ class Peers:
         self, state: NodeState, store: Store, objects: Objects, tasks: Tasks, functions: Functions
     ) -> None:
         self._state = state
-        self._store = store
         self._objects = objects
         self._tasks = tasks
         self._functions = functions
@@ -93,8 +80,10 @@ class Peers:
         self.views: dict[NodeId, NodeView] = {}
         #: Peers that are dead for good; what still comes from them is ignored.
         self.dead: dict[NodeId, None] = {}
-        #: (node, name that the object has there) -> objects here that wait for its bytes.
-        self._pulls: dict[tuple[NodeId, ObjectId], dict[ObjectId, None]] = {}
+        self.transfers = Transfers(state, store, objects)
+        self.borrowing = Borrowing(state, store, objects, self.dead)
+        self.borrowing.tasks = self.transfers.tasks = tasks
+        self.borrowing.transfers, self.transfers.borrowing = self.transfers, self.borrowing
 
     # ---- giving tasks away -----------------------------------------------------------------------
 
@@ -116,12 +105,12 @@ class Peers:
         return True
 
     def _definitions(self, queue: ClassQueue) -> list[FunctionDefinition] | None:
-        """What another node needs to know of a class; None when that cannot travel in a message."""
+        """What another node needs to know of a class; None when that is not here."""
         function_id = queue.task_class.function_id
         if not function_id:
             return []
-        definition = self._state.functions[function_id]
-        return [definition] if isinstance(definition.blob, bytes) else None
+        definition = self._state.functions.get(function_id)
+        return None if definition is None else [definition]
 
     def _may_travel(self, record: TaskRecord) -> bool:
         """Whether a task can run elsewhere: all that it needs goes along by value or by place."""
@@ -132,13 +121,8 @@ class Peers:
             and not record.is_foreign
             # Of other nodes' labels nothing is known here.
             and record.class_queue.task_class.placement is None
-            # Refs that the task would find inside its arguments mean nothing on another node.
-            and not record.borrows
-            and isinstance(record.calls[0], bytes)
-            and not any(
-                self._state.objects[object_id].is_error or self._state.objects[object_id].contained
-                for object_id in record.dependencies
-            )
+            # (Handles of actors mean nothing on another node yet.)
+            and not any(actor_of_handle(object_id) for object_id in record.borrows)
         )
 
     def _choose(self, demand: dict[str, int]) -> NodeId | None:
@@ -168,36 +152,40 @@ class Peers:
         self, record: TaskRecord, node_id: NodeId, functions: list[FunctionDefinition]
     ) -> None:
         task_class = record.class_queue.task_class
+        payload = record.calls[0]
+        behind = [payload.object_id] if not isinstance(payload, bytes) else []
+        sent = []
+        for definition in functions:
+            blob = definition.blob
+            if not isinstance(blob, bytes):
+                behind.append(blob.object_id)
+                blob = self.borrowing.portable(blob, blob.object_id, 0)
+                definition = msgspec.structs.replace(definition, blob=blob)
+            sent.append(definition)
+        calls: list[Value] = [
+            call if isinstance(call, bytes) else self.borrowing.portable(call, call.object_id, 0)
+            for call in record.calls
+        ]
         spec = TaskSpec(
             task_id=record.root_id,
             class_id=task_class.class_id,
-            calls=record.calls,
+            calls=calls,
             dependencies=record.dependencies,
             slots=record.slots,
+            borrows=[*record.borrows, *behind],
         )
-        arguments = [
-            self._portable(self._state.objects[object_id].value, object_id)
-            for object_id in record.dependencies
-        ]
-        task = ForwardedTask(spec=spec, arguments=arguments, attempts=record.attempts)
-        message = ForwardTasks(tasks=[task], classes=[task_class], functions=functions)
+        needed = [*record.dependencies, *behind]
+        lent = self.borrowing.lend(node_id, needed, needed=True)
+        lent += self.borrowing.lend(node_id, record.borrows, needed=False)
+        task = ForwardedTask(spec=spec, attempts=record.attempts, lent=lent)
+        message = ForwardTasks(tasks=[task], classes=[task_class], functions=sent)
         self._state.effects.append(SendPeer(node_id, message))
-
-    def _portable(self, value: Value, object_id: ObjectId) -> Value:
-        """A value as another node can use it: ours says that it is ours, under our name for it."""
-        if isinstance(value, bytes) or (isinstance(value, InArena) and value.node_id):
-            return value
-        return InArena(
-            object_id=object_id,
-            offset=0,
-            size_bytes=value.size_bytes,
-            node_id=self._state.node_id,
-        )
 
     def on_results(self, node_id: NodeId, message: ForwardedResults) -> None:
         """What came of tasks that we gave away."""
         writer = client_of(node_id)
         for item in message.results:
+            fresh = self.borrowing.adopt(node_id, item.lent)
             record = self._state.tasks.get(item.task_id)
             if record is None or record.state is not FORWARDED or record.node_id != node_id:
                 if not isinstance(item.result, bytes):
@@ -207,6 +195,7 @@ class Peers:
                 self._tasks.on_returned(record)
             else:
                 self._tasks.finish(record, item.result, writer)
+            self._objects.release_all(fresh)  # the values hold them now
 
     # ---- running others' tasks -------------------------------------------------------------------
 
@@ -216,25 +205,15 @@ class Peers:
         client = self._objects.client(client_id)
         for task_class in message.classes:
             self._functions.define_class(task_class)
-        for definition in message.functions:
-            self._functions.define(client, definition)
         for task in message.tasks:
+            fresh = self.borrowing.adopt(node_id, task.lent)
+            for definition in message.functions:
+                self._functions.define(client, definition)
             spec = task.spec
-            if spec.task_id in self._state.tasks:
-                continue  # the link delivers once, so its owner does not remember giving it to us
-            fresh = [
-                object_id
-                for object_id, value in zip(spec.dependencies, task.arguments, strict=True)
-                if self._adopt_argument(object_id, value)
-            ]
-            self._tasks.submit_foreign(client_id, spec, task.attempts)
+            if spec.task_id not in self._state.tasks:
+                self._tasks.submit_foreign(client_id, spec, task.attempts)
+            # (Else: the link delivers once, so its owner does not remember giving it to us.)
             self._objects.release_all(fresh)  # the task holds them now
-            record = self._state.tasks.get(spec.task_id)
-            if record is not None and any(
-                self._state.objects[object_id].location() in self.dead
-                for object_id in spec.dependencies
-            ):
-                self._tasks.give_back(record)  # its owner has yet to hear of that death
 
     def on_cancel(self, node_id: NodeId, message: CancelForwarded) -> None:
         """The owner of a task wants it stopped."""
@@ -242,109 +221,60 @@ class Peers:
         if record is not None and record.is_foreign and record.client_id == client_of(node_id):
             self.cancellation.cancel(message.task_id, message.force, message.recursive)
 
-    def _adopt_argument(self, object_id: ObjectId, value: Value) -> bool:
-        """Know an argument under its owner's name.
-
-        Returns
-        -------
-        bool
-            Whether it is new, and held once for the caller.
-        """
-        known = self._state.objects.get(object_id)
-        if known is not None:
-            if known.is_error:  # it was lost here; its owner has it (again)
-                if not isinstance(known.value, bytes):
-                    self._store.forget(object_id)
-                known.is_error, known.value = False, value
-            return False
-        record = self._state.objects[object_id] = ObjectRecord()
-        record.holders = 1
-        contained: list[ObjectId] = []
-        if isinstance(value, InArena) and value.node_id == self._state.node_id:
-            # Our own object comes back as an argument, under another name.
-            contained = [value.object_id]
-            self._objects.hold(value.object_id)
-            original = value.object_id
-            value = self._state.objects[original].value
-            self._store.share(object_id, original)
-        record.seal(value, False, contained)
-        return True
-
-    def send_result(self, record: TaskRecord, result: bytes | Outcome) -> None:
-        """Tell the owner what came of its task."""
-        if not isinstance(result, bytes):
-            result = Outcome(
-                values=[
-                    value if isinstance(value, bytes) else self._portable(value, value.object_id)
-                    for value in result.values
-                ],
-                is_error=result.is_error,
-                retriable=result.retriable,
-                contained=result.contained,
-                crashed=result.crashed,
-            )
-        self._answer(record, ForwardedResult(task_id=record.root_id, result=result))
+    def send_result(self, record: TaskRecord, result: bytes | Outcome, writer: ClientId) -> None:
+        """Tell the owner what came of its task; what is large stays here for it."""
+        node_id = node_of(record.client_id)
+        if node_id in self.dead:
+            self._tasks.discard(result, writer)
+            return
+        if isinstance(result, bytes):
+            self._answer(node_id, ForwardedResult(task_id=record.root_id, result=result))
+            return
+        values: list[Value] = []
+        for index, value in enumerate(result.values):
+            inner = result.contained[index] if index < len(result.contained) else []
+            if isinstance(value, bytes):
+                values.append(value)
+                continue
+            self.borrowing.keep_result(node_id, value, writer, inner)
+            values.append(self.borrowing.portable(value, value.object_id, 0))
+        contained = [object_id for inner in result.contained for object_id in inner]
+        outcome = msgspec.structs.replace(result, values=values)
+        lent = self.borrowing.lend(node_id, contained, needed=False)
+        item = ForwardedResult(task_id=record.root_id, result=outcome, lent=lent)
+        self._answer(node_id, item)
 
     def send_back(self, record: TaskRecord) -> None:
         """Tell the owner that its task could not begin here."""
-        self._answer(record, ForwardedResult(task_id=record.root_id, result=b"", returned=True))
+        item = ForwardedResult(task_id=record.root_id, result=b"", returned=True)
+        self._answer(node_of(record.client_id), item)
 
-    def _answer(self, record: TaskRecord, item: ForwardedResult) -> None:
-        node_id = node_of(record.client_id)
+    def _answer(self, node_id: NodeId, item: ForwardedResult) -> None:
         if node_id not in self.dead:
             self._state.effects.append(SendPeer(node_id, ForwardedResults(results=[item])))
 
     # ---- objects elsewhere -----------------------------------------------------------------------
 
-    def pull(self, object_id: ObjectId, node_id: NodeId) -> None:
-        """Ask a node for the bytes of an object, once."""
-        value = self._state.objects[object_id].value
-        assert isinstance(value, InArena)
-        place = (node_id, value.object_id)
-        waiting = self._pulls.get(place)
-        if waiting is not None:
-            waiting[object_id] = None
-        elif node_id not in self.dead:
-            self._pulls[place] = {object_id: None}
-            self._state.effects.append(SendPeer(node_id, PullObject(object_id=value.object_id)))
-
-    def on_pull(self, node_id: NodeId, message: PullObject) -> None:
-        """Another node asks for an object's bytes."""
-        object_id = message.object_id
-        record = self._state.objects.get(object_id)
-        if (
-            record is None
-            or record.state is not READY
-            or record.is_error
-            or record.location() is not None
-        ):
-            reply = ObjectData(object_id=object_id, data=b"", missing=True)
-            self._state.effects.append(SendPeer(node_id, reply))
-        elif isinstance(record.value, bytes):
-            reply = ObjectData(object_id=object_id, data=record.value)
-            self._state.effects.append(SendPeer(node_id, reply))
-        elif isinstance(record.value, InArena):
-            value = record.value
-            place = InArena(object_id=object_id, offset=value.offset, size_bytes=value.size_bytes)
-            self._state.effects.append(SendObject(node_id, place))
-        else:
-            place_on_disk = msgspec.structs.replace(record.value, object_id=object_id)
-            self._state.effects.append(SendObject(node_id, place_on_disk))
-
-    def on_object_data(self, node_id: NodeId, message: ObjectData) -> None:
-        """Bytes of an object that we asked for."""
-        for object_id in self._pulls.pop((node_id, message.object_id), ()):
-            record = self._state.objects.get(object_id)
-            if record is None or record.state is not READY or record.location() != node_id:
-                continue
-            if message.missing:
-                self._tasks.on_object_lost(object_id, record, "its node no longer has it")
-            else:
-                self._objects.store_copy(object_id, record, message.data)
-
-    def on_releases(self, node_id: NodeId, message: PeerReleases) -> None:
-        """A peer no longer holds these."""
-        self._objects.release_references(client_of(node_id), message.object_ids)
+    def find_again(self, object_id: ObjectId, record: ObjectRecord) -> bool:
+        """A value is not where it was: whether it may be had from somewhere else."""
+        location = record.location()
+        if object_id in self.borrowing.borrowed:
+            self.borrowing.on_lost(object_id, record, location or self._state.node_id)
+            return True
+        copy = self.transfers.copy_of(object_id, location)
+        original = self._objects.originals.pop(object_id, None)
+        if original is not None:
+            self.borrowing.give_back(*original)
+        value = record.value
+        if copy is None or isinstance(value, bytes):
+            return False
+        self.transfers.stop(object_id)
+        # That copy is kept for somebody else: ours has to be one of our own.
+        record.value = InArena(
+            object_id=object_id, offset=0, size_bytes=value.size_bytes, node_id=copy
+        )
+        self.transfers.pull(object_id)
+        return True
 
     # ---- the head's word -------------------------------------------------------------------------
 
@@ -362,6 +292,7 @@ class Peers:
         if len(self.dead) > _DEAD_MAX:
             del self.dead[next(iter(self.dead))]
         self.views.pop(node_id, None)
+        stopped = self.transfers.on_node_died(node_id)
         client_id = client_of(node_id)
         self._tasks.cancel(
             [
@@ -371,21 +302,21 @@ class Peers:
             ]
         )
         self._tasks.drop_client(client_id)
-        for place in [place for place in self._pulls if place[0] == node_id]:
-            del self._pulls[place]
+        self.borrowing.on_node_died(node_id)
         reason = f"node {node_id.hex()[:12]} died with the only copy"
         for object_id, record in list(self._state.objects.items()):
             if object_id in self._state.objects and record.location() == node_id:
                 self._tasks.on_object_lost(object_id, record, reason)
         self._objects.forget_originals(node_id)
+        self.transfers.restart(stopped)
         for task in list(self._state.tasks.values()):
             if task.state is FORWARDED and task.node_id == node_id:
                 self._tasks.on_lost_with_node(task, node_id)
 
     def check_invariants(self) -> None:
         """Raise AssertionError when something is awaited from a peer that is dead."""
-        for node_id, _ in self._pulls:
-            assert node_id not in self.dead
+        self.borrowing.check_invariants()
+        self.transfers.check_invariants()
         for record in self._state.objects.values():
             assert record.location() not in self.dead
         for task in self._state.tasks.values():

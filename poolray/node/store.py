@@ -36,11 +36,13 @@ from poolray.objects.allocator import range_bytes
 from poolray.objects.directory import READY, ClientRecord, ObjectRecord
 from poolray.protocol.client import AllocateRange, RangeGranted
 from poolray.protocol.node import RestoreDone, RestoreFailed, SpillDone, SpillFailed
-from poolray.protocol.values import InArena, InFile
+from poolray.protocol.values import InArena, InFile, Value
 
 #: Of the arena, beyond what pressure asks for: at each crossing of the mark so much is spilled,
 #: lest every further object go to a file of its own.
 _STEP_SHARE = 0.1
+#: The client in whose name ranges for objects of other nodes are asked for.
+PULLER = ClientId(b"puller")
 #: Before all times.
 _NEVER_S = -1.0
 
@@ -133,6 +135,7 @@ class Store:
         "_waiting_bytes",
         "_writing",
         "attention",
+        "on_puller_granted",
         "wake",
     )
 
@@ -140,6 +143,8 @@ class Store:
         self._state = state
         #: Tells the objects' side that a value can be read (again).
         self.wake: Callable[[ObjectRecord], None]
+        #: Told of places that `PULLER` asked for.
+        self.on_puller_granted: Callable[[RangeGranted], None]
         #: Something has changed that may ask for room or give it: `make_room` is due.
         self.attention = False
         capacity = state.allocator.capacity_bytes
@@ -220,9 +225,12 @@ class Store:
             file_number=file_number,
             refusal=refusal,
         )
-        self._state.effects.append(Reply(client_id, granted))
         if self._state.allocator.used_bytes > self._high_bytes:
             self.attention = True
+        if client_id == PULLER:
+            self.on_puller_granted(granted)
+        else:
+            self._state.effects.append(Reply(client_id, granted))
 
     def cancel(self, client_id: ClientId, request_id: int) -> None:
         """A client no longer waits for room."""
@@ -265,13 +273,10 @@ class Store:
             self._ranges[object_id] = offset
             self._rest(object_id)
 
-    def adopt_copy(self, object_id: ObjectId, size_bytes: int) -> int | None:
-        """A range for a copy of another node's object; None when there is no room."""
-        offset = self._state.allocator.allocate(size_bytes)
-        if offset is not None:
-            self._ranges[object_id] = offset
-            self._rest(object_id)
-        return offset
+    def next_number(self) -> int:
+        """A number that no batch, file or request of `PULLER` had before."""
+        self._numbers += 1
+        return self._numbers
 
     def discard(self, value: InArena | InFile, writer: ClientId) -> None:
         """A value that was written and that nobody wants any more."""
@@ -386,10 +391,10 @@ class Store:
             self._aliases[object_id] = original
             self.pin(original)
 
-    def place_of(self, value: InArena | InFile) -> InArena | InFile:
+    def place_of(self, value: InArena | InFile) -> Value:
         """Where the object is now that was there when a task or definition was written down."""
         record = self._state.objects.get(value.object_id)
-        if record is None or record.state is not READY or isinstance(record.value, bytes):
+        if record is None or record.state is not READY:
             return value
         return record.value
 

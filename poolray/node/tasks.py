@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, final
 
+import msgspec
+
 from poolray.exceptions import (
     InternalError,
     NodeDiedError,
@@ -27,6 +29,7 @@ from poolray.exceptions import (
 )
 from poolray.ids import (
     ClientId,
+    FunctionId,
     GroupId,
     NodeId,
     ObjectId,
@@ -46,7 +49,16 @@ from poolray.node.workers import Group, GroupState, Packet, WorkerRecord
 from poolray.objects.directory import READY, ObjectRecord
 from poolray.protocol.client import CallResults
 from poolray.protocol.node import WorkerLost
-from poolray.protocol.values import CallKind, Delivery, InFile, Outcome, TaskSpec, Value
+from poolray.protocol.values import (
+    CallKind,
+    Delivery,
+    FunctionDefinition,
+    InArena,
+    InFile,
+    Outcome,
+    TaskSpec,
+    Value,
+)
 from poolray.protocol.worker import TasksFinished
 from poolray.tasks.class_queue import ClassQueue
 from poolray.tasks.lifecycle import (
@@ -234,16 +246,39 @@ class Tasks:
     def _wait_for_dependencies(self, record: TaskRecord) -> None:
         """Count the dependencies that are not here, and be told of each that comes."""
         record.missing = 0
-        for object_id in record.dependencies:
+        for object_id in self._inputs(record) if record.is_foreign else record.dependencies:
             target = self._state.objects[object_id]
             location = target.location() if target.state is READY else None
             if target.state is READY and location is None:
                 continue
             self._wait_for(record, target)
             if location is not None:
-                self.peers.pull(object_id, location)
+                self.objects.pull(object_id)
         if not record.missing and not record.has_restored:
             self._restore_dependencies(record)
+
+    def _inputs(self, record: TaskRecord) -> list[ObjectId]:
+        """What a task of another node needs here: also its payload and its function, if large."""
+        behind = [call.object_id for call in record.calls if not isinstance(call, bytes)]
+        definition = self._state.functions.get(record.class_queue.task_class.function_id)
+        if definition is not None and not isinstance(definition.blob, bytes):
+            behind.append(definition.blob.object_id)
+        return [*record.dependencies, *(o for o in behind if o in self._state.objects)]
+
+    def definition(self, function_id: FunctionId) -> FunctionDefinition:
+        """A function as a worker finds it now and later: its code may have come from elsewhere."""
+        definition = self._state.functions[function_id]
+        blob = definition.blob
+        if not isinstance(blob, InArena) or not blob.node_id:
+            return definition
+        place = self.store.place_of(blob)
+        if isinstance(place, InArena):
+            self.store.keep_in_memory(blob.object_id)
+        found = msgspec.structs.replace(definition, blob=place)
+        self._state.functions[function_id] = found
+        if isinstance(place, bytes):
+            self.objects.release_all([blob.object_id])
+        return found
 
     def _wait_for(self, record: TaskRecord, target: ObjectRecord) -> None:
         record.missing += 1
@@ -347,7 +382,7 @@ class Tasks:
             if record is None or record.worker_id != worker_id:
                 # Cancelled meanwhile: nobody wants it.
                 for result in results:
-                    self._discard(result, worker.client_id)
+                    self.discard(result, worker.client_id)
             elif record.class_queue.task_class.delivery is _CALLER:
                 self._deliver(record, record.sent_offset + report.start, results, worker)
             elif results:
@@ -398,7 +433,8 @@ class Tasks:
             record.calls = record.calls[len(results) :]
             record.offset += len(results)
 
-    def _discard(self, result: bytes | Outcome, writer: ClientId) -> None:
+    def discard(self, result: bytes | Outcome, writer: ClientId) -> None:
+        """Nobody wants the results of a call."""
         if not isinstance(result, bytes):
             for value in result.values:
                 self.objects.discard(value, writer)
@@ -408,22 +444,20 @@ class Tasks:
         if isinstance(result, bytes):
             record.move(SUCCEEDED)
             if record.is_foreign:
-                self.peers.send_result(record, result)
+                self.peers.send_result(record, result, writer)
             else:
                 self.objects.seal_small(return_id(record.root_id, 0), result)
             self.end(record)
             return
         if record.is_foreign:
             record.move(FAILED if result.is_error else SUCCEEDED)
-            for value in result.values:
-                self.objects.deliver(record.client_id, value, writer)
-            self.peers.send_result(record, result)
+            self.peers.send_result(record, result, writer)
         elif result.crashed and self.is_stopping(record):
             # It was lost without a result on another node, before the order to stop reached it.
             self.fail(record, error_of(record))
             return
         elif result.is_error and result.retriable and self.may_retry(record):
-            self._discard(result, writer)
+            self.discard(result, writer)
             record.attempts += 1
             if not result.crashed or not self.retries.delay(record):
                 self.try_again(record)
@@ -565,7 +599,7 @@ class Tasks:
             )
             self._state.effects.append(Reply(record.client_id, reply))
         elif record.is_foreign:
-            self.peers.send_result(record, outcome)
+            self.peers.send_result(record, outcome, record.client_id)
         else:
             self._store(record, outcome, record.client_id)
         self.end(record)
@@ -755,12 +789,10 @@ class Tasks:
     # ---- lineage ---------------------------------------------------------------------------------
 
     def on_object_lost(self, object_id: ObjectId, record: ObjectRecord, reason: str) -> None:
-        """The only copy of an object's value is gone: make it again, or say that it is lost."""
+        """A value is not where it was: find a copy, make it again, or say that it is lost."""
+        if self.peers.find_again(object_id, record):
+            return
         self.objects.lose(object_id, record)
-        for task_id in list(record.dependents or ()):
-            waiting = self._state.tasks.get(TaskId(task_id))
-            if waiting is not None and waiting.state is WAITING and waiting.is_foreign:
-                self.give_back(waiting)  # its owner may know another way to the argument
         if object_id not in self._state.objects:
             return
         task_id = task_of(object_id)

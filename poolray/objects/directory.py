@@ -41,6 +41,7 @@ class Request:
         "count",
         "has_restored",
         "is_get",
+        "is_peers",
         "object_ids",
         "remaining",
         "request_id",
@@ -62,6 +63,8 @@ class Request:
         #: How many ready objects a `wait` asks for.
         self.count = count
         self.is_get = is_get
+        #: A peer waits, for one object: it is told by a message of its own.
+        self.is_peers = False
         #: What was on disk has been asked for, once: what has gone back there meanwhile is read
         #: from the file.
         self.has_restored = False

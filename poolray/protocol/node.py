@@ -165,6 +165,14 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     processes: list[ProcessMemory] = []  #: the largest, largest first
 
 
+class FileSealed(msgspec.Struct, frozen=True, kw_only=True):
+    """A value that came from another node is in a file of its own."""
+
+    object_id: ObjectId
+    file_number: int
+    place: InFile | None  #: None: it could not be written, and is deleted
+
+
 class Tick(msgspec.Struct, frozen=True):
     """Time has passed: `next_deadline` said when to say so."""
 
@@ -172,13 +180,26 @@ class Tick(msgspec.Struct, frozen=True):
 # ---- node to node --------------------------------------------------------------------------------
 
 
+class Lent(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """An object that the receiver may name from now on, once more than before: the sender keeps it
+    until that many `PeerReleases` say that it is not needed.
+    """
+
+    object_id: ObjectId
+    #: Small: the bytes; large: where they are. None: not there yet, `ObjectReady` will come.
+    value: bytes | InArena | None = None
+    is_error: bool = False
+    #: Objects that the value refers to; each of them is lent as well, earlier in the same message.
+    contained: list[ObjectId] = []
+
+
 class ForwardedTask(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """A task with all that another node needs to run it."""
 
     spec: TaskSpec
-    #: Values of the dependencies; what is in an arena says in which node's.
-    arguments: list[bytes | InArena | InFile]
     attempts: int
+    #: Dependencies, refs inside the payload, and what their values refer to.
+    lent: list[Lent] = []
 
 
 class ForwardTasks(msgspec.Struct, frozen=True, array_like=True, tag=201, kw_only=True):
@@ -196,6 +217,8 @@ class ForwardedResult(msgspec.Struct, frozen=True, array_like=True, kw_only=True
     result: bytes | Outcome
     #: It could not begin there (an argument was lost on the way): its owner decides again.
     returned: bool = False
+    #: What the values refer to.
+    lent: list[Lent] = []
 
 
 class ForwardedResults(msgspec.Struct, frozen=True, array_like=True, tag=202, kw_only=True):
@@ -204,22 +227,73 @@ class ForwardedResults(msgspec.Struct, frozen=True, array_like=True, tag=202, kw
     results: list[ForwardedResult]
 
 
-class PullObject(msgspec.Struct, frozen=True, array_like=True, tag=203, kw_only=True):
-    """Send me this object's bytes."""
+class PullChunk(msgspec.Struct, frozen=True, array_like=True, tag=203, kw_only=True):
+    """Send me these bytes of an object. Who asks for some keeps it until `PullEnded`."""
+
+    object_id: ObjectId  #: under your name for it
+    offset: int  #: bytes from the start of the value
+    size_bytes: int
+
+
+class ChunkData(msgspec.Struct, frozen=True, array_like=True, tag=204, kw_only=True):
+    """Bytes of an object; with `missing`, it is not there any more.
+
+    `data` is never looked at by a machine: a shell may send it as a frame of its own and put any
+    buffer here, which comes back to it in `WriteChunk`.
+    """
 
     object_id: ObjectId
-
-
-class ObjectData(msgspec.Struct, frozen=True, array_like=True, tag=204, kw_only=True):
-    """An object's bytes; empty with `missing` when it is not there any more."""
-
-    object_id: ObjectId
-    data: bytes
+    offset: int
+    data: bytes = b""
     missing: bool = False
 
 
+class PullEnded(msgspec.Struct, frozen=True, array_like=True, tag=207, kw_only=True):
+    """No more bytes of this object are wanted now."""
+
+    object_id: ObjectId
+    #: The whole object is here now: others may be sent to us for it.
+    is_copied: bool = False
+
+
+class AwaitObject(msgspec.Struct, frozen=True, array_like=True, tag=208, kw_only=True):
+    """What you lent me is not where you said any more: tell me where it is, when it is."""
+
+    object_id: ObjectId
+    lost_at: NodeId
+
+
+class ObjectReady(msgspec.Struct, frozen=True, array_like=True, tag=209, kw_only=True):
+    """Something that was lent before it was there is there now."""
+
+    object: Lent  #: it was lent before, and is not once more
+    lent: list[Lent] = []  #: what the value refers to
+
+
+class AskSource(msgspec.Struct, frozen=True, array_like=True, tag=210, kw_only=True):
+    """I want the bytes of what you lent me: from whom? `UseSource` tells, when it is my turn."""
+
+    object_id: ObjectId
+
+
+class UseSource(msgspec.Struct, frozen=True, array_like=True, tag=211, kw_only=True):
+    """Pull an object from this node, under this name."""
+
+    object_id: ObjectId
+    node_id: NodeId
+    name: ObjectId
+
+
+class SourceDone(msgspec.Struct, frozen=True, array_like=True, tag=212, kw_only=True):
+    """I am done with the source that you gave me for an object."""
+
+    object_id: ObjectId
+    node_id: NodeId
+    is_copied: bool  #: I have all of it and serve others; else it was not there
+
+
 class PeerReleases(msgspec.Struct, frozen=True, array_like=True, tag=205, kw_only=True):
-    """I no longer hold these objects in your arena."""
+    """I no longer need these objects, which you lent me as often as they are named here."""
 
     object_ids: list[ObjectId]
 
@@ -233,7 +307,18 @@ class CancelForwarded(msgspec.Struct, frozen=True, array_like=True, tag=206, kw_
 
 
 PeerMessage: TypeAlias = (
-    ForwardTasks | ForwardedResults | PullObject | ObjectData | PeerReleases | CancelForwarded
+    ForwardTasks
+    | ForwardedResults
+    | PullChunk
+    | ChunkData
+    | PullEnded
+    | PeerReleases
+    | CancelForwarded
+    | AwaitObject
+    | ObjectReady
+    | AskSource
+    | UseSource
+    | SourceDone
 )
 
 

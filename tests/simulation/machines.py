@@ -21,8 +21,9 @@ from poolray.node import effects as fx
 from poolray.node.node import Node
 from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, WaitReply
 from poolray.protocol.node import (
+    ChunkData,
+    FileSealed,
     NodeDied,
-    ObjectData,
     PacketsTakenBack,
     RegisterNode,
     RestoreDone,
@@ -44,6 +45,11 @@ ClientMessages = ObjectValues | WaitReply | RangeGranted | CallResults
 def own_file(number: int) -> str:
     """Path of a file that a process was told to write."""
     return f"/own/{number}"
+
+
+def _placed(data: bytes, offset: int, part: bytes) -> bytes:
+    assert offset == len(data), "simulated nodes get chunks in order"
+    return data + part
 
 
 class Ids:
@@ -90,6 +96,8 @@ class SimNode(Endpoint):
         #: What is in memory and on disk.
         self._arena: dict[int, bytes] = {}
         self._files: dict[str, dict[int, bytes]] = {}
+        #: start of a range -> bytes that have come from another node so far.
+        self._incoming: dict[int, int] = {}
         #: Chances that a write or read of the disk fails, and that a file turns out to be damaged.
         self.disk_failures = self.damages = 0.0
         self._paths = itertools.count(1)
@@ -198,13 +206,19 @@ class SimNode(Endpoint):
             case fx.SendHead(message=message):
                 assert self.network is not None
                 self.network.send(self.name, HEAD, message)
-            case fx.SendObject(node_id=node_id, value=value):
+            case fx.SendChunk(node_id=node_id, place=place, offset=start):
                 assert self.network is not None
-                data = ObjectData(object_id=value.object_id, data=self.read(value))
-                self.network.send(self.name, node_id, data)
-            case fx.WriteObject(offset=offset, data=data):
-                self.node.state.allocator.size_of(offset)
-                self._arena[offset] = data
+                data = self.read(place)[start : start + effect.size_bytes]
+                chunk = ChunkData(object_id=effect.object_id, offset=start, data=data)
+                self.network.send(self.name, node_id, chunk)
+            case fx.WriteChunk(offset=offset, file_number=number, data=data):
+                self._write_chunk(offset, number, data)
+            case fx.SealFile(file_number=number, object_id=object_id, size_bytes=size):
+                value = self._files[own_file(number)][0] = self._files[own_file(number)].pop(-1)
+                assert len(value) == size
+                file = InFile(object_id=object_id, path=own_file(number), size_bytes=size)
+                message = FileSealed(object_id=object_id, file_number=number, place=file)
+                self._echoes.append(message)
             case fx.Warn(text=text):
                 if "refuses this node" in text:
                     self.crash()  # the head has given it up: going on would do work twice
@@ -212,6 +226,18 @@ class SimNode(Endpoint):
                     assert not text.startswith("Objects cannot be spilled") or self.disk_failures
             case _:
                 raise AssertionError(f"nobody acts on {effect}")
+
+    def _write_chunk(self, offset: int, number: int, data: bytes) -> None:
+        """Bytes from another node; ranges are granted at page starts."""
+        if number:
+            file = self._files.setdefault(own_file(number), {-1: b""})
+            file[-1] = _placed(file[-1], offset, data)
+            return
+        start = next((o for o in self._incoming if o + self._incoming[o] == offset), offset)
+        self.node.state.allocator.size_of(start)
+        known = self._arena[start] if start != offset else b""
+        self._incoming[start] = len(known) + len(data)
+        self._arena[start] = _placed(known, offset - start, data)
 
     def _reply(self, client_id: ClientId, reply: ClientMessages) -> None:
         if client_id == self.driver_id:

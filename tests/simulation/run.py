@@ -59,6 +59,9 @@ class Run:
             min_spilling_size_bytes=world.random.choice([1, 3 * 4096, 1 << 20]),
             max_io_workers=world.random.choice([1, 4]),
             spill_retry_s=world.random.choice([1e-3, 1.0]),
+            transfer_chunk_bytes=world.random.choice([37, 1 << 20]),
+            transfer_window_chunks=world.random.choice([1, 4]),
+            transfer_fanout=world.random.choice([1, 2]),
         )
         self.network: Network | None = None
         self.head: SimHead | None = None

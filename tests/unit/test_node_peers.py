@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from poolray.config import Config
-from poolray.ids import ClassId, FunctionId, NodeId, ObjectId, TaskId, WorkerId
-from poolray.node.effects import SendHead, SendObject, SendPeer
+from poolray.ids import (
+    ActorId,
+    ClassId,
+    FunctionId,
+    NodeId,
+    ObjectId,
+    TaskId,
+    WorkerId,
+    handle_of,
+)
+from poolray.node.effects import SendChunk, SendHead, SendPeer
 from poolray.node.node import Node, NodeInput
 from poolray.protocol.client import AllocateRange
 from poolray.protocol.node import (
+    AwaitObject,
+    ChunkData,
     ClusterView,
     ForwardedResult,
     ForwardedResults,
     ForwardedTask,
     ForwardTasks,
     Heartbeat,
+    Lent,
     NodeDied,
     NodeView,
-    ObjectData,
+    ObjectReady,
     PeerReleases,
-    PullObject,
+    PullChunk,
     Refused,
     Tick,
 )
@@ -62,10 +74,13 @@ class Pair:
                         bench.effects.remove(effect)
                         other.tell(effect.message, sender)
                         moved = True
-                    elif isinstance(effect, SendObject):
+                    elif isinstance(effect, SendChunk):
                         bench.effects.remove(effect)
-                        data = b"D" * effect.value.size_bytes
-                        message = ObjectData(object_id=effect.value.object_id, data=data)
+                        message = ChunkData(
+                            object_id=effect.object_id,
+                            offset=effect.offset,
+                            data=b"D" * effect.size_bytes,
+                        )
                         other.tell(message, sender)
                         moved = True
             if not moved:
@@ -133,11 +148,11 @@ def test_what_fits_here_stays_here() -> None:
     assert pair.a.node is not bench.node
 
 
-def test_tasks_with_refs_inside_their_arguments_stay_here() -> None:
+def test_tasks_with_handles_of_actors_inside_their_arguments_stay_here() -> None:
     pair = Pair()
-    value = ObjectId(b"v" * 28)
-    pair.a.put(value, b"value")
-    task = pair.a.submit(pair.kind, borrows=[value])
+    handle = handle_of(ActorId(b"a" * 16))
+    pair.a.put(handle, b"")
+    task = pair.a.submit(pair.kind, borrows=[handle])
     assert pair.a.state(task) == "QUEUED"
 
 
@@ -363,6 +378,11 @@ def test_a_node_that_is_dead_is_not_heard() -> None:
 C = NodeId(b"C" * 28)
 
 
+def chunk(name: ObjectId) -> ChunkData:
+    """All of an object."""
+    return ChunkData(object_id=name, offset=0, data=b"x" * LARGE)
+
+
 def remote_argument(pair: Pair, **options: object) -> tuple[TaskId, TaskId]:
     """A task whose large result is on C, and one that depends on it and was given to B."""
     first = pair.a.submit(pair.kind)
@@ -384,15 +404,15 @@ def test_an_argument_on_another_node_is_fetched_before_its_task_may_run() -> Non
     first, second = remote_argument(pair)
     assert pair.a.state(second) == "WAITING"
     pull = next(e.message for e in pair.a.take(SendPeer) if e.node_id == C)
-    assert pull == PullObject(object_id=result_of(first))
-    pair.a.tell(ObjectData(object_id=result_of(first), data=b"x" * LARGE), C)
+    assert pull == PullChunk(object_id=result_of(first), offset=0, size_bytes=LARGE)
+    pair.a.tell(chunk(result_of(first)), C)
     assert pair.a.state(second) == "FORWARDED"
 
 
 def test_an_argument_that_is_gone_from_its_node_is_made_again() -> None:
     pair = Pair()
     first, second = remote_argument(pair)
-    pair.a.tell(ObjectData(object_id=result_of(first), data=b"", missing=True), C)
+    pair.a.tell(ChunkData(object_id=result_of(first), offset=0, missing=True), C)
     assert pair.a.state(first) == "FORWARDED", "it runs again, on B"
     assert pair.a.state(second) == "WAITING"
 
@@ -403,7 +423,7 @@ def test_what_was_awaited_from_a_node_that_dies_is_made_again() -> None:
     pair.a.tell(NodeDied(node_id=C))
     assert pair.a.state(first) == "FORWARDED"
     assert pair.a.state(second) == "WAITING"
-    pair.a.tell(ObjectData(object_id=result_of(first), data=b"late" * 100_000), C)
+    pair.a.tell(chunk(result_of(first)), C)
     assert pair.a.state(second) == "WAITING"
 
 
@@ -437,45 +457,44 @@ def forwarded_to_b(value: InArena) -> tuple[Bench, TaskId]:
         dependencies=[value.object_id],
         slots=[0],
     )
-    forwarded = ForwardedTask(spec=spec, arguments=[value], attempts=0)
+    lent = Lent(object_id=value.object_id, value=value)
+    forwarded = ForwardedTask(spec=spec, lent=[lent], attempts=0)
     message = ForwardTasks(tasks=[forwarded], classes=[task_class], functions=[definition])
     bench.tell(message, A)
     return bench, task
 
 
-def returned(bench: Bench) -> list[bool]:
-    return [
-        item.returned
-        for effect in bench.take(SendPeer)
-        if isinstance(effect.message, ForwardedResults)
-        for item in effect.message.results
-    ]
+def awaited(bench: Bench) -> list[AwaitObject]:
+    return [e.message for e in bench.take(SendPeer) if isinstance(e.message, AwaitObject)]
 
 
-def test_a_task_whose_argument_is_on_a_dead_node_goes_back_to_its_owner() -> None:
-    value = InArena(
-        object_id=ObjectId(b"v" * 28), offset=0, size_bytes=LARGE, node_id=NodeId(b"X" * 28)
-    )
+X = NodeId(b"X" * 28)
+
+
+def test_an_argument_on_a_dead_node_is_asked_for_again_from_who_lent_it() -> None:
+    value = InArena(object_id=ObjectId(b"v" * 28), offset=0, size_bytes=LARGE, node_id=X)
     bench, task = forwarded_to_b(value)
-    assert returned(bench) == [True]
-    assert bench.state(task) is None
-    bench.assert_empty()
+    assert awaited(bench) == [AwaitObject(object_id=value.object_id, lost_at=X)]
+    assert bench.state(task) == "WAITING"
+    bench.tell(ObjectReady(object=Lent(object_id=value.object_id, value=b"again")), A)
+    assert bench.state(task) == "QUEUED"
 
 
-def test_a_task_whose_argument_s_node_dies_meanwhile_goes_back_to_its_owner() -> None:
+def test_an_argument_whose_node_dies_meanwhile_is_asked_for_again() -> None:
     value = InArena(object_id=ObjectId(b"v" * 28), offset=0, size_bytes=LARGE, node_id=C)
     bench, task = forwarded_to_b(value)
     assert bench.state(task) == "WAITING"
-    assert returned(bench) == []
+    assert awaited(bench) == []
     bench.tell(NodeDied(node_id=C))
-    assert returned(bench) == [True]
+    assert awaited(bench) == [AwaitObject(object_id=value.object_id, lost_at=C)]
+    bench.tell(NodeDied(node_id=A))
     bench.assert_empty()
 
 
 def test_a_task_that_comes_back_waits_for_its_argument_again_and_is_not_charged() -> None:
     pair = Pair(max_retries=0)
     first, second = remote_argument(pair, max_retries=0)
-    pair.a.tell(ObjectData(object_id=result_of(first), data=b"x" * LARGE), C)
+    pair.a.tell(chunk(result_of(first)), C)
     assert pair.a.state(second) == "FORWARDED"
     item = ForwardedResult(task_id=second, result=b"", returned=True)
     pair.a.tell(ForwardedResults(results=[item]), B)
@@ -493,7 +512,7 @@ def test_a_large_error_on_another_node_is_fetched_like_a_value() -> None:
     pair.a.tell(ForwardedResults(results=[ForwardedResult(task_id=task, result=outcome)]), B)
     request = pair.a.get(result_of(task, 1))
     assert pair.a.values() == {}
-    pair.a.tell(ObjectData(object_id=name, data=b"e" * LARGE), B)
+    pair.a.tell(chunk(name), B)
     reply = pair.a.values()[request]
     assert reply.errors == [0]
     assert isinstance(reply.values[0], InArena)
