@@ -203,8 +203,15 @@ class Client:
 
     def adopt(self, object_id: ObjectId) -> ObjectRef[Any]:
         """A handle to an object met while unpickling."""
-        self._count(object_id)
-        return make_ref(object_id, self)
+        with self._lock:  # `_count` and `make_ref`, without the cost of calling them
+            count = self._counts.get(object_id, 0)
+            self._counts[object_id] = count + 1
+            if count == 0:
+                self._fresh[object_id] = None
+        ref: ObjectRef[Any] = _new(ObjectRef)
+        ref._client = self
+        ref._id = object_id
+        return ref
 
     def _count(self, object_id: ObjectId, is_view: bool = False) -> None:
         with self._lock:
@@ -909,6 +916,9 @@ class Client:
     def install(self) -> None:
         """Unpickled handles belong to this client from now on."""
         object_ref.adopt = self.adopt
+
+
+_new = object.__new__
 
 
 class _Dropped(deque[ObjectId]):

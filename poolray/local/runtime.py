@@ -600,9 +600,10 @@ _current: LocalRuntime | None = None
 
 def current() -> LocalRuntime | None:
     """This process's runtime, if it has one."""
-    if _current is None or _current.closed or _current.pid != os.getpid():
-        return None
-    return _current
+    # (In a forked child the parent's is closed: `_abandon`. Asking for the process's number at each
+    # call would cost more than all the rest of this.)
+    found = _current
+    return found if found is not None and not found._closed else None
 
 
 def ensure(
