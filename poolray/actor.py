@@ -454,7 +454,7 @@ class ActorClass(Generic[C]):
         """Make the class known to the node."""
         name = f"{self._class.__module__}.{self._class.__qualname__}"
         if self._export[0] is not client:
-            self._export[1] = client.define_function(self._class, name)
+            self._export[1] = client.definitions.define_function(self._class, name)
             self._export[0] = client
         options = self._options
         cpus = options.get("num_cpus")
@@ -477,7 +477,7 @@ class ActorClass(Generic[C]):
                 max_calls=1,  # a worker becomes one actor, and nothing waits behind the constructor
             )
         )
-        client.define_class(task_class)
+        client.definitions.define_class(task_class)
         return task_class
 
     def bind(self, /, *args: Any, **kwargs: Any) -> Any:

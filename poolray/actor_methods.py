@@ -137,7 +137,7 @@ class ActorFace:
             self.client = client
             self.prepared = {}
         made = self._make_class(method, options)
-        client.define_class(made)
+        client.definitions.define_class(made)
         self.prepared[key] = made
         return made
 

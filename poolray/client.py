@@ -10,8 +10,6 @@ last; `counts` tells how many there are. Finalizers only append to `dropped`.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import pickle
 import sys
 import threading
@@ -23,6 +21,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, final
 
+from poolray.client_functions import Definitions, level_of_caller
 from poolray.config import Config
 from poolray.exceptions import (
     GetTimeoutError,
@@ -36,7 +35,6 @@ from poolray.exceptions import (
 from poolray.ids import (
     ActorId,
     ClassId,
-    FunctionId,
     ObjectId,
     TaskId,
     TaskIdSource,
@@ -48,7 +46,6 @@ from poolray.objects.serialization import (
     Serialized,
     Serializer,
     deserialize,
-    dumps_function,
 )
 from poolray.objects.shared_memory import Arena
 from poolray.objects.spill_files import (
@@ -61,26 +58,21 @@ from poolray.protocol.actors import CallActor
 from poolray.protocol.client import (
     AddReferences,
     CancelTask,
-    DefineClass,
-    DefineFunction,
     NoteCallSite,
     ObjectValues,
     PinObjects,
     PutObject,
     RangeGranted,
-    ReleaseFunction,
     ReleaseReferences,
     ReturnRange,
     SubmitTasks,
     UnpinObjects,
 )
 from poolray.protocol.state import StateKind, StateRow
-from poolray.protocol.values import FunctionDefinition, InArena, InFile, TaskClass, TaskSpec
+from poolray.protocol.values import InArena, InFile, TaskClass, TaskSpec
 
 _REF = ObjectRef
 _NO_TASK = TaskId(b"")
-#: Functions that nobody uses any more and the node still knows: the next use of one is free.
-_UNUSED_FUNCTIONS_MAX = 256
 
 
 class Link(Protocol):
@@ -122,20 +114,6 @@ class Link(Protocol):
 
     def ask(self, make: Callable[[int], Any]) -> Any:
         """Send the request that `make` makes of its number; gives the answer, which comes soon."""
-
-
-@final
-class DefinedFunction:
-    """A function that the node knows for as long as this lives."""
-
-    __slots__ = ("_dropped", "function_id")
-
-    def __init__(self, function_id: FunctionId, dropped: deque[FunctionId]) -> None:
-        self.function_id = function_id
-        self._dropped = dropped
-
-    def __del__(self) -> None:
-        self._dropped.append(self.function_id)
 
 
 @final
@@ -182,16 +160,7 @@ class Client:
         self._fresh_views: dict[ObjectId, int] = {}
         #: Handles that went where nobody can follow: kept for good.
         self._pinned: dict[ObjectId, ObjectRef[Any]] = {}
-        #: Guards the three fields below, and the order of what the node is told of functions.
-        self._definitions_lock = threading.RLock()
-        #: Functions that the node knows -> `DefinedFunction`s of them that live.
-        self._functions: dict[FunctionId, int] = {}
-        #: Those of them that have none, longest unused first.
-        self._unused: dict[FunctionId, None] = {}
-        #: Functions that the node knows -> their classes that it knows.
-        self._classes: dict[FunctionId, dict[ClassId, None]] = {}
-        #: Functions of `DefinedFunction`s that died; drained by the next definition.
-        self._dropped_functions: deque[FunctionId] = deque()
+        self.definitions = Definitions(self)
 
     # ---- references ------------------------------------------------------------------------------
 
@@ -367,121 +336,6 @@ class Client:
 
     # ---- functions and tasks ---------------------------------------------------------------------
 
-    def define_function(
-        self, function: Callable[..., Any], name: str, shared_globals: str | None = None
-    ) -> DefinedFunction:
-        """Serialize a function and make it known to the node, by its content.
-
-        Raises
-        ------
-        TypeError
-            The function, or something that it captures, cannot be serialized.
-        ValueError
-            It captures more than `Config.function_max_bytes`.
-        """
-        try:
-            blob = dumps_function(function, shared_globals)
-        except Exception as error:
-            raise TypeError(
-                f"Could not serialize the function {name}:\n{type(error).__name__}: {error}\n"
-                "Look for open files, locks, sockets or generators among what it refers to, and "
-                "make them inside the function instead."
-            ) from error
-        return self.define_blob(blob, name)
-
-    def define_blob(self, blob: bytes, name: str) -> DefinedFunction:
-        """Make a serialized function known to the node."""
-        function_id = function_id_of(blob)
-        self.link.enter()
-        try:
-            with self._definitions_lock:
-                self._release_functions()
-                if function_id not in self._functions:
-                    self._send_function(function_id, blob, name)
-                    self._functions[function_id] = 0
-                made = DefinedFunction(function_id, self._dropped_functions)
-                self._functions[function_id] += 1
-                self._unused.pop(function_id, None)
-                return made
-        finally:
-            self.link.leave()
-
-    def _send_function(self, function_id: FunctionId, blob: bytes, name: str) -> None:
-        self._check_size(len(blob), name)
-        stored: bytes | InArena | InFile = blob
-        if len(blob) > self.config.inline_max_bytes // 2:
-            object_id = self.next_object_id()
-            stored = self.store(object_id, blob)
-            self.link.send(PutObject(object_id=object_id, value=stored))
-        definition = FunctionDefinition(
-            function_id=function_id,
-            blob=stored,
-            name=name,
-            sys_path=[entry for entry in sys.path if entry],
-        )
-        self.link.send(DefineFunction(definition=definition))
-        if not isinstance(stored, bytes):
-            self.link.send(ReleaseReferences(object_ids=[stored.object_id]))  # the function has it
-
-    def _release_functions(self) -> None:
-        """Let go of functions that have not been used for long; under the lock."""
-        dropped, unused = self._dropped_functions, self._unused
-        while dropped:
-            function_id = dropped.popleft()
-            self._functions[function_id] -= 1
-            if self._functions[function_id] == 0:
-                unused[function_id] = None
-        while len(unused) > _UNUSED_FUNCTIONS_MAX:
-            function_id = next(iter(unused))
-            del unused[function_id], self._functions[function_id]
-            self._classes.pop(function_id, None)
-            self.link.send(ReleaseFunction(function_id=function_id))
-
-    def _check_size(self, size_bytes: int, name: str) -> None:
-        """Say so if a function has become large by what it captures, or refuse it."""
-        config = self.config
-        if size_bytes > config.function_max_bytes:
-            raise ValueError(
-                f"The function {name} is too large ({size_bytes >> 20} MiB > "
-                f"{config.function_max_bytes >> 20} MiB). Check that its definition does not "
-                "capture a large array or other object in scope; put() the object once and pass "
-                "the ref."
-            )
-        if size_bytes > config.function_warn_bytes:
-            import warnings
-
-            warnings.warn(
-                f"The function {name} is large ({size_bytes / 2**20:.1f} MiB): it probably "
-                "captures a large object. put() the object once and pass the ref.",
-                stacklevel=_level_of_caller(),
-            )
-
-    def _check_captured(
-        self,
-        name: str,
-        data: bytes | Serialized,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        """The same for functions among the arguments of a call, which are not sent just once."""
-        whole = len(data) if isinstance(data, bytes) else data.size_bytes
-        if whole <= self.config.function_warn_bytes:
-            return
-        for label, value in [*((str(i), a) for i, a in enumerate(args)), *kwargs.items()]:
-            if isinstance(value, _FUNCTIONS):
-                part = self._serializer.dumps(value)
-                size = len(part) if isinstance(part, bytes) else part.size_bytes
-                function = getattr(value, "__qualname__", type(value).__qualname__)
-                self._check_size(size, f"{function} (argument {label} of {name})")
-
-    def define_class(self, task_class: TaskClass) -> None:
-        """Make a task class of a defined function known to the node."""
-        with self._definitions_lock:
-            known = self._classes.setdefault(task_class.function_id, {})
-            if task_class.class_id not in known:
-                self.link.send(DefineClass(task_class=task_class))
-                known[task_class.class_id] = None
-
     # ---- handles of others -----------------------------------------------------------------------
 
     def _refuse(self, ref: ObjectRef[Any]) -> None:
@@ -545,7 +399,7 @@ class Client:
         except _PICKLING_ERRORS as error:
             raise self._argument_error(task_class.name, args, kwargs, error) from error
         if type(data) is not bytes or len(data) > self.config.function_warn_bytes:
-            self._check_captured(task_class.name, data, args, kwargs)
+            self.definitions.check_captured(task_class.name, data, args, kwargs, self._serializer)
         self.link.enter()
         try:
             payload, borrows, temporary = self._payload(data)
@@ -725,7 +579,7 @@ class Client:
     def _note_call_site(self, object_ids: list[ObjectId], what: str) -> None:
         """Tell the node where the running call was made."""
         lines = [what]
-        frame: types.FrameType | None = sys._getframe(_level_of_caller() - 1)
+        frame: types.FrameType | None = sys._getframe(level_of_caller() - 1)
         while frame is not None and len(lines) <= _CALL_SITE_FRAMES:
             code = frame.f_code
             lines.append(f"{code.co_filename}:{code.co_name}:{frame.f_lineno}")
@@ -951,24 +805,8 @@ def _stale(object_id: ObjectId, why: str) -> ValueError:
     )
 
 
-def function_id_of(blob: bytes) -> FunctionId:
-    """The id of a serialized function."""
-    return FunctionId(hashlib.blake2b(blob, digest_size=16).digest())
-
-
 #: Frames of the program that a call site consists of.
 _CALL_SITE_FRAMES = 3
-
-#: What captures variables or arguments.
-_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
-
-
-def _level_of_caller() -> int:
-    """`stacklevel` of a warning, given where this is called, that is about the user's line."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("poolray."):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _named(value: bytes | InArena | InFile, object_id: ObjectId) -> bytes | InArena | InFile:

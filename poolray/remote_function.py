@@ -273,10 +273,10 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
     def _prepare(self, client: Client) -> tuple[Client, TaskClass]:
         """Make the function and its class known to the node."""
         if self._export[0] is not client:
-            self._export[1] = client.define_function(self._function, self._name)
+            self._export[1] = client.definitions.define_function(self._function, self._name)
             self._export[0] = client
         task_class = self._make_class(self._export[1].function_id)
-        client.define_class(task_class)
+        client.definitions.define_class(task_class)
         self._prepared = (client, task_class)
         return self._prepared
 

@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, final
 
-from poolray.client import DefinedFunction, function_id_of, ready_to_raise
+from poolray.client import ready_to_raise
+from poolray.client_functions import DefinedFunction, function_id_of
 from poolray.exceptions import InternalError
 from poolray.ids import ClassId, FunctionId
 from poolray.local.runtime import GroupHandle, LocalRuntime, Sink, group_has_ended
@@ -321,7 +322,7 @@ class CallGroup:
         function_id = function_id_of(blob)
         known = self._by_function_id.get((function_id, kind))
         if known is None:
-            definition = self.runtime.client.define_blob(blob, name)
+            definition = self.runtime.client.definitions.define_blob(blob, name)
             known = self._stream_of(function_id, name, kind, definition)
             if len(self._by_function_id) >= _FUNCTIONS_MAX:
                 self._by_function_id.clear()

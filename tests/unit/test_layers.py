@@ -36,7 +36,7 @@ FLOORS = (
     Floor(("protocol",)),
     Floor(("tasks", "actors", "objects", "scheduling")),
     Floor(("node", "head")),
-    Floor(("client",)),
+    Floor(("client", "client_functions"), open_plan=True),
     Floor(("runtime_env",)),
     Floor(("local", "cluster")),
     Floor(
