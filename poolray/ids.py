@@ -23,6 +23,7 @@ FunctionId = NewType("FunctionId", bytes)
 ClassId = NewType("ClassId", bytes)
 ActorId = NewType("ActorId", bytes)
 GroupId = NewType("GroupId", int)
+PlacementGroupId = NewType("PlacementGroupId", bytes)
 
 JOB_ID_BYTES = 4
 NODE_ID_BYTES = 28
@@ -30,6 +31,7 @@ WORKER_ID_BYTES = 28
 TASK_ID_BYTES = 24
 OBJECT_ID_BYTES = 28
 ACTOR_ID_BYTES = 16
+PLACEMENT_GROUP_ID_BYTES = 18
 PREFIX_BYTES = TASK_ID_BYTES - 8
 
 _HANDLE_SUFFIX = b"actor-handle"

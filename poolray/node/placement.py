@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from poolray.ids import NodeId
-from poolray.protocol.values import LabelMatch, LabelOperator, Placement, TaskClass
+from poolray.protocol.values import TaskClass
+from poolray.scheduling.labels import NODE_ID_LABEL as NODE_ID_LABEL
+from poolray.scheduling.labels import describe, meets_one
 from poolray.scheduling.resources import ResourceAccount, from_fixed
 from poolray.tasks.class_queue import Obstacle
-
-#: The label that every node has: its id. Named as in the reference, for programs that ask for it.
-NODE_ID_LABEL = "ray.io/node-id"
 
 _UNSCHEDULABLE = (
     "The node specified via NodeAffinitySchedulingStrategy doesn't exist any more or is "
@@ -46,8 +45,8 @@ def find_obstacle(
             f"{demand}, more than any node has (this one: {_described(resources, demand)})",
             is_final=False,
         )
-    if placement is not None and not _meets(placement, labels):
-        wanted = " or ".join(_named(alternative) for alternative in placement.labels)
+    if placement is not None and not meets_one(placement.labels, labels):
+        wanted = describe(placement.labels)
         return Obstacle(
             f"{demand} on a node with {wanted}; this one has the labels {dict(labels)}",
             is_final=False,
@@ -58,29 +57,3 @@ def find_obstacle(
 def _described(resources: ResourceAccount, demand: Mapping[str, float]) -> str:
     total = from_fixed(resources.total)
     return ", ".join(f"{total.get(name, 0.0):g} {name}" for name in demand)
-
-
-def _meets(placement: Placement, labels: Mapping[str, str]) -> bool:
-    return not placement.labels or any(
-        all(_matches(match, labels) for match in alternative) for alternative in placement.labels
-    )
-
-
-def _matches(match: LabelMatch, labels: Mapping[str, str]) -> bool:
-    value = labels.get(match.key)
-    match match.operator:
-        case LabelOperator.IN:
-            return value in match.values
-        case LabelOperator.NOT_IN:
-            return value not in match.values
-        case LabelOperator.EXISTS:
-            return value is not None
-        case LabelOperator.NOT_EXISTS:
-            return value is None
-
-
-def _named(alternative: list[LabelMatch]) -> str:
-    return " and ".join(
-        f"{match.key} {match.operator.name.lower().replace('_', ' ')} {match.values or ''}".strip()
-        for match in alternative
-    )

@@ -45,11 +45,13 @@ def from_fixed(fixed: Mapping[str, int]) -> dict[str, float]:
 class DevicePool:
     """Devices of one kind: whole ones, or shares of one."""
 
-    __slots__ = ("free", "ids")
+    __slots__ = ("free", "ids", "resource")
 
-    def __init__(self, ids: Sequence[str]) -> None:
+    def __init__(self, ids: Sequence[str], resource: str) -> None:
         #: What programs call them, in the order in which they are handed out.
-        self.ids = tuple(ids)
+        self.ids = list(ids)
+        #: What programs call the resource, also where a placement group has some of it.
+        self.resource = resource
         #: What is free of each.
         self.free = [UNIT] * len(self.ids)
 
@@ -81,6 +83,66 @@ class DevicePool:
         for index, share in taken:
             self.free[index] += share
 
+    def add(self, device: str, amount: int) -> int:
+        """One more device, or a share of one; gives its index."""
+        self.ids.append(device)
+        self.free.append(amount)
+        return len(self.ids) - 1
+
+
+@final
+class DevicePart:
+    """Some of the devices of a pool: those of one bundle, among its group's."""
+
+    __slots__ = ("_slots", "whole")
+
+    def __init__(self, whole: DevicePool, slots: Sequence[int]) -> None:
+        self.whole = whole
+        self._slots = tuple(slots)
+
+    @property
+    def ids(self) -> list[str]:
+        """What programs call the devices of the pool."""
+        return self.whole.ids
+
+    @property
+    def resource(self) -> str:
+        """What programs call the resource."""
+        return self.whole.resource
+
+    @property
+    def free(self) -> list[int]:
+        """What is free of each device of this part."""
+        return [self.whole.free[slot] for slot in self._slots]
+
+    def fits(self, amount: int) -> bool:
+        """See `DevicePool.fits`."""
+        if amount < UNIT:
+            return any(free >= amount for free in self.free)
+        return self.free.count(UNIT) * UNIT >= amount
+
+    def take(self, amount: int) -> list[tuple[int, int]]:
+        """See `DevicePool.take`; indexes are those of the pool."""
+        free = self.whole.free
+        if 0 < amount < UNIT:
+            slot = min((free[slot], slot) for slot in self._slots if free[slot] >= amount)[1]
+            taken = [(slot, amount)]
+        else:
+            whole = [slot for slot in self._slots if free[slot] == UNIT]
+            taken = [(slot, UNIT) for slot in whole[: amount // UNIT]]
+        for slot, share in taken:
+            free[slot] -= share
+        return taken
+
+    def give(self, taken: Sequence[tuple[int, int]]) -> None:
+        """See `DevicePool.give`."""
+        self.whole.give(taken)
+
+    def forget(self) -> None:
+        """Its devices are not the pool's any more; the numbers of the others stay."""
+        for slot in self._slots:
+            self.whole.free[slot] = 0
+
 
 #: Resource name -> (index, amount) of each device of it that a worker has.
 Devices: TypeAlias = dict[str, list[tuple[int, int]]]
@@ -105,7 +167,21 @@ class ResourceAccount:
     ) -> None:
         self.total = dict(total)
         self.available = dict(total)
-        self.pools = {name: DevicePool(ids) for name, ids in (devices or {}).items()}
+        self.pools: dict[str, DevicePool | DevicePart] = {
+            name: DevicePool(ids, name) for name, ids in (devices or {}).items()
+        }
+
+    def grow(self, name: str, amount: int) -> None:
+        """There is more of something from now on."""
+        self.total[name] = self.total.get(name, 0) + amount
+        self.available[name] = self.available.get(name, 0) + amount
+
+    def shrink(self, name: str, amount: int) -> None:
+        """There is less of something, of which this much is free."""
+        self.available[name] -= amount
+        self.total[name] -= amount
+        if not self.total[name]:
+            del self.total[name], self.available[name]
 
     def fits_ever(self, demand: Mapping[str, int]) -> bool:
         """Whether the node has this much at all."""
@@ -176,10 +252,11 @@ class ResourceAccount:
     def take_devices(self, demand: Mapping[str, int]) -> Devices:
         """Choose the devices of a demand that was acquired."""
         pools = self.pools
+        wanted = {name: pools[name] for name, amount in demand.items() if amount and name in pools}
+        #: Pools of which a part is asked for as well: the part's devices are meant.
+        wholes = [pool.whole for pool in wanted.values() if isinstance(pool, DevicePart)]
         return {
-            name: pools[name].take(amount)
-            for name, amount in demand.items()
-            if amount and name in pools
+            name: pool.take(demand[name]) for name, pool in wanted.items() if pool not in wholes
         }
 
     def give_devices(self, devices: Devices) -> None:
@@ -190,7 +267,7 @@ class ResourceAccount:
     def ids_of(self, devices: Devices) -> dict[str, list[str]]:
         """What programs call these devices."""
         return {
-            name: [self.pools[name].ids[index] for index, _ in taken]
+            self.pools[name].resource: [self.pools[name].ids[index] for index, _ in taken]
             for name, taken in devices.items()
         }
 
@@ -200,4 +277,7 @@ class ResourceAccount:
             assert self.available[name] + held.get(name, 0) == amount, name
         for name, pool in self.pools.items():
             assert all(0 <= free <= UNIT for free in pool.free), name
-            assert sum(pool.free) == self.available[name], name
+            if isinstance(pool, DevicePart):  # calls in any bundle take from it too
+                assert sum(pool.free) <= self.available[name], name
+            else:
+                assert sum(pool.free) == self.available[name], name
