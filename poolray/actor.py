@@ -461,18 +461,23 @@ class ActorClass(Generic[C]):
         keeps_cpus = cpus is not None or any(options.get(n) is not None for n in _TAKES_A_CPU)
         if cpus is None:  # as in the reference: one that keeps other resources keeps a CPU too
             cpus = 1 if keeps_cpus else 0
+        demand = demand_of({**options, "num_cpus": cpus})
+        placed_with = {} if keeps_cpus else {"CPU": UNIT}
+        class_name = self._class.__name__
         task_class = identified(
             TaskClass(
                 class_id=ClassId(b""),
                 function_id=self._export[1].function_id,
-                name=f"{self._class.__name__}.__init__",
+                name=f"{class_name}.__init__",
                 kind=CallKind.CREATE,
                 num_returns=0,
-                resources=demand_of({**options, "num_cpus": cpus}),
-                placed_with={} if keeps_cpus else {"CPU": UNIT},
+                resources=demand,
+                placed_with=placed_with,
                 group_id=PLAIN_TASKS,
                 max_retries=options.get("max_restarts") or 0,
-                placement=make_placement(options),
+                placement=make_placement(
+                    options, demand | placed_with, class_name, client.captured
+                ),
                 is_listed=options.get("enable_task_events", True),
                 max_calls=1,  # a worker becomes one actor, and nothing waits behind the constructor
             )

@@ -36,6 +36,7 @@ from poolray.ids import (
     ActorId,
     ClassId,
     ObjectId,
+    PlacementGroupId,
     TaskId,
     TaskIdSource,
     return_id,
@@ -136,6 +137,8 @@ class Client:
         self.ended = ""
         self.config = config
         self.task_ids = task_ids
+        #: In a worker: the placement group that the running task's own tasks run in; empty: none.
+        self.captured = PlacementGroupId(b"")
         #: In a worker: gives the task that runs.
         self.current_task: Callable[[], TaskId | None] | None = None
         self._arena = arena
@@ -621,6 +624,11 @@ class Client:
         return self._arena.load(
             value.offset, value.size_bytes, writable=writable, on_release=on_release
         )
+
+    def inline(self, value: Any) -> bytes:
+        """A small value without refs, as `put` would write it."""
+        data = self._serializer.dumps_flat(value)
+        return data if isinstance(data, bytes) else data.to_bytes()
 
     def put(self, value: Any) -> ObjectRef[Any]:
         """Store a value; see `poolray.put`."""

@@ -6,6 +6,9 @@
     ├── OutOfMemoryError              memory was short, or the task used more than its memory=
     ├── TaskCancelledError            the task was cancelled
     ├── TaskUnschedulableError        no place for the task, ever
+    ├── ActorUnschedulableError       no place for the actor, ever
+    ├── TaskPlacementGroupRemoved     the placement group that the task is to run in is gone
+    ├── ActorPlacementGroupRemoved    the same of an actor (kept for the name)
     ├── WorkerStartError              workers of a group do not start (initializer, environment)
     ├── RuntimeEnvSetupError          the environment of a task cannot be made
     ├── GetTimeoutError               also a TimeoutError
@@ -43,7 +46,9 @@ __all__ = [
     "ActorAlreadyExistsError",
     "ActorDiedError",
     "ActorError",
+    "ActorPlacementGroupRemoved",
     "ActorUnavailableError",
+    "ActorUnschedulableError",
     "AuthenticationError",
     "ClusterConnectionError",
     "GetTimeoutError",
@@ -67,6 +72,7 @@ __all__ = [
     "RuntimeEnvSetupError",
     "TaskCancelledError",
     "TaskError",
+    "TaskPlacementGroupRemoved",
     "TaskUnschedulableError",
     "WorkerCrashedError",
     "WorkerStartError",
@@ -379,6 +385,22 @@ class TaskCancelledError(PoolrayError):
 
 class TaskUnschedulableError(PoolrayError):
     """No node can ever run the task."""
+
+
+class ActorUnschedulableError(PoolrayError):
+    """No node can ever run the actor."""
+
+
+class TaskPlacementGroupRemoved(PoolrayError):
+    """The placement group in which the task was to run has been removed."""
+
+
+class ActorPlacementGroupRemoved(PoolrayError):
+    """The placement group in which an actor was to live has been removed.
+
+    Programs catch it by this name; here such an actor raises `ActorUnschedulableError` if it was
+    never made, and `ActorDiedError` if it was.
+    """
 
 
 class WorkerStartError(PoolrayError):

@@ -20,10 +20,11 @@ import msgspec
 from poolray import binding
 from poolray.client import Client
 from poolray.exceptions import NotSupportedError
-from poolray.ids import ClassId, FunctionId, GroupId
+from poolray.ids import ClassId, FunctionId, GroupId, PlacementGroupId
 from poolray.objects.object_ref import ObjectRef
 from poolray.protocol.values import CallKind, Delivery, TaskClass
 from poolray.remote_placement import (
+    check_group,
     check_strategy,
     make_placement,
     parse_fallbacks,
@@ -125,11 +126,8 @@ def _check_value(name: str, value: Any, from_options: bool) -> None:
             raise ValueError("retry_exceptions must be either a boolean or a list of exceptions")
     elif name == "object_store_memory":
         raise ValueError("Setting 'object_store_memory' is not implemented for tasks")
-    elif name in ("placement_group", "placement_group_bundle_index"):
-        if value not in ("default", -1):
-            raise NotSupportedError(
-                f"The option {name} is not supported by this version of poolray."
-            )
+    elif name == "placement_group":
+        check_group(value)
     elif name == "scheduling_strategy":
         check_strategy(value)
     elif name == "label_selector":
@@ -207,8 +205,8 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
         #: Shared with the objects that `.options()` makes: the client that knows the function,
         #: and what keeps it known there.
         self._export: list[Any] = [None, None]
-        #: The task class of the current client.
-        self._prepared: tuple[Client, TaskClass] | None = None
+        #: The task class of the current client, for calls of tasks in this placement group.
+        self._prepared: tuple[Client, TaskClass, PlacementGroupId] | None = None
         self._simple = _takes_anything_positional(function)
 
     def _check_generator(self, options: Mapping[str, Any]) -> None:
@@ -249,7 +247,7 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
         def remote(self, /, *args, **kwargs):
             client = self._find_client()
             prepared = self._prepared
-            if prepared is None or prepared[0] is not client:
+            if prepared is None or prepared[0] is not client or prepared[2] != client.captured:
                 prepared = self._prepare(client)
             if kwargs or len(args) not in self._simple:
                 self._bind(args, kwargs)
@@ -270,33 +268,35 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
             self._signature = inspect.signature(self._function)
         self._signature.bind(*args, **kwargs)
 
-    def _prepare(self, client: Client) -> tuple[Client, TaskClass]:
+    def _prepare(self, client: Client) -> tuple[Client, TaskClass, PlacementGroupId]:
         """Make the function and its class known to the node."""
         if self._export[0] is not client:
             self._export[1] = client.definitions.define_function(self._function, self._name)
             self._export[0] = client
-        task_class = self._make_class(self._export[1].function_id)
+        task_class = self._make_class(self._export[1].function_id, client.captured)
         client.definitions.define_class(task_class)
-        self._prepared = (client, task_class)
+        self._prepared = (client, task_class, client.captured)
         return self._prepared
 
-    def _make_class(self, function_id: FunctionId) -> TaskClass:
+    def _make_class(self, function_id: FunctionId, captured: PlacementGroupId) -> TaskClass:
         options = self._options
+        demand = demand_of(options)
+        name = options.get("name") or self._function.__qualname__.rpartition(".")[2]
         count = options.get("num_returns")
         retries = options.get("max_retries")
         made = TaskClass(
             class_id=ClassId(b""),
             function_id=function_id,
-            name=options.get("name") or self._function.__qualname__.rpartition(".")[2],
+            name=name,
             kind=CallKind.CALL,
             delivery=Delivery.OBJECTS,
             num_returns=1 if count is None else count,
-            resources=demand_of(options),
+            resources=demand,
             group_id=GroupId(0),
             max_retries=3 if retries is None else retries,
             retry_exceptions=retry_spec(options.get("retry_exceptions", False)),
             max_calls=options.get("max_calls") or 0,
-            placement=make_placement(options),
+            placement=make_placement(options, demand, name, captured),
             is_listed=options.get("enable_task_events", True),
         )
         digest = hashlib.blake2b(msgspec.msgpack.encode(made), digest_size=16).digest()

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from poolray.exceptions import NotSupportedError
-from poolray.ids import NodeId
+from poolray.ids import NodeId, PlacementGroupId
 from poolray.protocol.values import LabelMatch, LabelOperator, Placement
 from poolray.remote_strategies import (
     DoesNotExist,
@@ -25,6 +24,9 @@ from poolray.remote_strategies import (
     PlacementGroupSchedulingStrategy,
     SchedulingStrategyT,
 )
+
+if TYPE_CHECKING:
+    from poolray.remote_groups import PlacementGroup
 
 _NAME = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 _SELECTOR = rf"(!?)(?:in)?\(({_NAME}(?:, ?{_NAME})*)\)|(!?)({_NAME})"
@@ -48,29 +50,45 @@ def check_strategy(value: Any) -> None:
     ------
     TypeError
         It is something else.
-    NotSupportedError
-        It is one that this version does not carry out.
+    AssertionError
+        Its placement group is something else, as in the reference.
     """
     if not isinstance(value, _STRATEGIES):
         raise TypeError(
             f"The type of keyword 'scheduling_strategy' must be {_STRATEGIES}, but received type "
             f"{type(value)}"
         )
-    if isinstance(value, PlacementGroupSchedulingStrategy) and value.placement_group is not None:
-        raise NotSupportedError(
-            "Placement groups are not supported by this version of poolray: ask for resources."
-        )
+    if isinstance(value, PlacementGroupSchedulingStrategy):
+        check_group(value.placement_group)
 
 
-def make_placement(options: Mapping[str, Any]) -> Placement | None:
+def make_placement(
+    options: Mapping[str, Any],
+    demand: Mapping[str, int],
+    name: str,
+    captured: PlacementGroupId,
+) -> Placement | None:
     """Where calls with these options may run; None: wherever their resources are.
+
+    Parameters
+    ----------
+    demand : mapping of str to int
+        What a call asks for.
+    name : str
+        What the calls are called, for errors.
+    captured : PlacementGroupId
+        The group of the task that submits them, if its own tasks run there too.
 
     Raises
     ------
     ValueError
-        `scheduling_strategy` is a string other than "DEFAULT" and "SPREAD".
+        `scheduling_strategy` is a string other than "DEFAULT" and "SPREAD", no bundle of the
+        placement group has room, or options contradict each other.
     """
     strategy: SchedulingStrategyT = options.get("scheduling_strategy")
+    group = _group_of(options, captured)
+    if group is not None:
+        return _in_group(group, demand, name)
     if isinstance(strategy, str) and strategy not in ("DEFAULT", "SPREAD"):
         raise ValueError(
             f"Invalid scheduling_strategy value {strategy}. Valid values are "
@@ -91,7 +109,64 @@ def make_placement(options: Mapping[str, Any]) -> Placement | None:
             is_soft=strategy.soft,
             labels=selectors,
         )
-    return Placement(labels=selectors) if selectors else None
+    if isinstance(strategy, NodeLabelSchedulingStrategy):
+        wishes = [_of_operator(each.key, each.operator) for each in strategy.soft]
+        return Placement(labels=selectors, wishes=wishes)
+    spread = strategy == "SPREAD"
+    return Placement(labels=selectors, spread=spread) if selectors or spread else None
+
+
+def _group_of(
+    options: Mapping[str, Any], captured: PlacementGroupId
+) -> tuple[PlacementGroup, int, bool] | None:
+    """Placement group, bundle and whether child tasks are captured; None: no group."""
+    from poolray.remote_groups import PlacementGroup, PlacementGroupID
+
+    strategy = options.get("scheduling_strategy")
+    group = options.get("placement_group", "default")
+    index = options.get("placement_group_bundle_index", -1)
+    captures = options.get("placement_group_capture_child_tasks")
+    if strategy is not None and group != "default":
+        raise ValueError(
+            "Placement groups should be specified via the scheduling_strategy option. The "
+            "placement_group option is deprecated."
+        )
+    if isinstance(strategy, PlacementGroupSchedulingStrategy):
+        group = strategy.placement_group
+        index = strategy.placement_group_bundle_index
+        captures = strategy.placement_group_capture_child_tasks
+    elif strategy is None and group == "default" and captured and captures is not False:
+        return PlacementGroup(PlacementGroupID(captured)), -1, True
+    if isinstance(group, PlacementGroup) and not group.is_empty:
+        return group, index, bool(captured) if captures is None else captures
+    if index != -1:
+        raise ValueError("If placement group is not set, the value of bundle index must be -1.")
+    return None
+
+
+def _in_group(
+    wanted: tuple[PlacementGroup, int, bool], demand: Mapping[str, int], name: str
+) -> Placement:
+    from poolray.remote_groups import check_fits
+
+    group, index, captures = wanted
+    check_fits(group, index, demand, name)
+    return Placement(group=group.id.binary(), bundle=index, captures=captures)
+
+
+def check_group(group: Any) -> None:
+    """Refuse what is no placement group, where one may be named.
+
+    Raises
+    ------
+    AssertionError
+        As in the reference.
+    """
+    from poolray.remote_groups import PlacementGroup
+
+    assert group is None or group == "default" or isinstance(group, PlacementGroup), (
+        f"not a placement group: {group!r}"
+    )
 
 
 def _of_operator(key: str, operator: In | NotIn | Exists | DoesNotExist) -> LabelMatch:

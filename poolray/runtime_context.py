@@ -86,8 +86,9 @@ class RuntimeContext:
 
     @property
     def should_capture_child_tasks_in_placement_group(self) -> bool:
-        """False: the task is in no placement group."""
-        return False
+        """Whether tasks that the running task submits run in its placement group as well."""
+        placement = process_state.current_placement()
+        return placement is not None and placement.captures
 
     @property
     def was_current_actor_reconstructed(self) -> bool:
@@ -183,8 +184,9 @@ class RuntimeContext:
         return current_actor()
 
     def get_placement_group_id(self) -> str | None:
-        """None: the task is in no placement group."""
-        return None
+        """The placement group's id, 36 hexadecimal digits; None outside of one."""
+        placement = process_state.current_placement()
+        return placement.group.hex() if placement is not None and placement.group else None
 
     def get_assigned_resources(self) -> dict[str, float]:
         """What the running task was given, by resource name.

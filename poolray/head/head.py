@@ -25,6 +25,7 @@ from poolray.head.actor_directory import ActorDirectory
 from poolray.head.jobs import Jobs
 from poolray.head.key_value import KeyValueStore
 from poolray.head.members import Members
+from poolray.head.placement import PlacementGroups
 from poolray.head.state import Change, HeadState, SendNode
 from poolray.ids import FunctionId, NodeId
 from poolray.protocol.directory import (
@@ -57,6 +58,13 @@ from poolray.protocol.node import (
     RegisterNode,
     Tick,
 )
+from poolray.protocol.placement import (
+    BundlesPrepared,
+    DropGroup,
+    FindGroups,
+    RegisterGroup,
+    WatchGroup,
+)
 from poolray.protocol.values import FunctionDefinition
 
 __all__ = ["Change", "Head", "HeadInput", "HeadStatistics", "SendNode"]
@@ -88,6 +96,7 @@ class HeadStatistics:
     actors: int  #: that are not dead
     names: int
     keys: int
+    placement_groups: int
 
 
 @final
@@ -105,7 +114,9 @@ class Head:
         self._members = Members(state)
         self._jobs = Jobs(state)
         self._actors = ActorDirectory(state)
+        self._placement = PlacementGroups(state)
         self._members.on_gone = self._on_gone
+        self._jobs.on_finished = self._placement.on_job_finished
         self._actors.find_node = self._members.roomiest
         self._functions: dict[FunctionId, FunctionDefinition] = {}
         #: node -> functions that it has put; a function goes with the last node that has.
@@ -127,6 +138,7 @@ class Head:
         self._members.restore(tables.get("nodes", {}))
         self._jobs.restore(tables.get("jobs", {}))
         self._actors.restore(tables.get("actors", {}))
+        self._placement.restore(tables.get("placement_groups", {}))
         for key, value in tables.get(_KEYS, {}).items():
             space, name = _decode_key(key)
             self._key_value.put(space, name, _decode_value(value), overwrite=True)
@@ -153,9 +165,11 @@ class Head:
         node_id = NodeId(sender)
         if isinstance(message, Tick):
             self._members.on_tick(silence_s)
+            self._placement.on_tick()
         elif isinstance(message, RegisterNode):
             if self._members.register(message):
                 self._actors.on_node_back(message.node_id, message.actors, message.watched)
+                self._placement.on_node_back(message)
         elif self._members.heard(node_id):
             self._on_member(node_id, message)
         else:
@@ -174,12 +188,16 @@ class Head:
 
     def next_deadline(self) -> float | None:
         """When to send `Tick` at the latest; None: no need."""
-        return self._members.next_deadline()
+        deadline, placement = self._members.next_deadline(), self._placement.next_deadline()
+        if placement is not None and (deadline is None or placement < deadline):
+            return placement
+        return deadline
 
     def _on_gone(self, node_id: NodeId, polite: bool) -> None:
         """A node is gone: what belongs to it goes, or is given to others."""
         for function_id in self._put_by.pop(node_id, {}):
             self._drop_function(function_id)
+        self._placement.on_node_died(node_id)
         self._jobs.on_gone(node_id)
         self._actors.on_gone(node_id, polite)
 
@@ -189,6 +207,7 @@ class Head:
         match message:
             case Heartbeat():
                 self._members.on_heartbeat(node_id, message)
+                self._placement.on_heartbeat(node_id)
             case DrainNode():
                 self._members.on_drain(node_id, message)
             case LeaveCluster():
@@ -207,6 +226,8 @@ class Head:
                 self._jobs.finish(message)
             case ListJobs():
                 self._jobs.on_list(node_id, message)
+            case RegisterGroup() | DropGroup() | FindGroups() | WatchGroup() | BundlesPrepared():
+                self._placement.on_request(node_id, message)
             case _:
                 self._on_actor_or_key(node_id, message)
 
@@ -295,6 +316,7 @@ class Head:
             actors=actors,
             names=names,
             keys=self._key_value.count(),
+            placement_groups=self._placement.count(),
         )
 
     def check_invariants(self) -> None:
@@ -310,6 +332,7 @@ class Head:
         assert holders == self._holders
         assert holders.keys() == self._functions.keys()
         self._key_value.check_invariants()
+        self._placement.check_invariants()
 
 
 def _assert_never(message: NoReturn) -> NoReturn:  # typing's own is not in Python 3.10

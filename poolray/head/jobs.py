@@ -9,7 +9,7 @@ Invariants: a job runs or has ended, once; the jobs of a node end with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import final
 
 import msgspec
@@ -30,10 +30,12 @@ _decode_row = msgspec.msgpack.Decoder(JobRow).decode
 class Jobs:
     """The drivers of the cluster."""
 
-    __slots__ = ("_ended", "_running", "_state")
+    __slots__ = ("_ended", "_running", "_state", "on_finished")
 
     def __init__(self, state: HeadState) -> None:
         self._state = state
+        #: Told of each job that has ended.
+        self.on_finished: Callable[[bytes], None] = lambda job_id: None
         self._running: dict[bytes, JobRow] = {}
         self._ended: dict[bytes, JobRow] = {}
 
@@ -69,6 +71,7 @@ class Jobs:
             row, is_running=False, ended_s=self._state.now, reason=message.reason
         )
         self._state.store(_TABLE, row.job_id, ended)
+        self.on_finished(row.job_id)
         if len(self._ended) > _ENDED_MAX:
             oldest = next(iter(self._ended))
             del self._ended[oldest]

@@ -53,10 +53,12 @@ _decode_row = msgspec.msgpack.Decoder(NodeRow).decode
 class Member:
     """A node that lives, as far as the head knows."""
 
-    __slots__ = ("deadline_s", "view")
+    __slots__ = ("deadline_s", "is_alone", "view")
 
-    def __init__(self, view: NodeView, deadline_s: float) -> None:
+    def __init__(self, view: NodeView, deadline_s: float, is_alone: bool) -> None:
         self.view = view
+        #: It lives in one process with the head, and sends no heartbeats.
+        self.is_alone = is_alone
         #: It is dead if it has not been heard of until then.
         self.deadline_s = deadline_s
 
@@ -101,9 +103,9 @@ class Members:
             )
             self._enter(view, 2 * self._state.config.heartbeat_timeout_s)
 
-    def _enter(self, view: NodeView, patience_s: float) -> None:
+    def _enter(self, view: NodeView, patience_s: float, is_alone: bool = False) -> None:
         deadline_s = self._state.now + patience_s
-        self._state.members[view.node_id] = Member(view, deadline_s)
+        self._state.members[view.node_id] = Member(view, deadline_s, is_alone)
         heapq.heappush(self._deadlines, (deadline_s, view.node_id))
 
     # ---- joining ---------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ class Members:
             status=NodeStatus.ALIVE if member is None else member.view.status,
         )
         if member is None:
-            self._enter(view, state.config.heartbeat_timeout_s)
+            self._enter(view, state.config.heartbeat_timeout_s, message.is_alone)
         else:  # it lost its link to us, or we were started again, and its time is not up
             member.view = view
             self.heard(node_id)

@@ -1,8 +1,8 @@
 """Placement groups at the head: which node keeps which bundle.
 
-    RegisterGroup ──▶ PENDING ──PrepareBundles──▶ nodes ──all BundlesPrepared──▶ CommitBundles ─▶ CREATED
-                         ▲                          │ one has no room, or dies                     │
-                         └──────ReturnBundles───────┘             a node dies: RESCHEDULING ◀──────┘
+    RegisterGroup ─▶ PENDING ─PrepareBundles─▶ nodes ─all BundlesPrepared─▶ CommitBundles ─▶ CREATED
+                        ▲                        │ one has no room, or dies                    │
+                        └─────ReturnBundles──────┘         RESCHEDULING ◀──── a node dies ─────┘
 
 What: assigns bundles to nodes, reserves them in two phases, tries again when there is more room,
 finds new places for what died with a node, and tells nodes that watch a group what it is.
@@ -15,12 +15,15 @@ passed by smaller ones, and tried before those that came later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Protocol, final
+from collections.abc import Mapping
+from typing import final
 
-from poolray.config import Config
+import msgspec
+
+from poolray.head.state import HeadState
 from poolray.ids import NodeId, PlacementGroupId
-from poolray.protocol.node import NodeView
+from poolray.protocol.directory import NodeStatus
+from poolray.protocol.node import NodeView, RegisterNode
 from poolray.protocol.placement import (
     BundlesPrepared,
     CommitBundles,
@@ -31,7 +34,7 @@ from poolray.protocol.placement import (
     GroupsFound,
     GroupSpec,
     GroupState,
-    PlacementHeadMessage,
+    KeptBundles,
     PlacementHeadRequest,
     PrepareBundles,
     RegisterGroup,
@@ -49,18 +52,11 @@ _ROWS_MAX = 32
 #: Groups that are tried in one go.
 _TRIES_MAX = 200
 
+_TABLE = "placement_groups"
+_decode_row = msgspec.msgpack.Decoder(GroupRow).decode
+
 _PENDING, _CREATED = GroupState.PENDING, GroupState.CREATED
 _RESCHEDULING, _REMOVED = GroupState.RESCHEDULING, GroupState.REMOVED
-
-
-class Members(Protocol):
-    """The nodes of the cluster, as the head knows them."""
-
-    def views(self) -> Iterable[NodeView]:
-        """Each live node, in the order in which they joined."""
-
-    def is_alone(self, node_id: NodeId) -> bool:
-        """Whether a node lives in one process with the head and sends no heartbeats."""
 
 
 @final
@@ -91,17 +87,14 @@ class _Group:
         "created_s",
         "is_infeasible",
         "nodes",
-        "owner",
         "registered_s",
         "spec",
         "state",
         "watchers",
     )
 
-    def __init__(self, spec: GroupSpec, owner: NodeId, now: float) -> None:
+    def __init__(self, spec: GroupSpec, now: float) -> None:
         self.spec = spec
-        #: The node that its client lives on.
-        self.owner = owner
         self.state = _PENDING
         #: Bundle -> its node, of those that have one for good.
         self.nodes: dict[int, NodeId] = {}
@@ -141,26 +134,17 @@ class PlacementGroups:
     __slots__ = (
         "_by_name",
         "_charged",
-        "_config",
         "_groups",
-        "_members",
+        "_is_stale",
         "_numbers",
         "_pending",
         "_removed",
-        "_send",
-        "now",
+        "_state",
+        "_try_again_s",
     )
 
-    def __init__(
-        self,
-        config: Config,
-        members: Members,
-        send: Callable[[NodeId, PlacementHeadMessage], None],
-    ) -> None:
-        self._config = config
-        self._members = members
-        self._send = send
-        self.now = 0.0
+    def __init__(self, state: HeadState) -> None:
+        self._state = state
         self._groups: dict[PlacementGroupId, _Group] = {}
         self._by_name: dict[tuple[str, str], PlacementGroupId] = {}
         #: Groups with bundles that have no node, in the order in which they are tried.
@@ -171,6 +155,45 @@ class PlacementGroups:
         #: without heartbeats, all that it has set aside.
         self._charged: dict[NodeId, dict[str, int]] = {}
         self._numbers = 0
+        #: Heartbeats have come since groups were tried; these are tried again at that time.
+        self._is_stale = False
+        self._try_again_s = 0.0
+
+    def restore(self, rows: Mapping[bytes, bytes]) -> None:
+        """Groups as they were in an earlier life of the head; their nodes tell what they keep."""
+        for row in map(_decode_row, rows.values()):
+            group_id = row.spec.group_id
+            if row.state == _REMOVED:
+                self._removed[group_id] = row
+                continue
+            group = self._groups[group_id] = _Group(row.spec, self._state.now)
+            group.nodes = {
+                index: node_id
+                for index, node_id in enumerate(row.nodes)
+                if node_id in self._state.members
+            }
+            group.attempts = row.attempts
+            if len(group.nodes) == len(row.spec.bundles):
+                group.state = _CREATED
+            else:
+                group.state = _PENDING if row.state == _PENDING else _RESCHEDULING
+                self._pending[group_id] = None
+            group.created_s = group.registered_s + row.created_after_s
+            if row.spec.name:
+                self._by_name[row.spec.namespace, row.spec.name] = group_id
+
+    def _store(self, group: _Group) -> None:
+        self._state.store(_TABLE, group.spec.group_id, group.row())
+
+    def _views(self) -> list[NodeView]:
+        """Nodes that may get bundles, in the order in which they joined."""
+        members = self._state.members.values()
+        return [m.view for m in members if m.view.status is NodeStatus.ALIVE]
+
+    def _is_alone(self, node_id: NodeId) -> bool:
+        """Whether a node lives in one process with the head and sends no heartbeats."""
+        member = self._state.members.get(node_id)
+        return member is not None and member.is_alone
 
     # ---- requests --------------------------------------------------------------------------------
 
@@ -180,16 +203,16 @@ class PlacementGroups:
             self._on_prepared(node_id, message)
         elif isinstance(message, RegisterGroup):
             refusal = self._register(node_id, message.spec)
-            self._send(node_id, GroupsFound(request_id=message.request_id, refusal=refusal))
+            self._state.send(node_id, GroupsFound(request_id=message.request_id, refusal=refusal))
         elif isinstance(message, DropGroup):
             group = self._groups.get(message.group_id)
             if group is not None:
                 self._remove(group)
-            self._send(node_id, GroupsFound(request_id=message.request_id))
+            self._state.send(node_id, GroupsFound(request_id=message.request_id))
         elif isinstance(message, WatchGroup):
             self._watch(node_id, message.group_id)
         else:
-            self._send(
+            self._state.send(
                 node_id, GroupsFound(request_id=message.request_id, rows=self._find(message))
             )
 
@@ -205,15 +228,43 @@ class PlacementGroups:
             )
         if len(self._groups) >= _GROUPS_MAX:
             return f"there are {_GROUPS_MAX} placement groups already: remove some"
-        group = self._groups[spec.group_id] = _Group(spec, node_id, self.now)
+        group = self._groups[spec.group_id] = _Group(spec, self._state.now)
         if spec.name:
             self._by_name[key] = spec.group_id
         group.watchers[node_id] = None
         self._pending[spec.group_id] = None
+        self._store(group)
         self._try(group)
         if group.attempt is None:
             self._tell(group)
         return ""
+
+    def on_node_back(self, message: RegisterNode) -> None:
+        """A node has joined, or is back: it tells what it keeps, and what it wants to hear of."""
+        node_id = message.node_id
+        for group_id in message.watched_groups:
+            self._watch(node_id, group_id)
+        for kept in message.bundles:
+            self._numbers = max(self._numbers, kept.attempt)
+            self._on_kept(node_id, kept)
+        self.on_room()
+
+    def _on_kept(self, node_id: NodeId, kept: KeptBundles) -> None:
+        """Bundles that a node has: what was said of them last may have been lost."""
+        group_id = kept.group_id
+        group = self._groups.get(group_id)
+        is_its = group is not None and all(group.nodes.get(n) == node_id for n in kept.indexes)
+        attempt = None if group is None else group.attempt
+        if kept.is_open:
+            if group is None:
+                self._watch(node_id, group_id)  # it was removed
+        elif is_its:
+            self._state.send(node_id, CommitBundles(group_id=group_id, attempt=kept.attempt))
+        elif attempt is not None and attempt.number == kept.attempt:
+            answer = BundlesPrepared(group_id=group_id, attempt=kept.attempt, done=True)
+            self._on_prepared(node_id, answer)
+        else:
+            self._return(node_id, group_id, kept.attempt)
 
     def _watch(self, node_id: NodeId, group_id: PlacementGroupId) -> None:
         group = self._groups.get(group_id)
@@ -223,7 +274,7 @@ class PlacementGroups:
         else:
             gone = GroupRow(spec=GroupSpec(group_id=group_id, bundles=[]), state=_REMOVED, nodes=[])
             row = self._removed.get(group_id, gone)
-        self._send(node_id, GroupChanged(row=row))
+        self._state.send(node_id, GroupChanged(row=row))
 
     def _find(self, message: FindGroups) -> list[GroupRow]:
         if message.name:
@@ -242,17 +293,26 @@ class PlacementGroups:
 
     def _tell(self, group: _Group) -> None:
         """Whoever watches a group, or keeps bundles of it, hears what it is now."""
+        self._store(group)
         message = GroupChanged(row=group.row())
         for node_id in dict.fromkeys((*group.watchers, *group.nodes.values())):
-            self._send(node_id, message)
+            self._state.send(node_id, message)
 
     # ---- placing ---------------------------------------------------------------------------------
 
-    def on_room(self, node_id: NodeId | None = None) -> None:
-        """A node has joined, has said what it has free, or something was given back."""
-        if node_id is not None and not self._members.is_alone(node_id):
-            self._charged.pop(node_id, None)
+    def on_heartbeat(self, node_id: NodeId) -> None:
+        """A member has said what it has free. All of them do, so groups are not tried each time."""
+        self._charged.pop(node_id, None)
         if self._pending:
+            self._is_stale = True
+            if self._try_again_s <= self._state.now:
+                self.on_room()
+
+    def on_room(self) -> None:
+        """A node has joined, or something was given back."""
+        self._is_stale = False
+        if self._pending:
+            self._try_again_s = self._state.now + self._state.config.heartbeat_interval_s
             self._try_pending()
 
     def _try_pending(self) -> None:
@@ -274,7 +334,7 @@ class PlacementGroups:
     def _try(self, group: _Group) -> None:
         """Ask nodes for the bundles of a group that have none, if there is an assignment."""
         wish = group.wish()
-        rooms = [self._room(view) for view in self._members.views()]
+        rooms = [self._room(view) for view in self._views()]
         found = assign(wish, rooms)
         was_infeasible, group.is_infeasible = group.is_infeasible, False
         if found is None:
@@ -288,29 +348,29 @@ class PlacementGroups:
         by_node: dict[NodeId, dict[int, dict[str, int]]] = {}
         for index in sorted(found):
             by_node.setdefault(found[index], {})[index] = group.spec.bundles[index]
-        deadline_s = self.now + self._config.heartbeat_timeout_s
+        deadline_s = self._state.now + self._state.config.heartbeat_timeout_s
         group.attempt = _Attempt(self._numbers, by_node, deadline_s)
         for node_id, bundles in by_node.items():
             self._charge(node_id, bundles, 1)
-            self._send(
+            self._state.send(
                 node_id,
                 PrepareBundles(
                     group_id=group.spec.group_id,
                     attempt=self._numbers,
                     bundles=bundles,
-                    may_wait=self._members.is_alone(node_id),
+                    may_wait=self._is_alone(node_id),
                 ),
             )
 
     def _room(self, view: NodeView) -> Room:
-        alone = self._members.is_alone(view.node_id)
+        alone = self._is_alone(view.node_id)
         room = Room(view.node_id, view.total if alone else view.available, view.labels)
         room.put(self._charged.get(view.node_id, {}))
         return room
 
     def _could_ever_fit(self, wish: Wish) -> bool:
         """Whether nodes that ran nothing else could take the whole group."""
-        rooms = [Room(v.node_id, v.total, v.labels) for v in self._members.views()]
+        rooms = [Room(v.node_id, v.total, v.labels) for v in self._views()]
         return assign(wish, rooms) is not None
 
     def _charge(self, node_id: NodeId, bundles: dict[int, dict[str, int]], sign: int) -> None:
@@ -345,15 +405,15 @@ class PlacementGroups:
             return
         group.attempt = None
         for node_id, bundles in attempt.bundles.items():
-            for index in bundles:
-                group.nodes[index] = node_id
+            group.nodes.update(dict.fromkeys(bundles, node_id))
+        for node_id in attempt.bundles:
             commit = CommitBundles(group_id=group.spec.group_id, attempt=attempt.number)
-            self._send(node_id, commit)
+            self._state.send(node_id, commit)
         if len(group.nodes) == len(group.spec.bundles):
             group.state = _CREATED
             del self._pending[group.spec.group_id]
             if group.created_s is None:
-                group.created_s = self.now
+                group.created_s = self._state.now
         self._tell(group)
 
     def _give_up(self, group: _Group, attempt: _Attempt) -> None:
@@ -365,7 +425,7 @@ class PlacementGroups:
                 self._charge(node_id, bundles, -1)
 
     def _return(self, node_id: NodeId, group_id: PlacementGroupId, number: int) -> None:
-        self._send(node_id, ReturnBundles(group_id=group_id, attempt=number))
+        self._state.send(node_id, ReturnBundles(group_id=group_id, attempt=number))
 
     # ---- ends ------------------------------------------------------------------------------------
 
@@ -377,7 +437,7 @@ class PlacementGroups:
         group.state = _REMOVED
         self._tell(group)
         for index, node_id in group.nodes.items():
-            if self._members.is_alone(node_id):
+            if self._is_alone(node_id):
                 self._charge(node_id, {index: spec.bundles[index]}, -1)
         del self._groups[spec.group_id]
         self._pending.pop(spec.group_id, None)
@@ -385,7 +445,9 @@ class PlacementGroups:
             del self._by_name[spec.namespace, spec.name]
         self._removed[spec.group_id] = group.row()
         if len(self._removed) > _REMOVED_MAX:
-            del self._removed[next(iter(self._removed))]
+            oldest = next(iter(self._removed))
+            del self._removed[oldest]
+            self._state.drop(_TABLE, oldest)
         self.on_room()
 
     def on_job_finished(self, job_id: bytes) -> None:
@@ -422,9 +484,16 @@ class PlacementGroups:
         deadlines = [
             group.attempt.deadline_s
             for group_id in self._pending
-            if (group := self._groups[group_id]).attempt is not None and not _waits_alone(group)
+            if (group := self._groups[group_id]).attempt is not None and not self._waits(group)
         ]
+        if self._pending and self._is_stale:
+            deadlines.append(self._try_again_s)
         return min(deadlines, default=None)
+
+    def _waits(self, group: _Group) -> bool:
+        """Whether an attempt lasts until there is room: its only node takes its time."""
+        assert group.attempt is not None
+        return self._is_alone(next(iter(group.attempt.bundles)))
 
     def on_tick(self) -> None:
         """Attempts that a node has not answered in time fail."""
@@ -432,13 +501,13 @@ class PlacementGroups:
             group
             for group_id in self._pending
             if (group := self._groups[group_id]).attempt is not None
-            and group.attempt.deadline_s <= self.now
-            and not self._members.is_alone(next(iter(group.attempt.bundles)))
+            and group.attempt.deadline_s <= self._state.now
+            and not self._waits(group)
         ]
         for group in late:
             assert group.attempt is not None
             self._give_up(group, group.attempt)
-        if late:
+        if late or (self._is_stale and self._try_again_s <= self._state.now):
             self.on_room()
 
     # ---- looking in ------------------------------------------------------------------------------
@@ -447,13 +516,9 @@ class PlacementGroups:
         """Groups that have not been removed."""
         return len(self._groups)
 
-    def rows(self) -> list[GroupRow]:
-        """All of them, for those who look on."""
-        return [group.row() for group in self._groups.values()]
-
-    def check_invariants(self, members: Iterable[NodeId]) -> None:
+    def check_invariants(self) -> None:
         """Raise AssertionError when groups, nodes and attempts do not agree."""
-        alive = set(members)
+        alive = self._state.members.keys()
         for group_id, group in self._groups.items():
             count = len(group.spec.bundles)
             assert set(group.nodes.values()) <= alive, "a bundle is on a dead node"

@@ -129,10 +129,17 @@ class ActorHost:
         self.setup = setup
         process_state.become_actor(setup)
         process_state.set_actor_label(setup.class_name)
-        resources = self._function.task_class.resources
+        task_class = self._function.task_class
         name = f"{setup.class_name}.__init__"
         worker.actor_class_name = self._function.name
-        process_state.begin_task(task.task_id, name, f"{self._function.name}.__init__", resources)
+        process_state.set_placement(task_class.placement)
+        process_state.begin_task(
+            task.task_id,
+            name,
+            f"{self._function.name}.__init__",
+            task_class.resources,
+            task_class.placement,
+        )
         if task.slots:
             args, kwargs = worker.fill_slots(task, args, kwargs)
         return args, kwargs

@@ -16,8 +16,9 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, final
 
 from poolray.client import Client
-from poolray.ids import TaskId
+from poolray.ids import PlacementGroupId, TaskId
 from poolray.protocol.actors import ActorSetup
+from poolray.protocol.values import Placement
 
 if TYPE_CHECKING:
     from poolray.local.fork_server import WorkerSetup
@@ -42,6 +43,7 @@ class _State:
         self.task_name = ""
         self.function_name = ""
         self.task_resources: dict[str, int] = {}
+        self.placement: Placement | None = None
         #: The actor that lives in this worker, if one does.
         self.actor: ActorSetup | None = None
         self.actor_label = ""
@@ -54,6 +56,7 @@ class _State:
 
 
 _state = _State()
+_NO_GROUP = PlacementGroupId(b"")
 #: (task id, task name, function name) of the call that this thread or coroutine runs, in actors
 #: that run several at once.
 _concurrent_task: ContextVar[tuple[TaskId, str, str] | None] = ContextVar(
@@ -100,14 +103,28 @@ def worker_id() -> bytes | None:
 
 
 def begin_task(
-    task_id: TaskId, name: str, function_name: str, resources: dict[str, int] | None
+    task_id: TaskId,
+    name: str,
+    function_name: str,
+    resources: dict[str, int] | None,
+    placement: Placement | None,
 ) -> None:
     """A worker's loop: this task runs now (without resources of its own: those stay)."""
+    if placement is not _state.placement and _state.actor is None:
+        set_placement(placement)
     _state.function_name = function_name
     _state.task_id = task_id
     _state.task_name = name
     if resources is not None:
         _state.task_resources = resources
+
+
+def set_placement(placement: Placement | None) -> None:
+    """What runs from now on is placed so: a task, or an actor with all its calls."""
+    _state.placement = placement
+    if _state.client is not None:
+        captures = placement is not None and placement.captures
+        _state.client.captured = placement.group if captures else _NO_GROUP  # type: ignore[union-attr]
 
 
 def begin_concurrent_task(task_id: TaskId, name: str, function_name: str) -> None:
@@ -199,6 +216,11 @@ def current_function_name() -> str:
 def current_task_resources() -> dict[str, int]:
     """What it was given, in units of 1/10,000."""
     return _state.task_resources
+
+
+def current_placement() -> Placement | None:
+    """Where it was to run: in which placement group, for one; None: anywhere."""
+    return _state.placement
 
 
 def use_devices(devices: dict[str, list[str]], variables: dict[str, str]) -> None:

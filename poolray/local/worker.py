@@ -568,6 +568,7 @@ class Worker:
                     task_class.name,
                     function.name,
                     None if task_class.method else task_class.resources,  # the actor's, for life
+                    task_class.placement,
                 )
             if kind is _CALL:
                 if for_caller and type(payload) is bytes and payload[0] == PICKLE_FIRST_BYTE:

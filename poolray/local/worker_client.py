@@ -42,6 +42,7 @@ from poolray.protocol.client import (
     WaitObjects,
     WaitReply,
 )
+from poolray.protocol.placement import PlacementGroupReply
 from poolray.protocol.state import QueryState, StateKind, StateRow, StateRows
 from poolray.protocol.values import Delivery, InArena, InFile
 from poolray.protocol.worker import (
@@ -57,7 +58,16 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-_Reply = ObjectValues | WaitReply | RangeGranted | ActorReply | NamedActors | CallCount | StateRows
+_Reply = (
+    ObjectValues
+    | WaitReply
+    | RangeGranted
+    | ActorReply
+    | NamedActors
+    | CallCount
+    | StateRows
+    | PlacementGroupReply
+)
 _Parts = list[_Reply]
 
 #: A thread that has handed all awaited values over waits for more this long.

@@ -653,12 +653,12 @@ class Actors:
             if actor.life.state is not DEAD:
                 self._kill(actor, "died with its owner: the process that created it has ended")
 
-    def on_group_ended(self, worker_ids: list[WorkerId]) -> None:
+    def end_in(self, worker_ids: list[WorkerId], reason: str) -> None:
         """These workers are killed: actors that live in them are not made again."""
         for worker_id in worker_ids:
             actor = self._by_worker.get(worker_id)
             if actor is not None:
-                self._kill(actor, "ended with the runtime that it lived in")
+                self._kill(actor, reason)
 
     def _move_out(self, actor: Actor) -> None:
         """The worker is not the actor's any more."""

@@ -11,7 +11,7 @@ workers that run something and are not blocked, one lease each; classes take tur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Mapping, Sized
 from typing import TYPE_CHECKING, final
 
 from poolray.ids import FunctionId, GroupId, ObjectId, WorkerId
@@ -34,6 +34,7 @@ from poolray.tasks.lifecycle import RUNNING, TaskRecord
 
 if TYPE_CHECKING:
     from poolray.node.actors import Actors
+    from poolray.node.bundles import Bundles
     from poolray.node.groups import Groups
 
 _IDLE = WorkerState.IDLE
@@ -79,8 +80,10 @@ class Dispatcher:
         "_tasks",
         "_told",
         "actors",
+        "bundles",
         "deadline_s",
         "groups",
+        "orders",
         "peers",
         "try_forward",
     )
@@ -103,6 +106,9 @@ class Dispatcher:
         self.try_forward: Callable[[ClassQueue], bool] = lambda queue: False
         #: The nodes that it may offer them to.
         self.peers: Sized = ()
+        self.bundles: Bundles
+        #: Bundles of placement groups for which there is no room: they go before calls.
+        self.orders: Sized = ()
 
     # ---- whose turn it is ------------------------------------------------------------------------
 
@@ -138,6 +144,8 @@ class Dispatcher:
 
     def offer(self, group: Group) -> None:
         """Something became free in a group: dispatch it, and what waits elsewhere for the same."""
+        if self.orders:
+            self.bundles.fill_orders()
         if group.ready:
             self.dispatch(group)
         for other in list(self._short.values()) if self._short else ():
@@ -157,8 +165,10 @@ class Dispatcher:
             worker = next(reversed(group.idle.values()))
             if (queue.uses_devices or group.device_workers) and not worker.suits(queue):
                 return self._send_to_suitable(group, queue, ahead)
-            if (ahead is None or self._may_pass(queue, ahead)) and self._state.resources.acquire(
-                queue.task_class.resources
+            if (
+                (ahead is None or self._may_pass(queue, ahead))
+                and not (self.orders and self.bundles.holds_back(queue))
+                and self._state.resources.acquire(queue.demand)
             ):
                 worker.move(_BUSY)
                 worker.runs = worker.lease = queue
@@ -174,7 +184,8 @@ class Dispatcher:
             queue.hungry
             and queue.may_prefetch(self._state.config)
             and (ahead is None or not self._must_yield(queue, ahead))
-            and not self._state.resources.is_overdrawn(queue.task_class.resources)
+            and not self._state.resources.is_overdrawn(queue.demand)
+            and not (self.orders and self.bundles.holds_back(queue))
         ):
             worker = self._state.workers[next(iter(queue.hungry))]
             self._send_packet(group, worker, queue)
@@ -199,7 +210,7 @@ class Dispatcher:
 
     def _give_devices(self, group: Group, worker: WorkerRecord, queue: ClassQueue) -> None:
         """A worker gets devices with its lease; the next packet tells it which."""
-        worker.devices = self._state.resources.take_devices(queue.task_class.resources)
+        worker.devices = self._state.resources.take_devices(queue.demand)
         group.device_workers[worker.worker_id] = None
         index = worker.class_indexes.pop(queue.task_class.class_id, None)
         if index is not None:
@@ -237,18 +248,23 @@ class Dispatcher:
         """Whether a class may take resources although another one has waited longer for some."""
         if ahead.passed_over < _PASSED_OVER_MAX:
             return True
-        wanted = ahead.task_class.resources
-        return not any(
-            name in wanted for name in queue.task_class.resources
-        ) or not self._state.resources.fits_ever(wanted)
+        wanted = ahead.demand
+        return not any(name in wanted for name in queue.demand) or not self.may_come_free(wanted)
+
+    def may_come_free(self, wanted: Mapping[str, int]) -> bool:
+        """Whether this much would be free once all calls that run now have ended: actors stay."""
+        free = dict(self._state.resources.available)
+        for worker in self._state.workers.values():
+            if worker.lease is not None and worker.state is not _ACTOR:
+                for name, amount in worker.lease.demand.items():
+                    free[name] = free.get(name, 0) + amount
+        return all(free.get(name, 0) >= amount for name, amount in wanted.items())
 
     def _must_yield(self, queue: ClassQueue, ahead: ClassQueue) -> bool:
         """Whether a class has to let go of a worker, for one that waits and could then run."""
         if not self._may_pass(queue, ahead):
             return True
-        return self._state.resources.fits_with(
-            ahead.task_class.resources, queue.task_class.resources
-        )
+        return self._state.resources.fits_with(ahead.demand, queue.demand)
 
     # ---- packets ---------------------------------------------------------------------------------
 
@@ -479,7 +495,7 @@ class Dispatcher:
             self.release_lease(worker)
             worker.runs = None
             self.offer(worker.group)
-        elif worker.group.ready:
+        elif worker.group.ready or self.orders:
             self.offer(worker.group)
 
     def _feed(self, worker: WorkerRecord) -> None:
@@ -504,7 +520,8 @@ class Dispatcher:
             queue.queued_calls
             and len(group.ready) == 1
             and (not self._short or (len(self._short) == 1 and group.group_id in self._short))
-            and not self._state.resources.is_overdrawn(queue.task_class.resources)
+            and not self.orders
+            and not self._state.resources.is_overdrawn(queue.demand)
         ):
             self._send_packet(group, worker, queue)  # the lease lasts while there is work for it
             if not queue.queued_calls:
@@ -512,7 +529,7 @@ class Dispatcher:
                 return
         else:
             self._rest(worker)
-        if group.ready or self._short:
+        if group.ready or self._short or self.orders:
             self.offer(group)
         if group.stocked and worker.state is _IDLE:
             self.steal_for_idle(group)
@@ -520,7 +537,7 @@ class Dispatcher:
     def _rest(self, worker: WorkerRecord) -> None:
         """A busy worker has nothing left."""
         if worker.lease is not None:
-            self._state.resources.release(worker.lease.task_class.resources)
+            self._state.resources.release(worker.lease.demand)
             worker.lease = None
         if worker.devices:
             self._state.resources.give_devices(worker.devices)
@@ -541,7 +558,7 @@ class Dispatcher:
             waiting = sum(packet.calls for packet in list(worker.packets)[1:])
             if waiting * (
                 queue.estimate_s or 1.0
-            ) >= _STEAL_MIN_S and self._state.resources.fits_now(queue.task_class.resources):
+            ) >= _STEAL_MIN_S and self._state.resources.fits_now(queue.demand):
                 self._state.effects.append(TakeBack(worker.worker_id))
                 return
 
@@ -657,7 +674,7 @@ class Dispatcher:
     def release_lease(self, worker: WorkerRecord) -> None:
         """A worker gives its resources back, if it holds any."""
         if worker.lease is not None:
-            self._state.resources.release(worker.lease.task_class.resources)
+            self._state.resources.release(worker.lease.demand)
             worker.lease = None
         elif worker.keeps is not None:
             self._state.resources.release(worker.keeps.kept)
@@ -746,12 +763,15 @@ class Dispatcher:
         state = self._state
         for worker in state.workers.values():
             self._check_worker(worker)
-            demand: dict[str, int] = {}
+            demand: Mapping[str, int] = {}
             if worker.lease is not None:
-                demand = worker.lease.task_class.resources
+                demand = worker.lease.demand
             elif worker.keeps is not None:
                 demand = worker.keeps.kept
             for name, amount in demand.items():
+                held[name] = held.get(name, 0) + amount
+        for reservation in self.bundles.reservations():
+            for name, amount in reservation.total().items():
                 held[name] = held.get(name, 0) + amount
         state.resources.check_invariants(held)
         for task in state.tasks.values():
@@ -776,8 +796,9 @@ class Dispatcher:
                 assert (
                     not any(worker.suits(queue) for worker in group.idle.values())
                     or queue.obstacle is not None
+                    or bool(self.orders)  # what is free may be kept for these
                     or len(group.ready) > 1  # another class may be waiting for its turn
-                    or not state.resources.fits_now(queue.task_class.resources)
+                    or not state.resources.fits_now(queue.demand)
                 ), "calls wait beside an idle worker"
 
     def _check_worker(self, worker: WorkerRecord) -> None:

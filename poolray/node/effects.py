@@ -17,6 +17,7 @@ from poolray.ids import ClientId, GroupId, NodeId, ObjectId, WorkerId
 from poolray.protocol.actors import ActorReply, CallCount, NamedActors
 from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, WaitReply
 from poolray.protocol.node import HeadRequest, PeerMessage
+from poolray.protocol.placement import PlacementGroupReply
 from poolray.protocol.state import StateRows
 from poolray.protocol.values import InArena, InFile
 from poolray.protocol.worker import InterruptTask, RunTasks, StopWorker
@@ -42,6 +43,7 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
         | NamedActors
         | CallCount
         | StateRows
+        | PlacementGroupReply
     )
 
 

@@ -20,6 +20,7 @@ from poolray.protocol.values import FunctionDefinition, TaskClass
 from poolray.tasks.class_queue import ClassQueue
 
 if TYPE_CHECKING:
+    from poolray.node.bundles import Bundles
     from poolray.node.objects import Objects
 
 
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
 class Functions:
     """Definitions of functions, and of the classes of tasks that call them."""
 
-    __slots__ = ("_holders", "_state", "objects")
+    __slots__ = ("_holders", "_state", "bundles", "objects")
 
     def __init__(self, state: NodeState) -> None:
         self._state = state
         self.objects: Objects
+        self.bundles: Bundles
         #: function id -> clients that defined it and have not released it.
         self._holders: dict[FunctionId, int] = {}
 
@@ -51,7 +53,9 @@ class Functions:
         known = self._state.classes.get(task_class.class_id)
         if known is None:
             state = self._state
-            obstacle = find_obstacle(task_class, state.node_id, state.labels, state.resources)
+            obstacle = None
+            if task_class.placement is None or not task_class.placement.group:
+                obstacle = find_obstacle(task_class, state.node_id, state.labels, state.resources)
             queue = ClassQueue(task_class, obstacle)
             queue.uses_devices = any(
                 amount and name in state.resources.pools
@@ -61,6 +65,8 @@ class Functions:
             if definition is not None:
                 queue.function_name = definition.name
             state.classes[task_class.class_id] = queue
+            if task_class.placement is not None and task_class.placement.group:
+                self.bundles.adopt(queue)
         else:
             known.released = False
 
@@ -111,6 +117,8 @@ class Functions:
         """A class was released, and its last task has ended."""
         class_id = queue.task_class.class_id
         self._state.classes.pop(class_id, None)
+        if queue.task_class.placement is not None:
+            self.bundles.forget(queue)
         for worker in self._state.workers.values():
             worker.class_indexes.pop(class_id, None)
             worker.calls_by_class.pop(class_id, None)

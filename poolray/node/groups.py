@@ -155,7 +155,7 @@ class Groups:
         ]
 
     def _kill_all(self, group: Group) -> None:
-        self.actors.on_group_ended(list(group.workers))
+        self.actors.end_in(list(group.workers), "ended with the runtime that it lived in")
         for worker in group.workers.values():
             self._dispatcher.release_lease(worker)
             if worker.state is not _STOPPING:
@@ -231,7 +231,7 @@ class Groups:
         """
         if self._state.now < group.start_again_s:
             return False
-        resources, demand = self._state.resources, queue.task_class.resources
+        resources, demand = self._state.resources, queue.demand
         while group.starting < queue.queued_calls:
             if group.size:
                 if len(group.workers) >= group.size:
@@ -340,6 +340,7 @@ class Groups:
         group.stocked.pop(message.worker_id, None)
         group.device_workers.pop(message.worker_id, None)
         del self._state.workers[message.worker_id]
+        self._dispatcher.bundles.on_worker_lost(message.worker_id)
         del group.workers[message.worker_id]
         self._free_slots.append(worker.slot)
         self._tasks.drop_client(ClientId(message.worker_id))

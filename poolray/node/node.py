@@ -24,6 +24,7 @@ from poolray.config import Config
 from poolray.exceptions import InternalError, PoolrayError
 from poolray.ids import ClientId, NodeId, TaskId, WorkerId
 from poolray.node.actors import Actors
+from poolray.node.bundles import Bundles
 from poolray.node.cancellation import Cancellation
 from poolray.node.dispatch import Dispatcher
 from poolray.node.effects import Effect, SendHead, Warn
@@ -34,7 +35,6 @@ from poolray.node.memory_protection import MemoryProtection
 from poolray.node.objects import Objects
 from poolray.node.observer import Observer
 from poolray.node.peers import Peers
-from poolray.node.placement import NODE_ID_LABEL
 from poolray.node.retries import Retries
 from poolray.node.state import NodeState
 from poolray.node.store import Store, StoreStatistics
@@ -107,6 +107,17 @@ from poolray.protocol.node import (
     UseSource,
     WorkerLost,
 )
+from poolray.protocol.placement import (
+    AwaitPlacementGroup,
+    CommitBundles,
+    CreatePlacementGroup,
+    DescribePlacementGroups,
+    GroupChanged,
+    GroupsFound,
+    PrepareBundles,
+    RemovePlacementGroup,
+    ReturnBundles,
+)
 from poolray.protocol.state import QueryState
 from poolray.protocol.values import FunctionDefinition, InArena
 from poolray.protocol.worker import (
@@ -121,6 +132,8 @@ from poolray.protocol.worker import (
     WorkerStopping,
     WorkerUnblocked,
 )
+from poolray.scheduling.group_resources import is_of_group
+from poolray.scheduling.labels import NODE_ID_LABEL
 from poolray.scheduling.resources import ResourceAccount, from_fixed
 
 WorkerReport: TypeAlias = (
@@ -171,6 +184,7 @@ class NodeStatistics:
     functions: int
     open_requests: int
     actors: int  #: that are not dead
+    bundles: int  #: of placement groups, kept here
     resources_total: dict[str, float]
     resources_available: dict[str, float]
     arena: AllocatorStatistics
@@ -261,6 +275,10 @@ class Node:
         cancellation.dispatcher = retries.dispatcher = dispatcher
         peers.cancellation = cancellation
         observer.cancellation, observer.call_sites = cancellation, objects.call_sites
+        bundles = Bundles(state, objects, tasks)
+        bundles.actors, bundles.dispatcher, bundles.peers = actors, dispatcher, peers
+        functions.bundles = dispatcher.bundles = self._bundles = bundles
+        dispatcher.orders = bundles.orders
         self._cancellation, self._retries = cancellation, retries
         tasks.protection = self._protection = MemoryProtection(state, tasks, watches_memory)
         self._protection.actors, self._protection.retries = actors, retries
@@ -371,6 +389,13 @@ class Node:
                 | CountCalls()
             ):
                 self._actors.on_request(client_id, message)
+            case (
+                CreatePlacementGroup()
+                | RemovePlacementGroup()
+                | DescribePlacementGroups()
+                | AwaitPlacementGroup()
+            ):
+                self._bundles.on_request(client_id, message)
             case CancelTask():
                 self._cancellation.cancel(message.task_id, message.force, message.recursive)
             case _:
@@ -506,6 +531,14 @@ class Node:
                 self.state.effects.append(Warn(text))
             case ActorFound() | NamesFound():
                 self._actors.on_head_reply(message)
+            case (
+                PrepareBundles()
+                | CommitBundles()
+                | ReturnBundles()
+                | GroupChanged()
+                | GroupsFound()
+            ):
+                self._bundles.on_head(message)
             case _:
                 raise InternalError(f"a node does not ask for {type(message).__name__}")
 
@@ -513,7 +546,15 @@ class Node:
 
     def register(self) -> RegisterNode:
         """How this node introduces itself to the head."""
-        return RegisterNode(node_id=self.state.node_id, total=self.state.resources.total)
+        state = self.state
+        return RegisterNode(
+            node_id=state.node_id,
+            total={n: q for n, q in state.resources.total.items() if not is_of_group(n)},
+            labels=dict(state.labels),
+            is_alone=not self._has_head,
+            bundles=self._bundles.kept(),
+            watched_groups=self._bundles.watched(),
+        )
 
     def next_deadline(self) -> float | None:
         """When to send `Tick` at the latest, on the shell's clock; None: no need."""
@@ -577,6 +618,7 @@ class Node:
             functions=len(state.functions),
             open_requests=sum(len(client.requests) for client in state.clients.values()),
             actors=self._actors.count(),
+            bundles=self._bundles.count(),
             resources_total=from_fixed(state.resources.total),
             resources_available=from_fixed(state.resources.available),
             arena=state.allocator.statistics(),
@@ -612,6 +654,7 @@ class Node:
         self._cancellation.check_invariants()
         self._retries.check_invariants()
         self._protection.check_invariants()
+        self._bundles.check_invariants(state.classes.values())
         packets = [packet for worker in state.workers.values() for packet in worker.packets]
         pins = [o for packet in packets for o in packet.pins or ()]
         self._store.check_invariants([*pins, *self._actors.pins(), *self._peers.transfers.pins()])

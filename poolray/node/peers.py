@@ -11,6 +11,7 @@ another node's arena is kept there, for this node as a client, until the record 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, final
 
 import msgspec
@@ -33,6 +34,7 @@ from poolray.protocol.node import (
     ForwardTasks,
     NodeView,
 )
+from poolray.protocol.placement import GroupRow
 from poolray.protocol.values import (
     CallKind,
     Delivery,
@@ -42,6 +44,7 @@ from poolray.protocol.values import (
     TaskSpec,
     Value,
 )
+from poolray.scheduling.group_resources import resources_of
 from poolray.tasks.class_queue import ClassQueue
 from poolray.tasks.lifecycle import FORWARDED, TaskRecord
 
@@ -95,7 +98,7 @@ class Peers:
         functions = self._definitions(queue)
         if functions is None or not self._may_travel(record):
             return False
-        target = self._choose(queue.task_class.resources)
+        target = self._choose(queue.demand)
         if target is None:
             return False
         queue.queue.popleft()
@@ -114,18 +117,19 @@ class Peers:
 
     def _may_travel(self, record: TaskRecord) -> bool:
         """Whether a task can run elsewhere: all that it needs goes along by value or by place."""
+        placement = record.class_queue.task_class.placement
         return (
             record.class_queue.task_class.delivery is Delivery.OBJECTS
             # (An actor lives where it was made.)
             and record.class_queue.task_class.kind is not CallKind.CREATE
             and not record.is_foreign
             # Of other nodes' labels nothing is known here.
-            and record.class_queue.task_class.placement is None
+            and (placement is None or bool(placement.group))
             # (Handles of actors mean nothing on another node yet.)
             and not any(actor_of_handle(object_id) for object_id in record.borrows)
         )
 
-    def _choose(self, demand: dict[str, int]) -> NodeId | None:
+    def _choose(self, demand: Mapping[str, int]) -> NodeId | None:
         """The peer with most room; its view is charged, so that one report is not spent twice."""
         best: NodeView | None = None
         best_score = 0
@@ -275,6 +279,18 @@ class Peers:
         )
         self.transfers.pull(object_id)
         return True
+
+    def learn_bundles(self, row: GroupRow) -> None:
+        """A group was placed: until its nodes say what is free in it, all of it is."""
+        placed: dict[NodeId, dict[int, dict[str, int]]] = {}
+        for index, node_id in enumerate(row.nodes):
+            if node_id in self.views:
+                placed.setdefault(node_id, {})[index] = row.spec.bundles[index]
+        for node_id, bundles in placed.items():
+            view = self.views[node_id]
+            brought = resources_of(row.spec.group_id, bundles)
+            available = {**brought, **view.available}
+            self.views[node_id] = msgspec.structs.replace(view, available=available)
 
     # ---- the head's word -------------------------------------------------------------------------
 

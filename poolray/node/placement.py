@@ -10,9 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from poolray.exceptions import (
+    ActorUnschedulableError,
+    PoolrayError,
+    TaskPlacementGroupRemoved,
+    TaskUnschedulableError,
+)
 from poolray.ids import NodeId
-from poolray.protocol.values import TaskClass
-from poolray.scheduling.labels import NODE_ID_LABEL as NODE_ID_LABEL
+from poolray.protocol.values import CallKind, TaskClass
 from poolray.scheduling.labels import describe, meets_one
 from poolray.scheduling.resources import ResourceAccount, from_fixed
 from poolray.tasks.class_queue import Obstacle
@@ -52,6 +57,18 @@ def find_obstacle(
             is_final=False,
         )
     return None
+
+
+def unschedulable(task_class: TaskClass, reason: str) -> PoolrayError:
+    """What calls of a class that no node may ever run come to."""
+    if task_class.kind is CallKind.CREATE:
+        return ActorUnschedulableError(
+            f"The actor is not schedulable: {reason}, name={task_class.name}"
+        )
+    text = f"The task is not schedulable: {reason}, name={task_class.name}"
+    if task_class.placement is not None and task_class.placement.group:
+        return TaskPlacementGroupRemoved(text)
+    return TaskUnschedulableError(text)
 
 
 def _described(resources: ResourceAccount, demand: Mapping[str, float]) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, final
 import msgspec
 
 from poolray.exceptions import (
+    ActorUnschedulableError,
     InternalError,
     NodeDiedError,
     ObjectLostError,
@@ -24,6 +25,7 @@ from poolray.exceptions import (
     OutOfMemoryError,
     PoolrayError,
     TaskCancelledError,
+    TaskPlacementGroupRemoved,
     TaskUnschedulableError,
     WorkerCrashedError,
 )
@@ -43,6 +45,7 @@ from poolray.node.effects import Reply, UnhandledError
 from poolray.node.functions import Functions
 from poolray.node.objects import Objects
 from poolray.node.observer import Family, Observer
+from poolray.node.placement import unschedulable
 from poolray.node.state import NodeState
 from poolray.node.store import Store
 from poolray.node.workers import Group, GroupState, Packet, WorkerRecord
@@ -97,6 +100,8 @@ _ERROR_TYPES: dict[type[PoolrayError], str] = {
     ObjectReconstructionFailedError: "OBJECT_UNRECONSTRUCTABLE",
     TaskCancelledError: "TASK_CANCELLED",
     TaskUnschedulableError: "TASK_UNSCHEDULABLE_ERROR",
+    ActorUnschedulableError: "ACTOR_UNSCHEDULABLE_ERROR",
+    TaskPlacementGroupRemoved: "TASK_PLACEMENT_GROUP_REMOVED",
 }
 _OTHER_ERROR = "TASK_EXECUTION_EXCEPTION"
 
@@ -611,8 +616,7 @@ class Tasks:
 
     def give_up_unschedulable(self, queue: ClassQueue, reason: str) -> None:
         """No node may ever run the calls of a class: those that are queued fail."""
-        name = queue.task_class.name
-        error = TaskUnschedulableError(f"The task is not schedulable: {reason}, name={name}")
+        error = unschedulable(queue.task_class, reason)
         for record in [record for record in queue.queue if record not in queue.removed]:
             if self._state.tasks.get(record.task_id) is record:  # a failure may end others
                 self._withdraw(record)

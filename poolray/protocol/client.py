@@ -14,6 +14,7 @@ import msgspec
 
 from poolray.ids import FunctionId, ObjectId, TaskId
 from poolray.protocol.actors import ActorReply, ActorRequest, CallCount, NamedActors
+from poolray.protocol.placement import PlacementGroupReply, PlacementRequest
 from poolray.protocol.state import QueryState, StateRows
 from poolray.protocol.values import (
     FunctionDefinition,
@@ -202,6 +203,7 @@ ClientRequest: TypeAlias = (
     | ActorRequest
     | CancelTask
     | QueryState
+    | PlacementRequest
 )
 
 ClientReply: TypeAlias = (
@@ -213,4 +215,5 @@ ClientReply: TypeAlias = (
     | NamedActors
     | CallCount
     | StateRows
+    | PlacementGroupReply
 )

@@ -13,7 +13,16 @@ from typing import TypeAlias
 
 import msgspec
 
-from poolray.ids import ActorId, FunctionId, GroupId, NodeId, ObjectId, TaskId, WorkerId
+from poolray.ids import (
+    ActorId,
+    FunctionId,
+    GroupId,
+    NodeId,
+    ObjectId,
+    PlacementGroupId,
+    TaskId,
+    WorkerId,
+)
 from poolray.protocol.directory import (
     ActorAt,
     ActorChanged,
@@ -38,6 +47,7 @@ from poolray.protocol.directory import (
     UnwatchActor,
     WatchActor,
 )
+from poolray.protocol.placement import KeptBundles, PlacementHeadMessage, PlacementHeadRequest
 from poolray.protocol.values import (
     FunctionDefinition,
     InArena,
@@ -339,6 +349,10 @@ class RegisterNode(msgspec.Struct, frozen=True, array_like=True, tag=301, kw_onl
     info: dict[str, str] = {}
     actors: list[ActorEntry] = []  #: those that it keeps or hosts
     watched: list[ActorId] = []  #: actors whose place it wants to know
+    #: It lives in one process with the head, which hears of it when it is asked something.
+    is_alone: bool = False
+    bundles: list[KeptBundles] = []  #: those of placement groups that it has set aside or open
+    watched_groups: list[PlacementGroupId] = []  #: placement groups of which it wants to hear
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=302, kw_only=True):
@@ -451,6 +465,7 @@ HeadRequest: TypeAlias = (
     | UnwatchActor
     | ListActorEntries
     | KeyValueExists
+    | PlacementHeadRequest
 )
 
 
@@ -535,4 +550,5 @@ HeadMessage: TypeAlias = (
     | RestartActor
     | KeepActor
     | DropActor
+    | PlacementHeadMessage
 )

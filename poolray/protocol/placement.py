@@ -61,6 +61,15 @@ class GroupRow(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     created_after_s: float = 0.0  #: from its registration on
 
 
+class KeptBundles(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Bundles of one attempt that a node has, as it tells a head that was started again."""
+
+    group_id: PlacementGroupId
+    attempt: int
+    indexes: list[int]
+    is_open: bool  #: they were committed
+
+
 # ---- client and node -----------------------------------------------------------------------------
 
 

@@ -14,7 +14,15 @@ from typing import TypeAlias
 
 import msgspec
 
-from poolray.ids import ClassId, FunctionId, GroupId, NodeId, ObjectId, TaskId
+from poolray.ids import (
+    ClassId,
+    FunctionId,
+    GroupId,
+    NodeId,
+    ObjectId,
+    PlacementGroupId,
+    TaskId,
+)
 
 
 class CallKind(enum.IntEnum):
@@ -96,6 +104,12 @@ class Placement(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     #: Sets of conditions on labels, best first; a node that meets all of one set will do. Empty:
     #: every node.
     labels: list[list[LabelMatch]] = []
+    #: Conditions that the node should meet beyond that, if one does.
+    wishes: list[LabelMatch] = []
+    spread: bool = False  #: nodes take turns
+    group: PlacementGroupId = PlacementGroupId(b"")  #: in a bundle of this placement group
+    bundle: int = -1  #: which one; -1: any
+    captures: bool = False  #: tasks that the calls submit run in the group too
 
 
 class TaskClass(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=True):

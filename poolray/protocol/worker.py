@@ -41,6 +41,7 @@ from poolray.protocol.client import (
     WaitObjects,
     WaitReply,
 )
+from poolray.protocol.placement import PlacementGroupReply, PlacementRequest
 from poolray.protocol.state import QueryState, StateRows
 from poolray.protocol.values import FunctionDefinition, InArena, InFile, Outcome, TaskClass
 
@@ -224,6 +225,7 @@ class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_onl
         | UnpinObjects
         | ActorRequest
         | QueryState
+        | PlacementRequest
     )
 
 
@@ -268,6 +270,7 @@ ToWorkerControl: TypeAlias = (
     | NamedActors
     | CallCount
     | StateRows
+    | PlacementGroupReply
     | InterruptTask
 )
 

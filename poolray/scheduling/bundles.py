@@ -26,6 +26,7 @@ Amounts: TypeAlias = Mapping[str, int]
 
 #: Steps of the search for an assignment that greed has not found; it gives up after so many.
 _SEARCH_MAX = 20_000
+_NOWHERE = NodeId(b"")
 
 
 class Strategy(enum.IntEnum):
@@ -90,7 +91,7 @@ class Wish:
         bundles: Mapping[int, Amounts],
         labels: Mapping[int, Sequence[LabelMatch]] | None = None,
         placed: Mapping[int, NodeId] | None = None,
-        preferred: NodeId = NodeId(b""),
+        preferred: NodeId = _NOWHERE,
     ) -> None:
         self.strategy = strategy
         self.bundles = bundles
@@ -100,9 +101,7 @@ class Wish:
 
     def suits(self, index: int, room: Room) -> bool:
         """Whether a bundle may go to a node, and fits there now."""
-        return room.fits(self.bundles[index]) and meets_all(
-            self.labels.get(index, ()), room.labels
-        )
+        return room.fits(self.bundles[index]) and meets_all(self.labels.get(index, ()), room.labels)
 
 
 def assign(wish: Wish, rooms: Sequence[Room]) -> dict[int, NodeId] | None:
@@ -116,10 +115,7 @@ def assign(wish: Wish, rooms: Sequence[Room]) -> dict[int, NodeId] | None:
     if wish.strategy is Strategy.STRICT_SPREAD:
         matched = _match(wish, [room for room in rooms if room.node_id not in used])
         return matched if len(matched) == len(wish.bundles) else None
-    if wish.strategy is Strategy.SPREAD:
-        found = _spread(wish, rooms)
-    else:
-        found = _pack(wish, rooms)
+    found = _spread(wish, rooms) if wish.strategy is Strategy.SPREAD else _pack(wish, rooms)
     return found if found is not None else _search(wish, rooms)
 
 
@@ -166,8 +162,9 @@ def _on_one(wish: Wish, rooms: Sequence[Room]) -> dict[int, NodeId] | None:
 def _match(wish: Wish, rooms: Sequence[Room]) -> dict[int, NodeId]:
     """As many bundles as possible on nodes of their own (augmenting paths)."""
     indexes = _by_size(wish)
-    fitting = {index: [n for n, room in enumerate(rooms) if wish.suits(index, room)]
-               for index in indexes}
+    fitting = {
+        index: [n for n, room in enumerate(rooms) if wish.suits(index, room)] for index in indexes
+    }
     place: dict[int, int] = {}  # bundle -> node
     owner: dict[int, int] = {}  # node -> bundle
     for index in indexes:

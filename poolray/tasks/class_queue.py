@@ -10,6 +10,7 @@ Invariants: `queued_calls` is the sum over the queued tasks; an estimate comes f
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, final
 
 from poolray.config import Config
@@ -41,6 +42,7 @@ class ClassQueue:
     """A task class: its queue and what is known of its run time."""
 
     __slots__ = (
+        "demand",
         "estimate_s",
         "function_name",
         "hungry",
@@ -62,10 +64,10 @@ class ClassQueue:
         self.task_class = task_class
         #: Why none of its calls can ever run here; None: they can, the usual case.
         self.obstacle = obstacle
-        #: What a call that waits in `get` or `wait` lends to others: its CPUs. Of the rest, a
-        #: device say, its memory is full of things.
-        self.lent = {n: q for n, q in task_class.resources.items() if n == "CPU"}
-        self.kept = {n: q for n, q in task_class.resources.items() if n != "CPU" and q}
+        #: What a call takes of a node, under the names that the node has for it: those of a
+        #: placement group where the class names one.
+        self.demand: Mapping[str, int] = task_class.resources
+        self.set_lent()
         #: Whether its workers are given devices, and serve nobody else afterwards.
         self.uses_devices = False
         #: Module and name of the function.
@@ -88,6 +90,13 @@ class ClassQueue:
         self.released = False
         #: Seconds per call, moving average; None until a first report.
         self.estimate_s: float | None = None
+
+    def set_lent(self) -> None:
+        """The demand is known, or another one than it was."""
+        #: What a call that waits in `get` or `wait` lends to others: its CPUs. Of the rest, a
+        #: device say, its memory is full of things.
+        self.lent = {n: q for n, q in self.demand.items() if n == "CPU" or n[:10] == "CPU_group_"}
+        self.kept = {n: q for n, q in self.demand.items() if n not in self.lent and q}
 
     def push(self, record: TaskRecord) -> None:
         """Queue a task behind the others."""

@@ -1,6 +1,6 @@
 """Faces beyond the core calls, each a module of its own that users import by name.
 
-What: conveniences under the module paths that Ray Core users know: `ActorPool`,
+What: conveniences under the module paths that Ray Core users know: `ActorPool`, placement groups,
 `register_serializer`, `deregister_serializer`, `inspect_serializability`, `memory_summary`.
 Who calls it: user code.
 May touch: what `poolray.api` offers, how values are written (`poolray.objects.serialization`,
@@ -15,15 +15,27 @@ from poolray.actor import named_actors
 from poolray.util.actor_pool import ActorPool
 from poolray.util.check_serialize import inspect_serializability
 from poolray.util.memory import memory_summary
+from poolray.util.placement_group import (
+    get_current_placement_group,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from poolray.util.serialization import deregister_serializer, register_serializer
 
 __all__ = [
     "ActorPool",
     "deregister_serializer",
+    "get_current_placement_group",
+    "get_placement_group",
     "inspect_serializability",
     "list_named_actors",
     "memory_summary",
+    "placement_group",
+    "placement_group_table",
     "register_serializer",
+    "remove_placement_group",
 ]
 
 

@@ -51,6 +51,7 @@ FLOORS = (
             "actor_methods",
             "binding",
             "cluster_state",
+            "remote_groups",
             "remote_placement",
             "remote_strategies",
         ),

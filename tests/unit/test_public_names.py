@@ -72,6 +72,15 @@ PUBLIC_NAMES = {
         "nodes",
         "timeline",
     ],
+    "poolray.util.placement_group": [
+        "PlacementGroup",
+        "PlacementGroupID",
+        "get_current_placement_group",
+        "get_placement_group",
+        "placement_group",
+        "placement_group_table",
+        "remove_placement_group",
+    ],
     "poolray.util.scheduling_strategies": [
         "DoesNotExist",
         "Exists",
@@ -110,7 +119,9 @@ PUBLIC_NAMES = {
         "ActorAlreadyExistsError",
         "ActorDiedError",
         "ActorError",
+        "ActorPlacementGroupRemoved",
         "ActorUnavailableError",
+        "ActorUnschedulableError",
         "AuthenticationError",
         "ClusterConnectionError",
         "GetTimeoutError",
@@ -134,6 +145,7 @@ PUBLIC_NAMES = {
         "RuntimeEnvSetupError",
         "TaskCancelledError",
         "TaskError",
+        "TaskPlacementGroupRemoved",
         "TaskUnschedulableError",
         "WorkerCrashedError",
         "WorkerStartError",
@@ -170,10 +182,15 @@ PUBLIC_NAMES = {
     "poolray.util": [
         "ActorPool",
         "deregister_serializer",
+        "get_current_placement_group",
+        "get_placement_group",
         "inspect_serializability",
         "list_named_actors",
         "memory_summary",
+        "placement_group",
+        "placement_group_table",
         "register_serializer",
+        "remove_placement_group",
     ],
     "poolray.__main__": ["main"],
     "poolray.util.actor_pool": ["ActorPool"],
@@ -448,7 +465,7 @@ def test_the_tree_on_top_of_the_module_is_the_tree() -> None:
     for line in exceptions.__doc__.splitlines():
         if found := re.match(
             r"^(    (?:[│ ] {3})*(?:[├└]── )?)"
-            r"(\w+Error|IllegalTransition|PendingCallsLimitExceeded)\b",
+            r"(\w+Error|IllegalTransition|PendingCallsLimitExceeded|\w+PlacementGroupRemoved)\b",
             line,
         ):
             depth = len(found[1]) // 4 - 1
