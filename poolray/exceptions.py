@@ -12,6 +12,7 @@
     ├── WorkerStartError              workers of a group do not start (initializer, environment)
     ├── RuntimeEnvSetupError          the environment of a task cannot be made
     ├── GetTimeoutError               also a TimeoutError
+    ├── CallTimeoutError              a call ran for longer than it may; also a TimeoutError
     ├── ActorError                    an actor could not answer a call
     │   ├── ActorDiedError            it is dead, for good
     │   └── ActorUnavailableError     it is being restarted
@@ -50,6 +51,7 @@ __all__ = [
     "ActorUnavailableError",
     "ActorUnschedulableError",
     "AuthenticationError",
+    "CallTimeoutError",
     "ClusterConnectionError",
     "GetTimeoutError",
     "IllegalTransition",
@@ -423,6 +425,29 @@ class RuntimeEnvSetupError(PoolrayError):
 
 class GetTimeoutError(PoolrayError, TimeoutError):
     """`get` had a timeout and not every object was ready in time."""
+
+
+class CallTimeoutError(PoolrayError, TimeoutError):
+    """A call ran for longer than the `timeout` that it was given, and was ended.
+
+    Attributes
+    ----------
+    task_name : str
+        The function.
+    timeout_s : float
+        How long it may run.
+    pid : int
+        The worker's process, which was replaced.
+    """
+
+    def __init__(self, *, task_name: str, timeout_s: float, pid: int) -> None:
+        self.task_name = task_name
+        self.timeout_s = timeout_s
+        self.pid = pid
+        super().__init__(
+            f"A call of {task_name} ran for longer than its timeout of {timeout_s:g} s and was "
+            f"ended; its worker (pid {pid}) was replaced. Give it more time with timeout=."
+        )
 
 
 class ActorError(PoolrayError):

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from poolray.exceptions import NotSupportedError, PoolrayError
 from poolray.local import runtime as local_runtime
-from poolray.local.calls import CallGroup, CallStream, split_error
+from poolray.local.calls import CallGroup, CallStream, check_timeout, split_error
 from poolray.local.feed import PASSIVE, Feed, chunks_of
 from poolray.local.fork_server import WorkerSetup
 from poolray.local.pool_results import (
@@ -177,10 +177,15 @@ class Pool:
     # ---- calls -----------------------------------------------------------------------------------
 
     def apply(
-        self, func: Callable[..., R], args: Iterable[Any] = (), kwds: Mapping[str, Any] = {}
+        self,
+        func: Callable[..., R],
+        args: Iterable[Any] = (),
+        kwds: Mapping[str, Any] = {},
+        *,
+        timeout: float | None = None,
     ) -> R:
-        """Call `func(*args, **kwds)` in a worker and wait for the value."""
-        return self.apply_async(func, args, kwds).get()
+        """Call `func(*args, **kwds)` in a worker and wait for the value; see `apply_async`."""
+        return self.apply_async(func, args, kwds, timeout=timeout).get()
 
     def apply_async(
         self,
@@ -189,6 +194,8 @@ class Pool:
         kwds: Mapping[str, Any] = {},
         callback: Callable[[R], object] | None = None,
         error_callback: Callable[[BaseException], object] | None = None,
+        *,
+        timeout: float | None = None,
     ) -> ApplyResult[R]:
         """Call `func(*args, **kwds)` in a worker.
 
@@ -196,11 +203,14 @@ class Pool:
         ----------
         callback, error_callback : callable, optional
             Called with the value or the exception, in a thread of the pool, before `get` returns.
+        timeout : float, seconds, optional
+            How long the call may run, from its beginning in a worker; then it fails with
+            `CallTimeoutError`, a `TimeoutError`. None is without end.
 
         Raises
         ------
         ValueError
-            The pool is not running.
+            The pool is not running; a bad timeout.
 
         Examples
         --------
@@ -210,15 +220,23 @@ class Pool:
         32
         """
         self._check_running()
+        if timeout is not None:
+            timeout = check_timeout(timeout)
         result: ApplyResult[R] = ApplyResult(self, callback, error_callback)
         group = self._group
         try:
             self._cache[id(result)] = result  # here: Ctrl-C finds it registered and abandoned
             if type(func) is types.FunctionType or type(func) is types.BuiltinFunctionType:
-                stream = group.stream(func, CallKind.CALL)
+                stream = (
+                    group.stream(func, CallKind.CALL)
+                    if timeout is None
+                    else group.limited_stream(func, CallKind.CALL, timeout)
+                )
                 payload = group.dumps_call(tuple(args), kwds)
             else:
-                stream = group.apply_stream()
+                stream = (
+                    group.apply_stream() if timeout is None else group.limited_apply_stream(timeout)
+                )
                 payload = group.dumps((func, tuple(args), kwds))
             group.submit(stream, payload, result)
         except Exception as error:  # as in the standard Pool, `get` raises it
@@ -229,7 +247,12 @@ class Pool:
         return result
 
     def map(
-        self, func: Callable[[T], R], iterable: Iterable[T], chunksize: int | None = None
+        self,
+        func: Callable[[T], R],
+        iterable: Iterable[T],
+        chunksize: int | None = None,
+        *,
+        timeout: float | None = None,
     ) -> list[R]:
         """`[func(item) for item in iterable]`, in workers.
 
@@ -237,6 +260,11 @@ class Pool:
         ----------
         chunksize : int, optional
             Items that a worker takes as one task; by default a quarter of its share.
+        timeout : float, seconds, optional
+            How long each item may run, from its beginning in a worker. One that is late is ended
+            and fails with `CallTimeoutError`, a `TimeoutError`; its worker is replaced, and all
+            others are run to their ends. With a timeout each item is a task of its own, whatever
+            the chunksize.
 
         Examples
         --------
@@ -245,7 +273,7 @@ class Pool:
         ...     pool.map(str, [1, 2])
         ['1', '2']
         """
-        return self._map(func, iterable, CallKind.MAP, chunksize, None, None).get()
+        return self._map(func, iterable, CallKind.MAP, chunksize, None, None, timeout).get()
 
     def map_async(
         self,
@@ -254,18 +282,22 @@ class Pool:
         chunksize: int | None = None,
         callback: Callable[[list[R]], object] | None = None,
         error_callback: Callable[[BaseException], object] | None = None,
+        *,
+        timeout: float | None = None,
     ) -> ApplyResult[list[R]]:
         """`map` without waiting."""
-        return self._map(func, iterable, CallKind.MAP, chunksize, callback, error_callback)
+        return self._map(func, iterable, CallKind.MAP, chunksize, callback, error_callback, timeout)
 
     def starmap(
         self,
         func: Callable[..., R],
         iterable: Iterable[Iterable[Any]],
         chunksize: int | None = None,
+        *,
+        timeout: float | None = None,
     ) -> list[R]:
-        """`[func(*arguments) for arguments in iterable]`, in workers."""
-        return self._map(func, iterable, CallKind.STARMAP, chunksize, None, None).get()
+        """`[func(*arguments) for arguments in iterable]`, in workers; see `map`."""
+        return self._map(func, iterable, CallKind.STARMAP, chunksize, None, None, timeout).get()
 
     def starmap_async(
         self,
@@ -274,9 +306,13 @@ class Pool:
         chunksize: int | None = None,
         callback: Callable[[list[R]], object] | None = None,
         error_callback: Callable[[BaseException], object] | None = None,
+        *,
+        timeout: float | None = None,
     ) -> ApplyResult[list[R]]:
         """`starmap` without waiting."""
-        return self._map(func, iterable, CallKind.STARMAP, chunksize, callback, error_callback)
+        return self._map(
+            func, iterable, CallKind.STARMAP, chunksize, callback, error_callback, timeout
+        )
 
     def _map(
         self,
@@ -286,6 +322,7 @@ class Pool:
         chunksize: int | None,
         callback: Callable[[Any], object] | None,
         error_callback: Callable[[BaseException], object] | None,
+        timeout: float | None,
     ) -> MapResult:
         self._check_running()
         items = iterable if hasattr(iterable, "__len__") else list(iterable)
@@ -298,6 +335,8 @@ class Pool:
             raise TypeError(f"chunksize must be an integer, not {type(chunksize).__name__}")
         elif chunksize < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
+        if timeout is not None:
+            timeout, chunksize = check_timeout(timeout), 1
         if length == 0:
             chunksize = 0
         result = MapResult(self, chunksize, length, callback, error_callback)
@@ -309,7 +348,7 @@ class Pool:
         try:
             self._cache[id(result)] = result
             try:
-                stream = self._group.stream(func, kind)
+                stream = self._stream(func, kind, timeout)
             except Exception as error:
                 result._set(False, error)
                 return result
@@ -321,6 +360,13 @@ class Pool:
             self._abandon(result)
             raise
         return result
+
+    def _stream(
+        self, func: Callable[..., Any], kind: CallKind, timeout: float | None
+    ) -> CallStream:
+        if timeout is None:
+            return self._group.stream(func, kind)
+        return self._group.limited_stream(func, kind, timeout)
 
     def _feed_of(self, result: MapResult, stream: CallStream, chunks: Iterator[list[Any]]) -> Feed:
         feed = Feed(self, stream, chunks, True)
@@ -335,7 +381,12 @@ class Pool:
         return feed
 
     def imap(
-        self, func: Callable[[T], R], iterable: Iterable[T], chunksize: int = 1
+        self,
+        func: Callable[[T], R],
+        iterable: Iterable[T],
+        chunksize: int = 1,
+        *,
+        timeout: float | None = None,
     ) -> IMapIterator[R]:
         """An iterator over `func(item)` in order; reads its input lazily.
 
@@ -343,24 +394,32 @@ class Pool:
         ----------
         chunksize : int, default 1
             Items that a worker takes as one task. Short calls are fast with 1 as well.
+        timeout : float, seconds, optional
+            How long each item may run; see `map`. `next` raises `CallTimeoutError` in the place
+            of one that was late, and the iteration can go on.
 
         Raises
         ------
         ValueError
-            `chunksize` below 1; the pool is not running.
+            `chunksize` below 1; the pool is not running; a bad timeout.
 
         Notes
         -----
         Reads ahead by a bounded number of items and bytes (`Config.imap_window_items`,
         `Config.imap_window_bytes`), results that were not taken included.
         """
-        return self._imap(IMapIterator, func, iterable, chunksize)
+        return self._imap(IMapIterator, func, iterable, chunksize, timeout)
 
     def imap_unordered(
-        self, func: Callable[[T], R], iterable: Iterable[T], chunksize: int = 1
+        self,
+        func: Callable[[T], R],
+        iterable: Iterable[T],
+        chunksize: int = 1,
+        *,
+        timeout: float | None = None,
     ) -> IMapIterator[R]:
         """`imap`, with results as they come."""
-        return self._imap(IMapUnorderedIterator, func, iterable, chunksize)
+        return self._imap(IMapUnorderedIterator, func, iterable, chunksize, timeout)
 
     def _imap(
         self,
@@ -368,14 +427,17 @@ class Pool:
         func: Callable[[Any], Any],
         iterable: Iterable[Any],
         chunksize: int,
+        timeout: float | None,
     ) -> IMapIterator[Any]:
         self._check_running()
         if chunksize < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
+        if timeout is not None:
+            timeout, chunksize = check_timeout(timeout), 1
         passive = type(iterable) in PASSIVE
         failure: BaseException | None = None
         try:
-            stream = self._group.stream(func, CallKind.MAP)
+            stream = self._stream(func, CallKind.MAP, timeout)
         except Exception as error:  # as in the standard Pool, each item fails with it
             stream, failure = self._group.apply_stream(), error
         try:

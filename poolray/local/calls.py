@@ -27,6 +27,8 @@ from poolray.protocol.values import CallKind, Delivery, InArena, InFile, Outcome
 #: Calls in a batch at the most: the machine cuts batches into packets, which copies what is left.
 _BATCH_MAX = 512
 _FUNCTIONS_MAX = 256
+#: No call is waited for so long.
+_FOR_EVER_S = 1e9
 
 
 class Receiver(Protocol):
@@ -288,10 +290,13 @@ class CallGroup:
         self.inline_max_bytes = runtime.config.inline_max_bytes
         #: (function, kind) -> stream; functions are kept alive, so that their ids stay theirs.
         self._streams: dict[tuple[Any, CallKind], CallStream] = {}
-        #: (function id, kind) -> stream, also of functions that go by value.
-        self._by_function_id: dict[tuple[FunctionId, CallKind], CallStream] = {}
+        #: (function id, kind, limit) -> stream, also of functions that go by value.
+        self._by_function_id: dict[tuple[FunctionId, CallKind, float], CallStream] = {}
         #: For callables with state of their own, which travel with each call.
         self._apply_stream: CallStream | None = None
+        #: The same for calls of limited time, by their limits too.
+        self._limited_streams: dict[tuple[Any, CallKind, float], CallStream] = {}
+        self._limited_apply_streams: dict[float, CallStream] = {}
 
     def dumps(self, value: object) -> bytes | Serialized:
         """Serialize something for the group's workers."""
@@ -316,23 +321,48 @@ class CallGroup:
             found = None
         if found is not None:
             return found
-        data, by_reference = self.handle.serializer.dumps_function(function)
-        blob = data if isinstance(data, bytes) else data.to_bytes()
-        name = getattr(function, "__qualname__", None) or type(function).__qualname__
-        function_id = function_id_of(blob)
-        known = self._by_function_id.get((function_id, kind))
-        if known is None:
-            definition = self.runtime.client.definitions.define_blob(blob, name)
-            known = self._stream_of(function_id, name, kind, definition)
-            if len(self._by_function_id) >= _FUNCTIONS_MAX:
-                self._by_function_id.clear()
-            self._by_function_id[function_id, kind] = known
+        made, by_reference = self._make_stream(function, kind, 0.0)
         if by_reference:
             # Others are written anew at each use: what they captured may change.
             if len(self._streams) >= _FUNCTIONS_MAX:
                 self._streams.clear()
-            self._streams[key] = known
-        return known
+            self._streams[key] = made
+        return made
+
+    def limited_stream(
+        self, function: Callable[..., Any], kind: CallKind, timeout_s: float
+    ) -> CallStream:
+        """Calls of a function that are ended when they run for longer than that."""
+        key = (function, kind, timeout_s)
+        try:
+            found = self._limited_streams.get(key)
+        except TypeError:  # a callable that cannot be hashed
+            found = None
+        if found is not None:
+            return found
+        made, by_reference = self._make_stream(function, kind, timeout_s)
+        if by_reference:
+            if len(self._limited_streams) >= _FUNCTIONS_MAX:
+                self._limited_streams.clear()
+            self._limited_streams[key] = made
+        return made
+
+    def _make_stream(
+        self, function: Callable[..., Any], kind: CallKind, timeout_s: float
+    ) -> tuple[CallStream, bool]:
+        """The stream of a function's calls, and whether the function goes by reference."""
+        data, by_reference = self.handle.serializer.dumps_function(function)
+        blob = data if isinstance(data, bytes) else data.to_bytes()
+        name = getattr(function, "__qualname__", None) or type(function).__qualname__
+        function_id = function_id_of(blob)
+        known = self._by_function_id.get((function_id, kind, timeout_s))
+        if known is None:
+            definition = self.runtime.client.definitions.define_blob(blob, name)
+            known = self._stream_of(function_id, name, kind, definition, timeout_s)
+            if len(self._by_function_id) >= _FUNCTIONS_MAX:
+                self._by_function_id.clear()
+            self._by_function_id[function_id, kind, timeout_s] = known
+        return known, by_reference
 
     def apply_stream(self) -> CallStream:
         """Calls that bring their callable along."""
@@ -340,13 +370,26 @@ class CallGroup:
             self._apply_stream = self._stream_of(FunctionId(b""), "apply", CallKind.APPLY, None)
         return self._apply_stream
 
+    def limited_apply_stream(self, timeout_s: float) -> CallStream:
+        """The same for calls that are ended when they run for longer than that."""
+        made = self._limited_apply_streams.get(timeout_s)
+        if made is None:
+            made = self._limited_apply_streams[timeout_s] = self._stream_of(
+                FunctionId(b""), "apply", CallKind.APPLY, None, timeout_s
+            )
+        return made
+
     def _stream_of(
-        self, function_id: FunctionId, name: str, kind: CallKind, definition: DefinedFunction | None
+        self,
+        function_id: FunctionId,
+        name: str,
+        kind: CallKind,
+        definition: DefinedFunction | None,
+        timeout_s: float = 0.0,
     ) -> CallStream:
         group_id = self.handle.group_id
-        digest = hashlib.blake2b(
-            b"%d %d " % (group_id, kind) + function_id + name.encode(), digest_size=16
-        ).digest()
+        head = b"%d %d %r " % (group_id, kind, timeout_s)
+        digest = hashlib.blake2b(head + function_id + name.encode(), digest_size=16).digest()
         task_class = TaskClass(
             class_id=ClassId(digest),
             function_id=function_id,
@@ -357,6 +400,7 @@ class CallGroup:
             group_id=group_id,
             max_retries=self._max_retries,
             writable=True,
+            timeout_s=timeout_s,
         )
         self.runtime.tell(DefineClass(task_class=task_class))
         try:
@@ -402,3 +446,22 @@ def split_error(error: Any) -> tuple[BaseException, str | None, str | None]:
     if isinstance(error, BaseException):
         return ready_to_raise(error), None, None
     return InternalError(f"a call failed with {error!r}"), None, None
+
+
+def check_timeout(timeout: object) -> float:
+    """The limit of a call's time, as it was given.
+
+    Raises
+    ------
+    TypeError
+        It is no number.
+    ValueError
+        It is not above 0.
+    """
+    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
+        raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
+    if not 0 < timeout < _FOR_EVER_S:
+        raise ValueError(
+            f"timeout must be above 0 seconds and finite, not {timeout!r}; None is no limit"
+        )
+    return float(timeout)

@@ -42,6 +42,7 @@ from poolray.node.effects import (
     GroupDrained,
     GroupFailed,
     Interrupt,
+    LookAtCall,
     MeasureMemory,
     Notice,
     Nudge,
@@ -62,6 +63,7 @@ from poolray.objects.serialization import Serializer, main_definitions
 from poolray.objects.shared_memory import SLOTS, Arena, create_arena_file
 from poolray.protocol.client import RangeGranted
 from poolray.protocol.node import (
+    CallProgress,
     CloseGroup,
     CreateGroup,
     FailGroup,
@@ -193,6 +195,7 @@ class NodeShell:
             TakeBack: self._act_take_back,
             Nudge: self._act_nudge,
             Interrupt: self._act_interrupt,
+            LookAtCall: self._act_look_at_call,
             GroupFailed: deliver,
             GroupDrained: deliver,
             MeasureMemory: self._act_measure_memory,
@@ -287,6 +290,15 @@ class NodeShell:
         host = self._host_by_worker.get(worker_id)
         handle = None if host is None else host.workers.get(worker_id)
         return 0 if handle is None else handle.pid
+
+    def _act_look_at_call(self, effect: LookAtCall) -> None:
+        handle = self._host_by_worker[effect.worker_id].workers[effect.worker_id]
+        sequence, index, running_s = self.arena.look_at_call(handle.slot)
+        self._echoes.append(
+            CallProgress(
+                worker_id=effect.worker_id, sequence=sequence, index=index, running_s=running_s
+            )
+        )
 
     def _with_path(self, message: RangeGranted) -> RangeGranted:
         """A client is to write a file: the folder is there, and locked, before it is told."""
@@ -387,7 +399,7 @@ class NodeShell:
         if sequences:
             self.feed(SHELL, PacketsTakenBack(worker_id=worker_id, sequences=sequences))
         sequence, index = self.arena.get_progress(handle.slot)
-        self.arena.set_progress(handle.slot, 0, 0)
+        self.arena.clear_slot(handle.slot)
         self._deliver_unfinished_output(handle.pid)
         host.forget(worker_id)
         self._host_by_worker.pop(worker_id, None)

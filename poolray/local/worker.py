@@ -34,7 +34,7 @@ from poolray.local.actor_reports import cancelled_outcome
 from poolray.local.channel import SpinningReader
 from poolray.local.reactor import Guard
 from poolray.local.worker_client import WorkerClient, WorkerLink
-from poolray.local.worker_errors import DependencyFailed, UnpicklableResult
+from poolray.local.worker_errors import DependencyFailed, OutOfTime, UnpicklableResult
 from poolray.objects.serialization import (
     PICKLE_FIRST_BYTE,
     Serialized,
@@ -214,6 +214,8 @@ class Worker:
         #: A thread will signal us again: user code could not be interrupted where it was.
         self._signal_due = False
         self._thread = threading.get_ident()
+        #: What the running call was told when its time was up.
+        self.late: OutOfTime | None = None
         #: Results not sent yet; the last may be the first part of the running task's.
         self._finished: list[TaskResult] = []
         self._partial: list[bytes | Outcome] = []
@@ -485,6 +487,11 @@ class Worker:
             if self.bind_method is None:
                 raise KeyboardInterrupt
             self._is_cancelled = True  # an actor's state is not torn: its method may ask
+        word = self._arena.progress[self._slot * 8]
+        if any(word == order.sequence << 24 | order.index for order in orders):
+            task_class = self.classes[packet.tasks[self._position].class_index].task_class
+            self.late = OutOfTime(task_class.name, task_class.timeout_s)
+            raise self.late
 
     def _obey_before(self, packet: RunTasks) -> None:
         """Orders may have come before their packet: then nothing of it is begun here."""
@@ -525,8 +532,7 @@ class Worker:
         """User code is about to wait in `get` or `wait`: nothing may wait behind it."""
         if self._packet is not None:
             self._hand_back()
-            if self._finished or self._partial:
-                self._flush(self._packet, False)
+            self.send_results()
 
     def _hand_back(self) -> None:
         """Give the calls back that have not begun."""
@@ -581,6 +587,7 @@ class Worker:
                 result = call(*args, **kwargs)
             elif kind is _APPLY:
                 call, args, kwargs = self.load(payload, True)
+                call = self.dress(call, task_class)
                 self._in_user_code = True
                 result = call(*args, **kwargs)
             elif kind is _MAP:
@@ -709,8 +716,26 @@ class Worker:
                 if entry not in sys.path:
                     sys.path.append(entry)
             loaded = self._loaded[function_id] = self.load(definition.blob, False)
-        function.call = loaded
-        return loaded
+        function.call = self.dress(loaded, function.task_class)
+        return function.call
+
+    def dress(self, call: Callable[..., Any], task_class: TaskClass) -> Callable[..., Any]:
+        """A callable with what its calls want around it; usually as it is."""
+        if not task_class.timeout_s:
+            return call
+        from poolray.local.worker_extras import LimitedCall
+
+        return LimitedCall(call, self)
+
+    def send_results(self) -> None:
+        """From user code: send what has ended, so that it is not lost with the running call."""
+        if self._packet is not None and (self._finished or self._partial):
+            self._flush(self._packet, False)
+
+    @property
+    def words(self) -> tuple[memoryview, int]:
+        """This worker's words on the control page: the memory, and where they begin in it."""
+        return self._arena.progress, self._slot * 8
 
     # ---- errors ----------------------------------------------------------------------------------
 
@@ -751,7 +776,8 @@ class Worker:
 
 
 #: Where user code may be interrupted: in itself, and where it waits in ours.
-_OPEN_CODE = frozenset({Worker._run_call.__code__, WorkerLink.sleep.__code__, Guard.sleep.__code__})
+#: (what is put around calls adds itself).
+OPEN_CODE = {Worker._run_call.__code__, WorkerLink.sleep.__code__, Guard.sleep.__code__}
 _OUR_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
@@ -763,7 +789,7 @@ def _is_interruptible(frame: FrameType | None) -> bool:
     """
     while frame is not None:
         code = frame.f_code
-        if code in _OPEN_CODE:
+        if code in OPEN_CODE:
             return True
         if code.co_name == "__del__" or code.co_filename.startswith(_OUR_FOLDER):
             return False

@@ -17,7 +17,7 @@ from typing import Any
 
 import cloudpickle
 
-from poolray.exceptions import ActorDiedError, PoolrayError, TaskError
+from poolray.exceptions import ActorDiedError, CallTimeoutError, PoolrayError, TaskError
 from poolray.protocol.actors import ActorSetup
 
 #: A report of a death must fit one packet of the report channel.
@@ -41,6 +41,15 @@ class UnpicklableResult(Exception):
         super().__init__(error, value_repr)
         self.error = error
         self.value_repr = value_repr
+
+
+class OutOfTime(KeyboardInterrupt):
+    """A call has run for longer than it may: raised in it, wherever it is."""
+
+    def __init__(self, name: str, timeout_s: float) -> None:
+        super().__init__(name, timeout_s)
+        self.name = name
+        self.timeout_s = timeout_s
 
 
 class DependencyFailed(Exception):
@@ -129,6 +138,9 @@ def encode_plain(error: BaseException) -> bytes:
     """
     if isinstance(error, UnpicklableResult):
         return pickle.dumps((_portable(error.error), None, error.value_repr))
+    if isinstance(error, OutOfTime):
+        late = CallTimeoutError(task_name=error.name, timeout_s=error.timeout_s, pid=os.getpid())
+        return pickle.dumps((late, describe_interrupt(error), None))
     text = "".join(traceback.format_exception(type(error), error, _user_frames(error)))
     try:
         data = _dumps((error, text, None))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from poolray.node.actors import Actors
     from poolray.node.bundles import Bundles
     from poolray.node.groups import Groups
+    from poolray.node.timeouts import CallTimeouts
 
 _IDLE = WorkerState.IDLE
 _BUSY = WorkerState.BUSY
@@ -85,6 +86,7 @@ class Dispatcher:
         "groups",
         "orders",
         "peers",
+        "timeouts",
         "try_forward",
     )
 
@@ -93,6 +95,7 @@ class Dispatcher:
         self._tasks = tasks
         self.actors: Actors
         self.groups: Groups
+        self.timeouts: CallTimeouts
         #: Groups with calls that wait for resources, or for a worker's place: also another group's
         #: worker can free these.
         self._short: dict[GroupId, Group] = {}
@@ -292,6 +295,8 @@ class Dispatcher:
             worker.calls_by_class[task_class.class_id] = sent + packet.calls
         if packet.calls > 1 or len(worker.packets) > 1:
             self.watch(worker, state.now + self._patience(queue, packet.calls))
+        if task_class.timeout_s:
+            self.timeouts.on_sent(worker, task_class.timeout_s)
         self._set_room(group, worker)
         if news is None:
             message = RunTasks(sequence=sequence, tasks=calls)
@@ -701,6 +706,7 @@ class Dispatcher:
 
     def on_packets_lost(self, worker: WorkerRecord, message: WorkerLost) -> None:
         """What becomes of calls that were on their way to a worker that died."""
+        late = self.timeouts.on_lost(message)
         packets = list(worker.packets)
         worker.packets.clear()
         observer = self._tasks.observer
@@ -715,10 +721,12 @@ class Dispatcher:
                 if packet.sequence == message.sequence:
                     reported = record.offset - record.sent_offset
                     begun = message.index + 1 - packet.bases[position] - reported
+                    is_here = 0 < begun <= count
                     begun = max(0, min(begun, count))
                 else:
                     begun = count if packet.sequence < message.sequence else 0
-                self._tasks.on_lost_with_worker(record, begun, message)
+                    is_here = False
+                self._tasks.on_lost_with_worker(record, begun, message, late if is_here else None)
         observer.lost_since_s = 0.0
 
     # ---- time ------------------------------------------------------------------------------------

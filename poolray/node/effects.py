@@ -80,6 +80,12 @@ class Interrupt(msgspec.Struct, frozen=True, gc=False):
     message: InterruptTask
 
 
+class LookAtCall(msgspec.Struct, frozen=True, gc=False):
+    """Look at what a worker runs, and report it with `CallProgress`."""
+
+    worker_id: WorkerId
+
+
 class GroupFailed(msgspec.Struct, frozen=True, gc=False):
     """The workers of a group do not start; its tasks have been failed."""
 
@@ -199,6 +205,7 @@ Effect: TypeAlias = (
     | TakeBack
     | Nudge
     | Interrupt
+    | LookAtCall
     | GroupFailed
     | GroupDrained
     | MeasureMemory

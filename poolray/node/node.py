@@ -39,6 +39,7 @@ from poolray.node.retries import Retries
 from poolray.node.state import NodeState
 from poolray.node.store import Store, StoreStatistics
 from poolray.node.tasks import Tasks
+from poolray.node.timeouts import CallTimeouts
 from poolray.objects.allocator import AllocatorStatistics, RangeAllocator
 from poolray.protocol.actors import (
     CallActor,
@@ -73,6 +74,7 @@ from poolray.protocol.memory import MemoryTable
 from poolray.protocol.node import (
     AskSource,
     AwaitObject,
+    CallProgress,
     CancelForwarded,
     ChunkData,
     ClientLeft,
@@ -156,6 +158,7 @@ ShellMessage: TypeAlias = (
     | ResizeGroup
     | PacketsTakenBack
     | WorkerLost
+    | CallProgress
     | ClientLeft
     | SpillDone
     | SpillFailed
@@ -282,6 +285,8 @@ class Node:
         self._cancellation, self._retries = cancellation, retries
         tasks.protection = self._protection = MemoryProtection(state, tasks, watches_memory)
         self._protection.actors, self._protection.retries = actors, retries
+        dispatcher.timeouts = self._timeouts = timeouts = CallTimeouts(state)
+        timeouts.dispatcher, timeouts.groups = dispatcher, groups
         self._functions, self._tasks, self._objects = functions, tasks, objects
         self._dispatcher, self._groups, self._peers = dispatcher, groups, peers
         self._store = store
@@ -448,6 +453,8 @@ class Node:
                 self._dispatcher.on_taken_back(message)
             case WorkerLost():
                 groups.on_lost(message)
+            case CallProgress():
+                self._timeouts.on_progress(message)
             case CreateGroup():
                 groups.create(message)
             case CloseGroup():
@@ -571,6 +578,7 @@ class Node:
         self._cancellation.on_tick()
         self._retries.on_tick()
         self._protection.on_tick()
+        self._timeouts.on_tick()
         state = self.state
         if self._has_head and state.now >= self._next_heartbeat_s:
             self._next_heartbeat_s = state.now + state.config.heartbeat_interval_s
@@ -655,6 +663,7 @@ class Node:
         self._retries.check_invariants()
         self._protection.check_invariants()
         self._bundles.check_invariants(state.classes.values())
+        self._timeouts.check_invariants()
         packets = [packet for worker in state.workers.values() for packet in worker.packets]
         pins = [o for packet in packets for o in packet.pins or ()]
         self._store.check_invariants([*pins, *self._actors.pins(), *self._peers.transfers.pins()])

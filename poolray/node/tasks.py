@@ -18,6 +18,7 @@ import msgspec
 
 from poolray.exceptions import (
     ActorUnschedulableError,
+    CallTimeoutError,
     InternalError,
     NodeDiedError,
     ObjectLostError,
@@ -622,7 +623,13 @@ class Tasks:
                 self._withdraw(record)
                 self.fail(record, error)
 
-    def on_lost_with_worker(self, record: TaskRecord, begun: int, message: WorkerLost) -> None:
+    def on_lost_with_worker(
+        self,
+        record: TaskRecord,
+        begun: int,
+        message: WorkerLost,
+        late: CallTimeoutError | None = None,
+    ) -> None:
         """The worker that had a task died; the caller dispatches afterwards.
 
         Parameters
@@ -630,6 +637,8 @@ class Tasks:
         begun : int
             How many of the record's calls had begun (the results of all but the last of them are
             lost with the worker, so they count as tried); the others were never touched.
+        late : CallTimeoutError, optional
+            The error of the last one that had begun: its worker was killed because of it.
         """
         if self.is_stopping(record):
             self.fail(record, error_of(record))
@@ -637,7 +646,7 @@ class Tasks:
         group = self._state.groups[record.class_queue.task_class.group_id]
         kill = self.protection.kills.get(message.worker_id)
         again: list[TaskRecord] = []
-        for _ in range(begun):
+        for left in range(begun - 1, -1, -1):
             # Each call that had begun goes on alone: the one that kills must not take the
             # attempts of its neighbours.
             rest = self.cut(record, record.offset + 1) if len(record.calls) > 1 else None
@@ -645,7 +654,9 @@ class Tasks:
                 self.may_retry(record) if kill is None else self.protection.may_retry(record, kill)
             )
             record.attempts += 1
-            if may_retry and not record.is_foreign:
+            if late is not None and not left:
+                self.fail(record, late)
+            elif may_retry and not record.is_foreign:
                 if kill is not None:
                     self.protection.delay(record)
                 elif not self.retries.delay(record):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +28,11 @@ from poolray.objects.serialization import deserialize, is_frame, load_views
 CONTROL_BYTES = 64 * 1024
 _SLOT_BYTES = 64
 SLOTS = CONTROL_BYTES // _SLOT_BYTES
+
+#: A word beside the progress word, written by the worker when somebody wants to know: when the
+#: running call of limited time began, in nanoseconds of the monotonic clock (0: none runs).
+CALL_BEGAN = 1
+_SLOT_WORDS = _SLOT_BYTES // 8
 
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
@@ -169,6 +175,21 @@ class Arena:
         """The packet and the call that a worker began last."""
         word = self.progress[slot * 8]
         return word >> 24, word & 0xFFFFFF
+
+    def look_at_call(self, slot: int) -> tuple[int, int, float]:
+        """The packet and the call that a worker began last, and for how many seconds that has
+        run; below 0 when it is between two calls.
+        """
+        first = slot * _SLOT_WORDS
+        word, began_ns = self.progress[first], self.progress[first + CALL_BEGAN]
+        is_one_call = began_ns and self.progress[first] == word
+        running_s = (time.monotonic_ns() - began_ns) * 1e-9 if is_one_call else -1.0
+        return word >> 24, word & 0xFFFFFF, running_s
+
+    def clear_slot(self, slot: int) -> None:
+        """The worker of a slot is gone: the next one begins anew."""
+        for word in range(slot * _SLOT_WORDS, (slot + 1) * _SLOT_WORDS):
+            self.progress[word] = 0
 
     def close(self) -> None:
         """Release what nobody looks at; a mapping that has views goes with its last view."""

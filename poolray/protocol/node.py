@@ -118,6 +118,16 @@ class WorkerLost(msgspec.Struct, frozen=True, kw_only=True):
     index: int
 
 
+class CallProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker runs at this moment, as `LookAtCall` asked."""
+
+    worker_id: WorkerId
+    #: The packet and the call in it that the worker began last.
+    sequence: int
+    index: int
+    running_s: float  #: since when; below 0: it is between two calls
+
+
 class ClientLeft(msgspec.Struct, frozen=True, kw_only=True):
     """A client is gone: let go of all it held."""
 

@@ -136,6 +136,7 @@ class TaskClass(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=Tru
     #: What a node has, beyond `resources`, that a call may be placed on: it is not taken.
     placed_with: dict[str, int] = {}
     concurrency_group: str = ""  #: of an actor, where its calls run; empty: the default one
+    timeout_s: float = 0.0  #: how long a call may run; 0: without end
 
 
 class TaskSpec(msgspec.Struct, frozen=True, array_like=True, tag=5, kw_only=True):

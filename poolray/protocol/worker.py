@@ -93,6 +93,8 @@ class InterruptTask(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only
     task_id: TaskId
     sequence: int  #: of the packet that the task was sent in
     force: bool  #: end the process instead of raising KeyboardInterrupt
+    #: Of the call in the packet that is out of time, whatever its task; -1: a task is meant.
+    index: int = -1
 
 
 class WorkerReady(msgspec.Struct, frozen=True, array_like=True, tag=10, kw_only=True):

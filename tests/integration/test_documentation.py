@@ -33,6 +33,7 @@ WITHOUT_EXAMPLE = {
     *(
         "__version__",
         "actor",
+        "dag",
         "exceptions",
         "util",
         "deregister_serializer",
