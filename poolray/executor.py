@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor as StandardExecutor
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
-from typing import Any, ParamSpec, TypeVar, final
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, final
 
 from poolray.exceptions import (
     NotSupportedError,
@@ -38,6 +38,9 @@ from poolray.local.fork_server import WorkerSetup
 from poolray.local.reactor import Waitable
 from poolray.local.standard_view import WorkerView, start_method, streams_are_replaced
 from poolray.protocol.values import CallKind, Outcome
+
+if TYPE_CHECKING:
+    from poolray.local.progress import Progress
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -487,6 +490,7 @@ class Executor(StandardExecutor):
         *iterables: Iterable[Any],
         timeout: float | None = None,
         chunksize: int = 1,
+        progress: Progress = None,
     ) -> Iterator[R]:
         """`map(fn, *iterables)` in workers, in order.
 
@@ -496,6 +500,9 @@ class Executor(StandardExecutor):
             From this call on, for all results.
         chunksize : int, default 1
             Items that a worker takes as one call. Short calls are fast with 1 as well.
+        progress : bool or dict, optional
+            Show a progress bar, in a terminal or a notebook; the dict has options for tqdm, which
+            has to be installed (`poolray[progress]`).
 
         Raises
         ------
@@ -508,10 +515,36 @@ class Executor(StandardExecutor):
             raise ValueError("chunksize must be >= 1.")
         end = None if timeout is None else time.monotonic() + timeout
         items = zip(*iterables)
+        if progress:
+            futures = self._map_with_bar(fn, items, chunksize, progress)
+            return _results(futures, end)
         futures = []
         while chunk := list(itertools.islice(items, chunksize)):
             futures.append(self._submit_chunk(fn, chunk))
         return _results(futures, end)
+
+    def _map_with_bar(
+        self,
+        fn: Callable[..., R],
+        items: Iterator[tuple[Any, ...]],
+        chunksize: int,
+        progress: Progress,
+    ) -> list[Future[list[R]]]:
+        from poolray.local.progress import make_bar
+
+        bar = make_bar(progress, None)
+        assert bar is not None
+        futures = []
+        count = 0
+        try:
+            while chunk := list(itertools.islice(items, chunksize)):
+                future = self._submit_chunk(fn, chunk)
+                futures.append(future)
+                count += len(chunk)
+                future.add_done_callback(bar.advancing(len(chunk)))
+        finally:
+            bar.expect(len(futures), count)
+        return futures
 
     def _submit_chunk(self, fn: Callable[..., R], chunk: list[tuple[Any, ...]]) -> Future[list[R]]:
         core = self._core

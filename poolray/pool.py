@@ -16,20 +16,21 @@ import multiprocessing.pool
 import os
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 from poolray.exceptions import NotSupportedError, PoolrayError
 from poolray.local import runtime as local_runtime
 from poolray.local.calls import CallGroup, CallStream, check_timeout, split_error
 from poolray.local.feed import PASSIVE, Feed, chunks_of
-from poolray.local.fork_server import WorkerSetup
+from poolray.local.fork_server import WorkerExtras, WorkerSetup
 from poolray.local.pool_results import (
     ApplyResult,
     IMapIterator,
     IMapUnorderedIterator,
     MapResult,
+    exception_of,
 )
 from poolray.local.reactor import Waitable
 from poolray.local.standard_view import (
@@ -38,7 +39,12 @@ from poolray.local.standard_view import (
     streams_are_replaced,
     workers_are_daemons,
 )
+from poolray.objects.serialization import deserialize
 from poolray.protocol.values import CallKind
+
+if TYPE_CHECKING:
+    from poolray.local.pool_insights import GroupWatch, PoolInsights
+    from poolray.local.progress import Progress, ProgressBar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -76,6 +82,16 @@ class Pool:
         moment), "spawn" or "forkserver" (a fresh interpreter that imports `__main__`).
     max_retries : int, default 3
         Further attempts of a call whose worker was killed.
+    worker_state : bool or callable, optional
+        Each worker has a state, which every call gets as its first argument: a dict (True), or
+        what the callable returns in the worker.
+    worker_init : callable, optional
+        Called once in each worker, after the initializer, with the state if there is one.
+    worker_exit : callable, optional
+        Called likewise when a worker leaves politely: after `close`, or because of
+        `maxtasksperchild`. `get_exit_results` gives what it returns.
+    insights : bool, default False
+        Measure what workers do with their time, for `insights()`.
     address : str, optional
         For clusters; not supported by this version.
 
@@ -112,6 +128,10 @@ class Pool:
         context: Any = None,
         *,
         max_retries: int | None = None,
+        worker_state: bool | Callable[[], Any] | None = None,
+        worker_init: Callable[..., object] | None = None,
+        worker_exit: Callable[..., Any] | None = None,
+        insights: bool = False,
         address: str | None = None,
     ) -> None:
         if address is not None:
@@ -137,6 +157,11 @@ class Pool:
         self._initializer = initializer
         self._initargs = tuple(initargs)
         self._maxtasksperchild = maxtasksperchild
+        self._extras = _extras_of(worker_state, worker_init, worker_exit, insights)
+        #: What workers tell of themselves; None: nothing that anybody asked for.
+        self._watch: GroupWatch | None = None
+        #: Bars that may be open.
+        self._bars: dict[ProgressBar, None] = {}
         self._ctx = context or multiprocessing.get_context()
         #: id -> result or iterator that has not ended.
         self._cache: dict[int, Any] = {}
@@ -145,10 +170,15 @@ class Pool:
     def _start(self, method: str, max_retries: int | None) -> None:
         runtime = local_runtime.ensure()
         self._runtime = runtime
+        if self._extras is not None:
+            from poolray.local.pool_insights import GroupWatch
+
+            self._watch = GroupWatch()
         setup = WorkerSetup(
             config=runtime.config,
             initializer=self._initializer,
             initargs=self._initargs,
+            extras=self._extras,
             name_prefix="ForkPoolWorker" if method == "fork" else "SpawnPoolWorker",
             daemon=workers_are_daemons(self._ctx),
             forward_output=streams_are_replaced(),
@@ -160,15 +190,17 @@ class Pool:
             setup=setup,
             start_method=method,
             max_tasks_per_worker=self._maxtasksperchild or 0,
+            watch=self._watch,
         )
         retries = runtime.config.max_retries if max_retries is None else max_retries
         self._group = CallGroup(runtime, handle, retries)
-        cache = self._cache
+        cache, bars = self._cache, self._bars
 
         def on_failed(error: bytes) -> None:
             import pickle
 
             _fail_all(cache, split_error(pickle.loads(error))[0])
+            _close_all(bars)
 
         handle.on_failed = on_failed
         self._handle = handle
@@ -253,6 +285,7 @@ class Pool:
         chunksize: int | None = None,
         *,
         timeout: float | None = None,
+        progress: Progress = None,
     ) -> list[R]:
         """`[func(item) for item in iterable]`, in workers.
 
@@ -265,6 +298,9 @@ class Pool:
             and fails with `CallTimeoutError`, a `TimeoutError`; its worker is replaced, and all
             others are run to their ends. With a timeout each item is a task of its own, whatever
             the chunksize.
+        progress : bool or dict, optional
+            Show a progress bar, in a terminal or a notebook; the dict has options for tqdm, which
+            has to be installed (`poolray[progress]`).
 
         Examples
         --------
@@ -273,7 +309,9 @@ class Pool:
         ...     pool.map(str, [1, 2])
         ['1', '2']
         """
-        return self._map(func, iterable, CallKind.MAP, chunksize, None, None, timeout).get()
+        return self._map(
+            func, iterable, CallKind.MAP, chunksize, None, None, timeout, progress
+        ).get()
 
     def map_async(
         self,
@@ -284,9 +322,12 @@ class Pool:
         error_callback: Callable[[BaseException], object] | None = None,
         *,
         timeout: float | None = None,
+        progress: Progress = None,
     ) -> ApplyResult[list[R]]:
         """`map` without waiting."""
-        return self._map(func, iterable, CallKind.MAP, chunksize, callback, error_callback, timeout)
+        return self._map(
+            func, iterable, CallKind.MAP, chunksize, callback, error_callback, timeout, progress
+        )
 
     def starmap(
         self,
@@ -295,9 +336,12 @@ class Pool:
         chunksize: int | None = None,
         *,
         timeout: float | None = None,
+        progress: Progress = None,
     ) -> list[R]:
         """`[func(*arguments) for arguments in iterable]`, in workers; see `map`."""
-        return self._map(func, iterable, CallKind.STARMAP, chunksize, None, None, timeout).get()
+        return self._map(
+            func, iterable, CallKind.STARMAP, chunksize, None, None, timeout, progress
+        ).get()
 
     def starmap_async(
         self,
@@ -308,10 +352,11 @@ class Pool:
         error_callback: Callable[[BaseException], object] | None = None,
         *,
         timeout: float | None = None,
+        progress: Progress = None,
     ) -> ApplyResult[list[R]]:
         """`starmap` without waiting."""
         return self._map(
-            func, iterable, CallKind.STARMAP, chunksize, callback, error_callback, timeout
+            func, iterable, CallKind.STARMAP, chunksize, callback, error_callback, timeout, progress
         )
 
     def _map(
@@ -323,6 +368,7 @@ class Pool:
         callback: Callable[[Any], object] | None,
         error_callback: Callable[[BaseException], object] | None,
         timeout: float | None,
+        progress: Progress,
     ) -> MapResult:
         self._check_running()
         items = iterable if hasattr(iterable, "__len__") else list(iterable)
@@ -339,7 +385,10 @@ class Pool:
             timeout, chunksize = check_timeout(timeout), 1
         if length == 0:
             chunksize = 0
+        bar = self._bar(progress, length) if progress else None
         result = MapResult(self, chunksize, length, callback, error_callback)
+        if bar is not None:
+            bar.expect(result._left)
         if result._left == 0:
             if length == 0 and callback is not None:
                 self._runtime.callbacks.run(partial(callback, []))
@@ -353,6 +402,8 @@ class Pool:
                 result._set(False, error)
                 return result
             feed = self._feed_of(result, stream, chunks_of(items, chunksize))
+            if bar is not None:
+                feed.on_chunk = bar.watching(feed.on_chunk, chunksize, length)
             feed.start()
         except BaseException:
             if feed is not None:
@@ -360,6 +411,17 @@ class Pool:
             self._abandon(result)
             raise
         return result
+
+    def _bar(self, progress: Progress, items: int | None) -> ProgressBar | None:
+        """The progress bar of a map that is about to begin."""
+        from poolray.local.progress import make_bar
+
+        bar = make_bar(progress, items)
+        if bar is not None:
+            for other in [other for other in self._bars if other.is_closed]:
+                del self._bars[other]
+            self._bars[bar] = None
+        return bar
 
     def _stream(
         self, func: Callable[..., Any], kind: CallKind, timeout: float | None
@@ -387,6 +449,7 @@ class Pool:
         chunksize: int = 1,
         *,
         timeout: float | None = None,
+        progress: Progress = None,
     ) -> IMapIterator[R]:
         """An iterator over `func(item)` in order; reads its input lazily.
 
@@ -397,6 +460,8 @@ class Pool:
         timeout : float, seconds, optional
             How long each item may run; see `map`. `next` raises `CallTimeoutError` in the place
             of one that was late, and the iteration can go on.
+        progress : bool or dict, optional
+            Show a progress bar; see `map`. It counts items that have ended, taken or not.
 
         Raises
         ------
@@ -408,7 +473,7 @@ class Pool:
         Reads ahead by a bounded number of items and bytes (`Config.imap_window_items`,
         `Config.imap_window_bytes`), results that were not taken included.
         """
-        return self._imap(IMapIterator, func, iterable, chunksize, timeout)
+        return self._imap(IMapIterator, func, iterable, chunksize, timeout, progress)
 
     def imap_unordered(
         self,
@@ -417,9 +482,10 @@ class Pool:
         chunksize: int = 1,
         *,
         timeout: float | None = None,
+        progress: Progress = None,
     ) -> IMapIterator[R]:
         """`imap`, with results as they come."""
-        return self._imap(IMapUnorderedIterator, func, iterable, chunksize, timeout)
+        return self._imap(IMapUnorderedIterator, func, iterable, chunksize, timeout, progress)
 
     def _imap(
         self,
@@ -428,6 +494,7 @@ class Pool:
         iterable: Iterable[Any],
         chunksize: int,
         timeout: float | None,
+        progress: Progress,
     ) -> IMapIterator[Any]:
         self._check_running()
         if chunksize < 1:
@@ -445,7 +512,10 @@ class Pool:
         except TypeError as error:  # not iterable: told at the first `next`
             chunks, failure = iter([[]]), error
         feed = Feed(self, stream, chunks, passive, chunksize, failure)
-        return kind(self, feed, chunksize > 1)
+        if not progress:
+            return kind(self, feed, chunksize > 1)
+        items = len(iterable) if isinstance(iterable, Sized) else None
+        return kind(self, feed, chunksize > 1, self._bar(progress, items), chunksize, items)
 
     # ---- waiting ---------------------------------------------------------------------------------
 
@@ -487,6 +557,7 @@ class Pool:
         self._state = _TERMINATE
         self._runtime.terminate_group(self._handle)
         _fail_all(self._cache, PoolrayError("The pool was terminated before this call had ended."))
+        _close_all(self._bars)
 
     def join(self) -> None:
         """Wait for the workers' end; after `close` or `terminate`.
@@ -508,6 +579,71 @@ class Pool:
                     result.lift_window()  # nobody may come to take its results
         self._runtime.wait_group_ended(self._handle)
         self._runtime.callbacks.flush()
+
+    # ---- what workers tell -----------------------------------------------------------------------
+
+    def get_exit_results(self) -> list[Any]:
+        """What `worker_exit` has returned, in the order in which workers ended.
+
+        Returns
+        -------
+        list
+            Of the workers that have left politely so far: after `close` and `join` it is
+            complete. One that was killed, as by `terminate`, leaves nothing.
+
+        Raises
+        ------
+        Exception
+            What `worker_exit` raised, if it did in some worker.
+
+        Examples
+        --------
+        >>> from poolray import Pool
+        >>> def count(state, number):
+        ...     state["calls"] = state.get("calls", 0) + 1
+        >>> pool = Pool(2, worker_state=True, worker_exit=lambda state: state.get("calls", 0))
+        >>> _ = pool.map(count, range(10), chunksize=1)
+        >>> pool.close()
+        >>> pool.join()
+        >>> sum(pool.get_exit_results())
+        10
+        """
+        found = []
+        for is_result, data in self._watch.exits() if self._watch is not None else ():
+            value = deserialize(data, True)
+            if not is_result:
+                raise exception_of(value)
+            found.append(value)
+        return found
+
+    def insights(self) -> PoolInsights:
+        """What the workers have done with their time up to now.
+
+        Returns
+        -------
+        PoolInsights
+            For each worker, also those that have ended: `tasks`, `start_up_s`, `init_s`,
+            `working_s`, `waiting_s`, `exit_s`, and the `slowest` calls with their arguments. `str`
+            of it is a table.
+
+        Raises
+        ------
+        ValueError
+            The pool was not made with `insights=True`.
+
+        Examples
+        --------
+        >>> import time
+        >>> from poolray import Pool
+        >>> with Pool(2, insights=True) as pool:
+        ...     _ = pool.map(time.sleep, [0.0, 0.05, 0.0, 0.0], chunksize=1)
+        ...     found = pool.insights()
+        >>> found.tasks, found.slowest[0].arguments
+        (4, '0.05')
+        """
+        if self._watch is None or self._extras is None or not self._extras.measures:
+            raise ValueError("this pool measures nothing: make it with Pool(insights=True)")
+        return self._watch.insights(self._runtime, self._handle.host)
 
     def __enter__(self) -> Pool:
         self._check_running()
@@ -547,6 +683,36 @@ class Pool:
             WorkerView(pid, f"ForkPoolWorker-{number}")
             for number, pid in enumerate(self._runtime.worker_pids(self._handle), 1)
         ]
+
+
+def _extras_of(
+    worker_state: bool | Callable[[], Any] | None,
+    worker_init: Callable[..., object] | None,
+    worker_exit: Callable[..., Any] | None,
+    insights: bool,
+) -> WorkerExtras | None:
+    """What workers do beyond running calls; None: nothing."""
+    if not (worker_state is None or isinstance(worker_state, bool) or callable(worker_state)):
+        raise TypeError(
+            "worker_state must be True (each worker has a dict) or a callable that makes the "
+            f"state in each worker, not {type(worker_state).__name__}"
+        )
+    for name, function in (("worker_init", worker_init), ("worker_exit", worker_exit)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a callable, not {type(function).__name__}")
+    if not (worker_state or worker_init or worker_exit or insights):
+        return None
+    return WorkerExtras(
+        make_state=dict if worker_state is True else worker_state or None,
+        init=worker_init,
+        exit=worker_exit,
+        measures=bool(insights),
+    )
+
+
+def _close_all(bars: dict[ProgressBar, None]) -> None:
+    while bars:
+        bars.popitem()[0].close()
 
 
 def _fail_all(cache: dict[int, Any], error: BaseException) -> None:

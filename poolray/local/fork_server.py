@@ -52,12 +52,25 @@ _POLL_FALLBACK_MS = 200
 _HANDLERS_WAIT_S = 0.5
 
 
+class WorkerExtras(msgspec.Struct, frozen=True, kw_only=True):
+    """What a group of workers does beyond running calls; see `local/worker_extras.py`."""
+
+    #: Makes a worker's state, which its calls are given before their own arguments; None: no state.
+    make_state: Callable[[], Any] | None = None
+    #: Called with the state, if there is one, before the first call …
+    init: Callable[..., object] | None = None
+    #: … and after the last one, when the worker leaves politely; the driver gets what it gives.
+    exit: Callable[..., Any] | None = None
+    measures: bool = False  #: note how long calls take
+
+
 class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
     """What every worker of a group is made with; inherited by a fork, pickled to a spawned one."""
 
     config: Config
     initializer: Callable[..., object] | None = None
     initargs: tuple[Any, ...] = ()
+    extras: WorkerExtras | None = None  #: None, the usual case: nothing but calls
     #: Prefix of the names of workers as `multiprocessing.current_process()` shows them; empty for
     #: the workers of plain tasks.
     name_prefix: str = ""
@@ -478,7 +491,7 @@ def _pickle_for_child(
     for each in filter(None, contexts):
         each.set_spawning_popen(popen)
     try:
-        work = (setup.initializer, setup.initargs)
+        work = (setup.initializer, setup.initargs, setup.extras)
         stream = io.BytesIO()
         pickler: Any = reduction.ForkingPickler(stream)
         pickler.dispatch_table.update(descriptor_reducers())
@@ -493,7 +506,7 @@ def _pickle_for_child(
         except (AttributeError, pickle.PicklingError, TypeError):
             # A lambda, a closure, or a program on standard input.
             body = dumps_function(work, setup.shared_globals)
-        plain = msgspec.structs.replace(setup, initializer=None, initargs=())
+        plain = msgspec.structs.replace(setup, initializer=None, initargs=(), extras=None)
         head = pickle.dumps((plain, preparation, capacity_bytes, passed, os.getpid()))
     finally:
         for each in filter(None, contexts):
@@ -513,11 +526,13 @@ def main() -> NoReturn:
     _detach_from_terminal_input()
     try:
         names = _prepare(preparation)
-        initializer, initargs = pickle.loads(data[8 + head_bytes :])
+        initializer, initargs, extras = pickle.loads(data[8 + head_bytes :])
     except BaseException:
         commands.send(encode(ForkServerFailed(reason=traceback.format_exc(limit=20)[-4000:])))
         os._exit(1)
-    setup = msgspec.structs.replace(setup, initializer=initializer, initargs=initargs)
+    setup = msgspec.structs.replace(
+        setup, initializer=initializer, initargs=initargs, extras=extras
+    )
     arena = Arena(passed[2], capacity_bytes)
     commands.send(encode(ForkServerReady(pid=os.getpid(), main_names=names)))
     ForkServer(commands, reports, arena, setup, driver_pid).serve()

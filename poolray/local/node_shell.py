@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
@@ -78,9 +78,13 @@ from poolray.protocol.worker import (
     FromWorkers,
     TasksFinished,
     WorkerExited,
+    WorkerNote,
     WorkerOutput,
     WorkerReady,
 )
+
+if TYPE_CHECKING:
+    from poolray.local.pool_insights import GroupWatch
 
 #: Who the machine is told by when it is not a client.
 SHELL = b""
@@ -96,7 +100,15 @@ _LOOK_AT_BATCHES_S = 0.02
 class GroupHandle(Waitable):
     """A group of workers; done when it has ended."""
 
-    __slots__ = ("error", "group_id", "host", "on_failed", "serializer", "shared_globals")
+    __slots__ = (
+        "error",
+        "group_id",
+        "host",
+        "on_failed",
+        "serializer",
+        "shared_globals",
+        "watch",
+    )
 
     def __init__(self, group_id: GroupId, host: WorkerHost, serializer: Serializer) -> None:
         super().__init__()
@@ -109,6 +121,8 @@ class GroupHandle(Waitable):
         self.error: bytes | None = None
         #: Called once, from some thread, when its workers do not start.
         self.on_failed: Callable[[bytes], None] | None = None
+        #: Who is told what its workers note, if somebody wants to know.
+        self.watch: GroupWatch | None = None
 
 
 class NodeShell:
@@ -331,6 +345,11 @@ class NodeShell:
             if type(message) is WorkerOutput:
                 self._collect_output(message)
                 return
+            if type(message) is WorkerNote:
+                group = self._groups.get(host.group_id)
+                if group is not None and group.watch is not None:
+                    group.watch.on_note(message)
+                return
             if type(message) is ClientMessage:
                 if self.default_group is None:
                     self._prepare_plain_tasks(message.message)
@@ -399,6 +418,9 @@ class NodeShell:
         if sequences:
             self.feed(SHELL, PacketsTakenBack(worker_id=worker_id, sequences=sequences))
         sequence, index = self.arena.get_progress(handle.slot)
+        group = self._groups.get(host.group_id)
+        if group is not None and group.watch is not None:
+            group.watch.on_lost(handle, self.arena.words(handle.slot))
         self.arena.clear_slot(handle.slot)
         self._deliver_unfinished_output(handle.pid)
         host.forget(worker_id)
@@ -497,6 +519,7 @@ class NodeShell:
         break_on_death: bool = False,
         out_of_band_all: bool = False,
         is_default: bool = False,
+        watch: GroupWatch | None = None,
     ) -> GroupHandle:
         """Start a fork server for a new group of workers.
 
@@ -541,6 +564,7 @@ class NodeShell:
         )
         handle = GroupHandle(group_id, host, serializer)
         handle.shared_globals = setup.shared_globals
+        handle.watch = watch
         with self.guard:
             self._groups[group_id] = handle
             self._hosts[group_id] = host

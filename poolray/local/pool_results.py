@@ -15,13 +15,16 @@ import time
 import types
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar, final
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, final
 
 from poolray.local.calls import CallGroup, split_error
 from poolray.local.feed import Feed
 from poolray.local.reactor import Waitable
 from poolray.local.runtime import LocalRuntime
 from poolray.protocol.values import Outcome
+
+if TYPE_CHECKING:
+    from poolray.local.progress import ProgressBar
 
 R = TypeVar("R")
 
@@ -40,7 +43,7 @@ class ResultOwner(Protocol):
     def _abandon(self, result: Any) -> None: ...
 
 
-def _exception_of(error: Any) -> BaseException:
+def exception_of(error: Any) -> BaseException:
     """The exception to raise for a failed call, with the remote traceback as its cause."""
     exception, text, unpicklable = split_error(error)
     if unpicklable is not None:
@@ -140,7 +143,7 @@ class ApplyResult(Waitable, Generic[R]):
         except Exception as error:  # the value does not load here
             success, value = False, error
         if not success:
-            value = _exception_of(value)
+            value = exception_of(value)
         self._set(success, value)
 
     def _set(self, success: bool, value: Any) -> None:
@@ -206,7 +209,7 @@ class MapResult(ApplyResult[list[Any]]):
                 self._value[start : start + self._chunksize] = value
         elif self._success:
             self._success = False
-            self._value = _exception_of(value)
+            self._value = exception_of(value)
         self._left -= 1
         if self._left == 0:
             self._set(self._success, self._value)
@@ -225,7 +228,15 @@ class IMapIterator(Generic[R]):
 
     _ordered = True
 
-    def __init__(self, pool: ResultOwner, feed: Feed, unpack: bool) -> None:
+    def __init__(
+        self,
+        pool: ResultOwner,
+        feed: Feed,
+        unpack: bool,
+        bar: ProgressBar | None = None,
+        chunksize: int = 1,
+        items: int | None = None,
+    ) -> None:
         self._pool = pool
         self._feed = feed
         #: Whether a chunk's values are handed out one by one.
@@ -243,6 +254,9 @@ class IMapIterator(Generic[R]):
         self._stopped: BaseException | None = None
         feed.on_chunk = self._on_chunk
         feed.on_exhausted = self._on_exhausted
+        if bar is not None:
+            feed.on_chunk = bar.watching(self._on_chunk, chunksize, items)
+            feed.on_exhausted = bar.expecting(self._on_exhausted, chunksize)
         pool._cache[id(self)] = self
         try:
             feed.start()
@@ -273,7 +287,7 @@ class IMapIterator(Generic[R]):
         if success:
             result: R = value
             return result
-        raise _exception_of(value)
+        raise exception_of(value)
 
     __next__ = next
 

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
 
     from poolray.local.actor_serial import SerialCalls
     from poolray.local.fork_server import WorkerSetup
+    from poolray.local.worker_extras import Extras
 
 #: Ignored unless handled, and of no use to programs otherwise: Go's runtime uses it to preempt.
 NUDGE_SIGNAL = signal.SIGURG
@@ -214,6 +215,8 @@ class Worker:
         #: A thread will signal us again: user code could not be interrupted where it was.
         self._signal_due = False
         self._thread = threading.get_ident()
+        #: What its group asked for beyond running calls.
+        self.extras: Extras | None = None
         #: What the running call was told when its time was up.
         self.late: OutOfTime | None = None
         #: Results not sent yet; the last may be the first part of the running task's.
@@ -229,9 +232,15 @@ class Worker:
         """Run the initializer and say hello; False when it raised."""
         signal.signal(NUDGE_SIGNAL, self._on_nudge)
         signal.siginterrupt(NUDGE_SIGNAL, False)
+        if setup.extras is not None:
+            from poolray.local.worker_extras import Extras
+
+            self.extras = Extras(self, setup.extras)
         try:
             if setup.initializer is not None:
                 setup.initializer(*setup.initargs)
+            if self.extras is not None:
+                self.extras.prepare()
         except BaseException as error:
             from poolray.local import worker_errors
 
@@ -262,8 +271,10 @@ class Worker:
             if not packet:
                 return
             message = decode(packet)
-            if type(message) is not RunTasks:
-                return  # an order to stop
+            if type(message) is not RunTasks:  # an order to stop
+                if self.extras is not None:
+                    self.extras.finish()
+                return
             if message.classes and message.classes[0].task_class.kind is CallKind.CREATE:
                 from poolray.local.actor_worker import run_actor
 
@@ -721,6 +732,8 @@ class Worker:
 
     def dress(self, call: Callable[..., Any], task_class: TaskClass) -> Callable[..., Any]:
         """A callable with what its calls want around it; usually as it is."""
+        if self.extras is not None:
+            call = self.extras.dress(call)
         if not task_class.timeout_s:
             return call
         from poolray.local.worker_extras import LimitedCall

@@ -49,6 +49,7 @@ class WorkerHandle:
     """The channels of one worker."""
 
     __slots__ = (
+        "asked_ns",
         "control",
         "outbox",
         "pid",
@@ -69,6 +70,7 @@ class WorkerHandle:
     ) -> None:
         self.worker_id = worker_id
         self.slot = slot
+        self.asked_ns = time.monotonic_ns()
         self.pid = 0
         #: We write tasks here …
         self.queue_in = queue_in

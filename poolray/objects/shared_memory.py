@@ -29,9 +29,14 @@ CONTROL_BYTES = 64 * 1024
 _SLOT_BYTES = 64
 SLOTS = CONTROL_BYTES // _SLOT_BYTES
 
-#: A word beside the progress word, written by the worker when somebody wants to know: when the
-#: running call of limited time began, in nanoseconds of the monotonic clock (0: none runs).
-CALL_BEGAN = 1
+#: Words beside the progress word, written by the worker alone and only when somebody wants to know.
+#: Times are nanoseconds of the monotonic clock.
+CALL_BEGAN = 1  # when the running call of limited time began; 0: none runs
+PROCESS_BEGAN = 2
+WORKER_READY = 3  # when its state was set up
+CALLS_DONE = 4
+WORKING_NS = 5  # the time that these took
+EXIT_NS = 6  # the time that winding its state up took
 _SLOT_WORDS = _SLOT_BYTES // 8
 
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -185,6 +190,10 @@ class Arena:
         is_one_call = began_ns and self.progress[first] == word
         running_s = (time.monotonic_ns() - began_ns) * 1e-9 if is_one_call else -1.0
         return word >> 24, word & 0xFFFFFF, running_s
+
+    def words(self, slot: int) -> list[int]:
+        """A copy of all words of a worker's slot."""
+        return self.progress[slot * _SLOT_WORDS : (slot + 1) * _SLOT_WORDS].tolist()
 
     def clear_slot(self, slot: int) -> None:
         """The worker of a slot is gone: the next one begins anew."""

@@ -14,6 +14,7 @@ Invariants: every message fits one `SOCK_SEQPACKET` packet (see `Config.packet_b
 
 from __future__ import annotations
 
+import enum
 from typing import TypeAlias
 
 import msgspec
@@ -191,6 +192,24 @@ class WorkerOutput(msgspec.Struct, frozen=True, array_like=True, tag=19, kw_only
     unfinished: bool = False
 
 
+class NoteTopic(enum.IntEnum):
+    """What a note is about."""
+
+    SLOW_CALL = 0  #: pickled (nanoseconds, arguments as text) of one of the slowest calls
+    EXIT_RESULT = 1  #: serialized: what the function at a worker's end has returned
+    EXIT_ERROR = 2  #: serialized as the error of a call: what it raised
+
+
+class WorkerNote(msgspec.Struct, frozen=True, array_like=True, tag=30, kw_only=True):
+    """Worker to shell: something that is no result of a call, for the owner of the group."""
+
+    worker_id: WorkerId
+    topic: NoteTopic
+    data: bytes
+    #: The rest follows.
+    unfinished: bool = False
+
+
 class ForkServerReady(msgspec.Struct, frozen=True, array_like=True, tag=20, kw_only=True):
     """Fork server to shell: it serves; sent once by a spawned one, with what `__main__` offers."""
 
@@ -257,6 +276,7 @@ FromWorkers: TypeAlias = (
     | WorkerExited
     | WorkerStarted
     | WorkerOutput
+    | WorkerNote
     | ForkServerReady
     | ForkServerFailed
     | ClientMessage
