@@ -71,6 +71,7 @@ types: $(STAMP)
 examples: $(STAMP)
 	@mkdir -p build
 	$(BIN)/python examples/word_frequencies.py
+	$(BIN)/python examples/streaming_pipeline.py
 	$(BIN)/python examples/mandelbrot.py --output build/mandelbrot.png
 	$(BIN)/python examples/out_of_core_sort.py --plot build/store.png
 

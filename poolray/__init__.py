@@ -15,7 +15,9 @@ from poolray.cluster_state import (
     nodes,
     timeline,
 )
+from poolray.generators import ObjectRefGenerator
 from poolray.objects.object_ref import ObjectRef
+from poolray.objects.ref_list import DynamicObjectRefGenerator
 from poolray.runtime_context import get_runtime_context
 
 if TYPE_CHECKING:
@@ -24,8 +26,10 @@ if TYPE_CHECKING:
     from poolray.pool import Pool
 
 __all__ = [
+    "DynamicObjectRefGenerator",
     "Executor",
     "ObjectRef",
+    "ObjectRefGenerator",
     "Pool",
     "__version__",
     "actor",

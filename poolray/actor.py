@@ -38,15 +38,16 @@ from poolray.api import find_client, namespace_of_driver
 from poolray.client import Client
 from poolray.exceptions import (
     ActorAlreadyExistsError,
-    NotSupportedError,
     PendingCallsLimitExceeded,
 )
+from poolray.generators import submit_stream
 from poolray.ids import ActorId, ClassId, handle_of
 from poolray.local import process_state
 from poolray.local.actor_worker import ActorExit, has_coroutines
 from poolray.objects.object_ref import ObjectRef
 from poolray.objects.serialization import note_reference
 from poolray.protocol.actors import ActorSetup
+from poolray.protocol.streams import StreamMode
 from poolray.protocol.values import CallKind, TaskClass
 from poolray.remote_function import demand_of, retry_spec
 from poolray.remote_placement import make_placement
@@ -104,7 +105,8 @@ class ActorMethod:
         Returns
         -------
         ObjectRef
-            Of the return value; with `num_returns=n` a list of n refs, with 0 None.
+            Of the return value; with `num_returns=n` a list of n refs, with 0 None. Of a generator
+            an `ObjectRefGenerator`.
 
         Raises
         ------
@@ -131,6 +133,8 @@ class ActorMethod:
             face.check(args, kwargs)
         if actor.description.max_pending_calls > 0:
             self._check_pending(client, actor.description)
+        if task_class.stream and task_class.stream != StreamMode.RETURNS:
+            return submit_stream(client, task_class, args, kwargs, handle._actor_id)
         refs = client.submit(task_class, args, kwargs, handle._actor_id)
         if len(refs) == 1:
             return refs[0]
@@ -163,17 +167,13 @@ class ActorMethod:
                     f"{list(CALL_OPTIONS)}."
                 )
         check_method_options(options)
-        if isinstance(options.get("num_returns"), str):
-            raise NotSupportedError(
-                f"num_returns={options['num_returns']!r}: streams of results are not supported by "
-                "this version of poolray for actors."
-            )
         made = CallOptions(
             name=options.get("name") or "",
             num_returns=options.get("num_returns"),
             max_retries=options.get("max_task_retries"),
             retry_exceptions=retry_spec(options.get("retry_exceptions") or False),
             concurrency_group=options.get("concurrency_group") or "",
+            backpressure=options.get("_generator_backpressure_num_objects"),
         )
         return ActorMethod(self._handle, self._face, made)
 
@@ -418,6 +418,7 @@ class ActorClass(Generic[C]):
             max_task_retries=options.get("max_task_retries") or 0,
             max_pending_calls=-1 if pending_max is None else pending_max,
             groups=list(groups),
+            backpressure=max(0, options.get("_actor_generator_backpressure_num_objects") or 0),
         )
         concurrency = options.get("max_concurrency") or (
             _ASYNC_CONCURRENCY if self._is_async else 1

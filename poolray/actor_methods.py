@@ -18,8 +18,9 @@ import msgspec
 
 from poolray.actor_options import OPTIONS_ATTRIBUTE
 from poolray.client import Client
-from poolray.exceptions import NotSupportedError
+from poolray.generators import check_mode, stream_mode
 from poolray.ids import ClassId, FunctionId, GroupId
+from poolray.protocol.streams import StreamMode
 from poolray.protocol.values import CallKind, TaskClass
 from poolray.remote_function import retry_spec
 
@@ -43,8 +44,10 @@ class Method(msgspec.Struct, frozen=True, array_like=True):
     num_returns: int = 1
     max_retries: int | None = None  #: None: the actor's own
     retry_exceptions: bytes = b""
-    streams: bool = False  #: it is a generator
     concurrency_group: str = ""
+    generates: bool = False  #: it is a generator
+    stream: int = 0  #: a `StreamMode`: what becomes of what it yields
+    backpressure: int = 0  #: items that may wait to be taken; 0: any number
 
 
 class Description(msgspec.Struct, frozen=True, array_like=True):
@@ -55,6 +58,7 @@ class Description(msgspec.Struct, frozen=True, array_like=True):
     max_task_retries: int = 0
     max_pending_calls: int = -1
     groups: list[str] = []
+    backpressure: int = 0  #: items of all its generators that may wait to be taken; 0: any number
 
 
 encode_description = msgspec.msgpack.Encoder().encode
@@ -142,13 +146,13 @@ class ActorFace:
         return made
 
     def _make_class(self, method: Method, options: CallOptions) -> TaskClass:
-        if method.streams and options.num_returns is None:
-            raise NotSupportedError(
-                f"{self.description.class_name}.{method.name} is a generator: streams of results "
-                "are not supported by this version of poolray for actors. Return a list."
-            )
         retries = options.max_retries if options.max_retries is not None else method.max_retries
-        count = method.num_returns if options.num_returns is None else options.num_returns
+        count, mode = method.num_returns, StreamMode(method.stream)
+        backpressure = method.backpressure if options.backpressure is None else options.backpressure
+        if options.num_returns is not None:
+            check_mode(method.generates, options.num_returns, options.backpressure)
+            count = options.num_returns if isinstance(options.num_returns, int) else 1
+            mode = stream_mode(method.generates, options.num_returns)
         made = TaskClass(
             class_id=ClassId(b""),
             function_id=FunctionId(b""),
@@ -160,6 +164,9 @@ class ActorFace:
             retry_exceptions=options.retry_exceptions or method.retry_exceptions,
             method=method.name,
             concurrency_group=self._group_of(method, options),
+            stream=mode,
+            backpressure=max(0, backpressure),
+            actor_backpressure=self.description.backpressure,
         )
         return identified(made)
 
@@ -174,10 +181,11 @@ class CallOptions(msgspec.Struct, frozen=True):
     """Options of one call; hashable."""
 
     name: str = ""
-    num_returns: int | None = None
+    num_returns: int | str | None = None
     max_retries: int | None = None
     retry_exceptions: bytes = b""
     concurrency_group: str = ""
+    backpressure: int | None = None
 
 
 NO_OPTIONS = CallOptions()
@@ -218,18 +226,20 @@ def methods_of(actor_class: type) -> list[Method]:
         bound = isinstance(static, (staticmethod, classmethod))
         options = getattr(member, OPTIONS_ATTRIBUTE, {})
         count = options.get("num_returns")
-        streams = inspect.isgeneratorfunction(member) or inspect.isasyncgenfunction(member)
-        if isinstance(count, str):
-            streams, count = True, None
+        backpressure = options.get("_generator_backpressure_num_objects")
+        generates = inspect.isgeneratorfunction(member) or inspect.isasyncgenfunction(member)
+        check_mode(generates, count, backpressure)
         found.append(
             Method(
                 name=name,
                 parameters=_parameters_of(member, skip=0 if bound else 1),
-                num_returns=1 if count is None else count,
+                num_returns=count if isinstance(count, int) else 1,
                 max_retries=options.get("max_task_retries"),
                 retry_exceptions=retry_spec(options.get("retry_exceptions") or False),
-                streams=streams and count is None,
                 concurrency_group=options.get("concurrency_group") or "",
+                generates=generates,
+                stream=stream_mode(generates, count),
+                backpressure=max(0, backpressure or 0),
             )
         )
     return found

@@ -52,10 +52,7 @@ ACTOR_ONLY: dict[str, tuple[type, ...]] = {
     "_actor_generator_backpressure_num_objects": (int, type(None)),
 }
 #: Options that change what an actor does and that this version does not carry out yet.
-_NOT_YET = (
-    "enable_tensor_transport",
-    "_actor_generator_backpressure_num_objects",
-)
+_NOT_YET = ("enable_tensor_transport",)
 _METHOD_OPTIONS = (
     "num_returns",
     "concurrency_group",
@@ -69,7 +66,6 @@ _METHOD_OPTIONS = (
 #: The same for one call; it may have a name.
 CALL_OPTIONS = ("name", *_METHOD_OPTIONS)
 _METHODS_NOT_YET = (
-    "_generator_backpressure_num_objects",
     "_num_objects_per_yield",
     "tensor_transport",
 )
@@ -127,6 +123,11 @@ def _check_value(name: str, value: Any) -> None:
         )
     if name == "concurrency_groups":
         _check_groups(value)
+    if name == "_actor_generator_backpressure_num_objects" and value < 1 and value != -1:
+        raise ValueError(
+            "_actor_generator_backpressure_num_objects must be > 0 to cap the actor's total "
+            f"unconsumed generator objects, or -1 to disable. Got {value}."
+        )
     if name == "max_concurrency" and value < 0:
         raise ValueError(
             "The keyword 'max_concurrency' only accepts None, 0 or a positive integer."
@@ -171,11 +172,12 @@ def method(function: F, /) -> F: ...
 @overload
 def method(
     *,
-    num_returns: int | None = None,
+    num_returns: int | str | None = None,
     concurrency_group: str | None = None,
     max_task_retries: int | None = None,
     retry_exceptions: bool | list[type[BaseException]] | None = None,
     enable_task_events: bool = True,
+    _generator_backpressure_num_objects: int | None = None,
 ) -> Callable[[F], F]: ...
 
 
@@ -184,14 +186,17 @@ def method(*args: Any, **options: Any) -> Any:
 
     Parameters
     ----------
-    num_returns : int
-        Return values; `.remote()` gives a list of so many refs (0: None).
+    num_returns : int or str
+        Return values; `.remote()` gives a list of so many refs (0: None). Of a generator by default
+        "streaming": `.remote()` gives an `ObjectRefGenerator`; or "dynamic".
     concurrency_group : str
         The group of the actor's `concurrency_groups` in which its calls run.
     max_task_retries : int
         Further attempts after the actor's process has died; default: the actor's own.
     retry_exceptions : bool or list of exception classes
         Whether, or for which exceptions, what the method raises is tried again too.
+    _generator_backpressure_num_objects : int
+        Items of a generator that may wait to be taken; then it pauses. -1: any number.
 
     Raises
     ------
@@ -238,7 +243,8 @@ def check_method_options(options: Mapping[str, Any]) -> None:
     group = options.get("concurrency_group")
     if group is not None and not isinstance(group, str):
         raise TypeError(f"concurrency_group is the name of a group, not {group!r}")
-    known = {name: options[name] for name in ("num_returns", "name") if name in options}
+    same = ("num_returns", "name", "_generator_backpressure_num_objects")
+    known = {name: options[name] for name in same if name in options}
     if options.get("retry_exceptions") is not None:
         known["retry_exceptions"] = options["retry_exceptions"]
     if options.get("max_task_retries") is not None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, ov
 from poolray.client import Client, stale_ref_error
 from poolray.config import Config
 from poolray.exceptions import NotSupportedError
+from poolray.generators import ObjectRefGenerator
 from poolray.ids import is_actor_call
 from poolray.local import process_state
 from poolray.local import runtime as local_runtime
@@ -657,6 +658,8 @@ def get(object_refs: Any, *, timeout: float | None = None, writable: bool = Fals
         timeout = _check_get_timeout(timeout)
     if isinstance(object_refs, ObjectRef):
         return _client_for(object_refs).get([object_refs], timeout, writable)[0]
+    if isinstance(object_refs, ObjectRefGenerator):
+        return object_refs  # as in the reference
     if not isinstance(object_refs, list):
         raise ValueError(
             f"Invalid type of object refs, {type(object_refs)}, is given. 'object_refs' must "
@@ -724,8 +727,9 @@ def wait(
 
     Parameters
     ----------
-    ray_waitables : list of ObjectRef
-        Different refs.
+    ray_waitables : list of ObjectRef and ObjectRefGenerator
+        Different refs and generators. A generator is ready when `next()` would not wait; waiting
+        takes no item.
     num_returns : int, default 1
         How many to wait for.
     timeout : float, seconds, optional
@@ -763,7 +767,7 @@ def wait(
 
 
 def _check_wait(refs: Any, num_returns: Any, timeout: Any) -> None:
-    if isinstance(refs, ObjectRef):
+    if isinstance(refs, (ObjectRef, ObjectRefGenerator)):
         raise TypeError(
             "wait() expected a list of ray.ObjectRef or ray.ObjectRefGenerator, got a single "
             f"ray.ObjectRef or ray.ObjectRefGenerator {refs!r}"
@@ -775,7 +779,7 @@ def _check_wait(refs: Any, num_returns: Any, timeout: Any) -> None:
     if timeout is not None and timeout < 0:
         raise ValueError(f"The 'timeout' argument must be nonnegative. Received {timeout}")
     for ref in refs:
-        if not isinstance(ref, ObjectRef):
+        if not isinstance(ref, (ObjectRef, ObjectRefGenerator)):
             raise TypeError(
                 "wait() expected a list of ray.ObjectRef or ray.ObjectRefGenerator, got list "
                 f"containing {type(ref)}"
@@ -792,7 +796,12 @@ def _check_wait(refs: Any, num_returns: Any, timeout: Any) -> None:
         )
 
 
-def cancel(ray_waitable: ObjectRef[Any], *, force: bool = False, recursive: bool = True) -> None:
+def cancel(
+    ray_waitable: ObjectRef[Any] | ObjectRefGenerator[Any],
+    *,
+    force: bool = False,
+    recursive: bool = True,
+) -> None:
     """Stop the task that makes an object.
 
     A task that has not begun never runs. One that runs gets a KeyboardInterrupt; if it catches
@@ -801,8 +810,8 @@ def cancel(ray_waitable: ObjectRef[Any], *, force: bool = False, recursive: bool
 
     Parameters
     ----------
-    ray_waitable : ObjectRef
-        The ref; of several return values of a task, any.
+    ray_waitable : ObjectRef or ObjectRefGenerator
+        The ref; of several return values of a task, any; of a generator its handle.
     force : bool, default False
         Kill the worker that runs the task instead of asking it: for code that does not return to
         the interpreter, or swallows every exception.
@@ -837,6 +846,8 @@ def cancel(ray_waitable: ObjectRef[Any], *, force: bool = False, recursive: bool
     ...     print("cancelled")
     cancelled
     """
+    if type(ray_waitable) is ObjectRefGenerator:
+        ray_waitable = ray_waitable.completed()
     if type(ray_waitable) is not ObjectRef:
         raise TypeError(
             "ray.cancel() only supported for object refs. For actors, try ray.kill(). "

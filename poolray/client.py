@@ -21,6 +21,8 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, final
 
+import msgspec
+
 from poolray.client_functions import Definitions, level_of_caller
 from poolray.config import Config
 from poolray.exceptions import (
@@ -70,6 +72,7 @@ from poolray.protocol.client import (
     UnpinObjects,
 )
 from poolray.protocol.state import StateKind, StateRow
+from poolray.protocol.streams import DropStream, OpenStream, item_id
 from poolray.protocol.values import InArena, InFile, TaskClass, TaskSpec
 
 _REF = ObjectRef
@@ -113,6 +116,9 @@ class Link(Protocol):
         back, as far as it has not happened.
         """
 
+    def when_there(self, object_id: ObjectId, call: Callable[[], None]) -> Callable[[], None]:
+        """The same for an object of which only the arrival matters."""
+
     def ask(self, make: Callable[[int], Any]) -> Any:
         """Send the request that `make` makes of its number; gives the answer, which comes soon."""
 
@@ -146,6 +152,13 @@ class Client:
         #: Ids of handles and views that died; drained by the next call.
         self._drops = _Dropped()
         self.dropped: deque[ObjectId] = self._drops
+        #: (task, items taken, items given) of generators' handles that died; drained by the next
+        #: call.
+        self.dropped_streams: deque[tuple[TaskId, int, int]] = deque()
+        #: Makes somebody look at those soon: a generator may be waiting for its items to be taken.
+        self.ring_for_streams: Callable[[], None] | None = None
+        #: object id -> small value that came with the item of a stream; while there are handles.
+        self.prefetched: dict[ObjectId, bytes] = {}
         #: Ids of views of memory that died; each is in `dropped` too.
         self._unviewed: deque[ObjectId] = deque()
         #: Guards the four fields below (handles are made and drained from any thread).
@@ -265,6 +278,8 @@ class Client:
                     counts[object_id] = count
                 elif count == 0:
                     del counts[object_id]
+                    if self.prefetched:
+                        self.prefetched.pop(object_id, None)
                     if object_id in fresh:
                         del fresh[object_id]  # the node never knew
                     else:
@@ -299,10 +314,13 @@ class Client:
             and not self._released_early
             and not self._unviewed
             and not self._fresh_views
+            and not self.dropped_streams
         ):
             return
         self.link.enter()
         try:
+            if self.dropped_streams:
+                self.sync_streams()
             viewed, unviewed = self.take_view_changes()
             added, released = self.take_reference_changes()
             if added:
@@ -316,6 +334,17 @@ class Client:
                 self.link.send(UnpinObjects(object_ids=unviewed))
         finally:
             self.link.leave()
+
+    def sync_streams(self) -> None:
+        """Tell the node of generators' handles that died."""
+        while True:
+            try:
+                task_id, taken, given = self.dropped_streams.popleft()
+            except IndexError:
+                return
+            for index in range(taken, given):
+                self.prefetched.pop(item_id(task_id, index), None)
+            self.link.send(DropStream(task_id=task_id, taken=taken))
 
     def pin_forever(self, ref: ObjectRef[Any]) -> None:
         """A handle was pickled outside of poolray: whoever unpickles it must find its object."""
@@ -377,8 +406,11 @@ class Client:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         actor_id: ActorId | None = None,
+        stream: OpenStream | None = None,
     ) -> list[ObjectRef[Any]]:
         """Submit one call, of an actor or not; gives a handle per return value.
+
+        With `stream` (its task id is filled in here) items come as well.
 
         Raises
         ------
@@ -409,6 +441,8 @@ class Client:
             ids = self.task_ids
             task_id = ids.next_task_id() if actor_id is None else ids.next_call_id()
             refs = [self.own(return_id(task_id, i)) for i in range(task_class.num_returns)]
+            if stream is not None:
+                self.link.send(msgspec.structs.replace(stream, task_id=task_id))
             spec = TaskSpec(
                 task_id=task_id,
                 class_id=task_class.class_id,
@@ -661,6 +695,10 @@ class Client:
         self, refs: Sequence[ObjectRef[Any]], timeout_s: float | None, writable: bool = False
     ) -> list[Any]:
         """Values of refs; see `poolray.get`."""
+        if self.prefetched:
+            values = [self.prefetched.get(ref._id) for ref in refs]
+            if None not in values:  # nothing to wait for; what was dropped is told at a later call
+                return [deserialize(value, writable) for value in values if value is not None]
         self.sync_references()
         reply = self.link.get(self._ids_of(refs), timeout_s)
         if reply is None:

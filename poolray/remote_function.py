@@ -20,8 +20,10 @@ import msgspec
 from poolray import binding
 from poolray.client import Client
 from poolray.exceptions import NotSupportedError
+from poolray.generators import check_backpressure, check_mode, stream_mode, submit_stream
 from poolray.ids import ClassId, FunctionId, GroupId, PlacementGroupId
 from poolray.objects.object_ref import ObjectRef
+from poolray.protocol.streams import StreamMode
 from poolray.protocol.values import CallKind, Delivery, TaskClass
 from poolray.remote_placement import (
     check_group,
@@ -66,7 +68,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _NOT_YET = (
     "runtime_env",
     "_labels",
-    "_generator_backpressure_num_objects",
     "_num_objects_per_yield",
 )
 
@@ -111,6 +112,8 @@ def _check_value(name: str, value: Any, from_options: bool) -> None:
         _check_resources(value)
     elif name == "num_returns":
         _check_num_returns(value)
+    elif name == "_generator_backpressure_num_objects":
+        check_backpressure(value)
     elif name == "max_retries" and value < -1:
         raise ValueError(
             "The keyword 'max_retries' only accepts None, 0, -1 or a positive integer, where -1 "
@@ -183,7 +186,7 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
     def __init__(
         self, function: Callable[P, R], options: dict[str, Any], find_client: Callable[[], Client]
     ) -> None:
-        if inspect.iscoroutinefunction(function):
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise ValueError(
                 "'async def' should not be used for remote tasks. You can wrap the async function "
                 "with `asyncio.run(f())`."
@@ -194,7 +197,14 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
             options = {**options, "max_calls": 1}
         self._options = options
         self._find_client = find_client
-        self._check_generator(options)
+        generates = inspect.isgeneratorfunction(function)
+        count = options.get("num_returns")
+        check_mode(generates, count, options.get("_generator_backpressure_num_objects"))
+        self._mode = stream_mode(generates, count)
+        if self._mode in (StreamMode.ITEMS, StreamMode.DYNAMIC):
+            # (An attribute of the object hides the method, which plain functions go on calling
+            # without asking what they are.)
+            self.__dict__["remote"] = self._remote_stream
         self._name = f"{function.__module__}.{function.__qualname__}"
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
@@ -208,23 +218,6 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
         #: The task class of the current client, for calls of tasks in this placement group.
         self._prepared: tuple[Client, TaskClass, PlacementGroupId] | None = None
         self._simple = _takes_anything_positional(function)
-
-    def _check_generator(self, options: Mapping[str, Any]) -> None:
-        value = options.get("num_returns")
-        if isinstance(value, str):
-            if not inspect.isgeneratorfunction(self._function):
-                raise ValueError(
-                    f"num_returns='{value}' can only be used with generator functions (functions "
-                    "that use 'yield'). The decorated function is not a generator function."
-                )
-            raise NotSupportedError(
-                "Streaming generators are not supported by this version of poolray: return a list."
-            )
-        if value in (None, 1) and inspect.isgeneratorfunction(self._function):
-            raise NotSupportedError(
-                "Generator functions stream their results, which this version of poolray does not "
-                "support: return a list."
-            )
 
     # The face that type checkers see is `RemoteSignature`'s; to them it cannot be called at all.
     if not TYPE_CHECKING:
@@ -255,6 +248,16 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
             if len(refs) == 1:
                 return refs[0]
             return refs or None
+
+    def _remote_stream(self, /, *args: Any, **kwargs: Any) -> Any:
+        """`remote` of a generator's function."""
+        client = self._find_client()
+        prepared = self._prepared
+        if prepared is None or prepared[0] is not client or prepared[2] != client.captured:
+            prepared = self._prepare(client)
+        if kwargs or len(args) not in self._simple:
+            self._bind(args, kwargs)
+        return submit_stream(client, prepared[1], args, kwargs)
 
     def __repr__(self) -> str:
         return f"RemoteFunction({self._name})"
@@ -290,7 +293,7 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
             name=name,
             kind=CallKind.CALL,
             delivery=Delivery.OBJECTS,
-            num_returns=1 if count is None else count,
+            num_returns=count if isinstance(count, int) else 1,
             resources=demand,
             group_id=GroupId(0),
             max_retries=3 if retries is None else retries,
@@ -298,6 +301,8 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
             max_calls=options.get("max_calls") or 0,
             placement=make_placement(options, demand, name, captured),
             is_listed=options.get("enable_task_events", True),
+            stream=self._mode,
+            backpressure=max(0, options.get("_generator_backpressure_num_objects") or 0),
         )
         digest = hashlib.blake2b(msgspec.msgpack.encode(made), digest_size=16).digest()
         return msgspec.structs.replace(made, class_id=ClassId(digest))

@@ -57,13 +57,15 @@ def bind_method(
     """A call on an actor that is there, to come; of several return values a node for each."""
     face, handle, options = method._face, method._handle, method._options
     face.check(args, kwargs)
-    count = face.method.num_returns if options.num_returns is None else options.num_returns
+    given = options.num_returns
+    count = given if isinstance(given, int) else face.method.num_returns
+    streams = isinstance(given, str) or (given is None and face.method.stream)
     indexes = _bind_indexes.setdefault(handle, itertools.count())
     node = ClassMethodNode(
         face.method.name,
         args,
         kwargs,
-        {"num_returns": count},
+        {} if streams else {"num_returns": count},
         {
             PARENT_CLASS_NODE_KEY: handle,
             PREV_CLASS_METHOD_CALL_KEY: None,

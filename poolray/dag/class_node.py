@@ -164,7 +164,7 @@ class ClassMethodNode(DAGNode):
     def num_returns(self) -> int:
         """How many values the call returns."""
         given = self._bound_options.get("num_returns")
-        return self._default_returns if given is None else given
+        return given if isinstance(given, int) else self._default_returns
 
     @property
     def is_class_method_call(self) -> bool:

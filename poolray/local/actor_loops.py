@@ -103,7 +103,10 @@ class _Lane:
             args = kwargs = None
             if inspect.isawaitable(result):
                 result = await result
-            outcome = worker.returned(result, task, function)
+            if function.count < 0:
+                outcome = await worker.streams.run_async(result, task, function)
+            else:
+                outcome = worker.returned(result, task, function)
         except SystemExit as error:
             self._reports.send()  # calls that have ended keep their results
             await self._host.leave_loop(error)

@@ -387,6 +387,13 @@ class Reactor:
         if self._parked:
             self._park.ring()
 
+    def ring(self) -> None:
+        """From finalizers: the same, also when somebody leads and sleeps."""
+        if self._parked:
+            self._park.ring()
+        elif self._asleep:
+            self._bell.ring()
+
     def wake(self) -> None:
         """Make a leader that sleeps look around."""
         self._bell.ring()

@@ -140,6 +140,7 @@ class LocalRuntime(NodeShell):
             Serializer(main_definitions={}, out_of_band_all=True),
         )
         self.client.ring_when_dropped(self.reactor.ring_if_parked)
+        self.client.ring_for_streams = self.reactor.ring
         self._inspection = self._open_inspection()
         process_state.on_fork_in_child(self._abandon)
         _runtimes.add(self)
@@ -236,7 +237,7 @@ class LocalRuntime(NodeShell):
             except IndexError:
                 break
             call()
-        if self.client.dropped:
+        if self.client.dropped or self.client.dropped_streams:
             self.client.sync_references()
 
     def _hand_over(self, item: Any) -> None:
@@ -366,12 +367,26 @@ class LocalRuntime(NodeShell):
         self, object_id: ObjectId, call: Callable[[ObjectValues], None]
     ) -> Callable[[], None]:
         """Call back once with the object's value; what it gives takes that back (`Link`)."""
+        return self._when_answered(
+            lambda number: GetObjects(request_id=number, object_ids=[object_id]), call
+        )
+
+    def when_there(self, object_id: ObjectId, call: Callable[[], None]) -> Callable[[], None]:
+        """The same for an object of which only the arrival matters (`Link`)."""
+        return self._when_answered(
+            lambda number: WaitObjects(request_id=number, object_ids=[object_id], count=1),
+            lambda reply: call(),
+        )
+
+    def _when_answered(
+        self, make: Callable[[int], Any], call: Callable[[Any], None]
+    ) -> Callable[[], None]:
         request = _Request()
         request.call = call
         request_id = next(self._request_ids)
         self._requests[request_id] = request
         with self.guard:
-            self.feed(_LOCAL, GetObjects(request_id=request_id, object_ids=[object_id]))
+            self.feed(_LOCAL, make(request_id))
         if self._deliveries:
             self._settle_at_once()
         self.reactor.ensure_background()

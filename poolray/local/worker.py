@@ -35,6 +35,7 @@ from poolray.local.channel import SpinningReader
 from poolray.local.reactor import Guard
 from poolray.local.worker_client import WorkerClient, WorkerLink
 from poolray.local.worker_errors import DependencyFailed, OutOfTime, UnpicklableResult
+from poolray.local.worker_streams import END, WorkerStreams
 from poolray.objects.serialization import (
     PICKLE_FIRST_BYTE,
     Serialized,
@@ -65,7 +66,7 @@ from poolray.protocol.worker import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
     from poolray.local.actor_serial import SerialCalls
@@ -137,6 +138,7 @@ class Function:
 
     __slots__ = (
         "call",
+        "count",
         "for_caller",
         "kind",
         "name",
@@ -152,6 +154,8 @@ class Function:
         self.kind = _CALL if task_class.kind is CallKind.METHOD else task_class.kind
         #: Its results go straight to the caller, and are no objects.
         self.for_caller = task_class.delivery is _CALLER
+        #: Return values; negative: what it returns is a generator.
+        self.count = -1 if task_class.stream else task_class.num_returns
         #: For its results.
         self.serializer = serializer
         #: None: not loaded yet.
@@ -182,6 +186,8 @@ class Worker:
         self.tasks = tasks
         self._accelerators = setup.accelerators
         self.reader = SpinningReader(tasks, config.spin_s)
+        self.inline_max_bytes = config.inline_max_bytes
+        self.streams = WorkerStreams(self, config.result_delay_max_s)
         self.encode = msgspec.msgpack.Encoder().encode
         self.decode = msgspec.msgpack.Decoder(ToWorkerQueue).decode
         #: Index of a task class -> what to call.
@@ -428,6 +434,8 @@ class Worker:
         self._buffered_bytes = 0
         self._started_ns = now
         self.send(self.encode(report))
+        if self.client.api.dropped_streams:
+            self.client.api.sync_streams()
 
     # ---- signals ---------------------------------------------------------------------------------
 
@@ -645,15 +653,48 @@ class Worker:
         self._partial.append(outcome)
         self._buffered_bytes += 256
 
+    # ---- generators ------------------------------------------------------------------------------
+
+    def runs_on_this_thread(self) -> bool:
+        """Whether this is the main loop's thread, in a packet: it may be interrupted."""
+        return self._packet is not None and threading.get_ident() == self._thread
+
+    def flush_before_stream(self) -> None:
+        """A generator may run for long: results of the tasks before it do not wait for it."""
+        if self._finished and self._packet is not None:
+            self._flush(self._packet, False)
+
+    def advance(self, items: Iterator[Any]) -> Any:
+        """The next item of a generator, or `END`."""
+        self._in_user_code = True
+        if self._nudged:
+            self._obey()
+        value = next(items, END)
+        self._in_user_code = False
+        return value
+
+    def enter_user_code(self) -> None:
+        """A call waits for something: it may be interrupted."""
+        self._in_user_code = True
+
+    def leave_user_code(self, is_main: bool) -> None:
+        """The end of that, and of what a generator ran when it raised."""
+        if is_main:
+            self._in_user_code = False
+
     def returned(self, result: Any, task: TaskCall, function: Function) -> Outcome | bytes:
         """A task's return values, serialized each on its own."""
         serializer = function.serializer
-        count = function.task_class.num_returns
+        count = function.count
         if count == 1:
             values = [result]
         elif count == 0:
             return b""
+        elif count < 0:
+            return self.streams.run(result, task, function)
         else:
+            if not hasattr(result, "__len__"):
+                result = list(result)
             if len(result) != count:
                 raise ValueError(f"Task returned {len(result)} objects, but num_returns={count}.")
             values = list(result)
@@ -775,7 +816,13 @@ class Worker:
         value: bytes | InArena | InFile = encoded
         if len(encoded) > self._config.inline_max_bytes:
             value = self.client.store(self.client.next_object_id(), encoded)
-        return Outcome(values=[value], is_error=True, retriable=retriable, summary=_summary(error))
+        return Outcome(
+            values=[value],
+            is_error=True,
+            retriable=retriable,
+            summary=_summary(error),
+            raised=not isinstance(error, KeyboardInterrupt),
+        )
 
     def _is_retriable(self, error: BaseException, function: Function) -> bool:
         names = function.task_class.retry_exceptions
@@ -790,7 +837,12 @@ class Worker:
 
 #: Where user code may be interrupted: in itself, and where it waits in ours.
 #: (what is put around calls adds itself).
-OPEN_CODE = {Worker._run_call.__code__, WorkerLink.sleep.__code__, Guard.sleep.__code__}
+OPEN_CODE = {
+    Worker._run_call.__code__,
+    Worker.advance.__code__,
+    WorkerLink.sleep.__code__,
+    Guard.sleep.__code__,
+}
 _OUR_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 

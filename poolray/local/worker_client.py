@@ -26,7 +26,7 @@ import msgspec
 
 from poolray.client import Client, deadline_of
 from poolray.exceptions import PoolrayError
-from poolray.ids import ObjectId, TaskIdSource, WorkerId
+from poolray.ids import ObjectId, TaskId, TaskIdSource, WorkerId
 from poolray.local import process_state
 from poolray.local.channel import SpinningReader, receive_nowait
 from poolray.local.reactor import Doorbell
@@ -44,6 +44,7 @@ from poolray.protocol.client import (
 )
 from poolray.protocol.placement import PlacementGroupReply
 from poolray.protocol.state import QueryState, StateKind, StateRow, StateRows
+from poolray.protocol.streams import AwaitRoom, RoomGranted, StreamReply
 from poolray.protocol.values import Delivery, InArena, InFile
 from poolray.protocol.worker import (
     ClientMessage,
@@ -67,6 +68,7 @@ _Reply = (
     | CallCount
     | StateRows
     | PlacementGroupReply
+    | StreamReply
 )
 _Parts = list[_Reply]
 
@@ -113,13 +115,13 @@ class WorkerLink:
         self._next_request = 0
         #: request id -> replies that came (a large one comes in parts), of open requests only.
         self._replies: dict[int, _Parts] = {}
-        #: request id -> what to call with its reply, of awaited objects.
-        self._calls: dict[int, Callable[[ObjectValues], None]] = {}
         #: request id -> objects that it asked for, of those that were given up and not answered;
         #: less those that parts of the answer have named.
         self._abandoned: dict[int, Iterator[ObjectId]] = {}
         #: Takes note of an object that this process was told to look at and will not.
         self.let_go: Callable[[ObjectId], None] = _do_nothing
+        #: request id -> what to call with its reply, of requests that nobody waits for here.
+        self._calls: dict[int, Callable[[_Parts], None]] = {}
         #: Of those, the ones whose replies are complete.
         self._arrived: deque[int] = deque()
         self._listening = False  #: a thread hands them over
@@ -197,6 +199,18 @@ class WorkerLink:
         assert parts is not None
         return parts[0]
 
+    def await_room(self, task_id: TaskId, produced: int) -> RoomGranted:
+        """Wait until a generator may go on; the task may be interrupted meanwhile."""
+        request_id = self._open()
+        try:
+            self.send(AwaitRoom(request_id=request_id, task_id=task_id, produced=produced))
+            parts = self._await(request_id, None)
+        finally:
+            self._close(request_id)
+        assert parts is not None
+        assert isinstance(parts[0], RoomGranted)
+        return parts[0]
+
     def query(self, kind: StateKind) -> list[StateRow]:
         """What the node tells of its tasks, workers, objects or itself."""
         request_id = self._open()
@@ -217,18 +231,44 @@ class WorkerLink:
         """Call back once with the object's value, from a thread that serves all such calls; what
         it gives takes that back (`Link`).
         """
+        return self.when_answered(
+            lambda number: GetObjects(request_id=number, object_ids=[object_id]),
+            lambda parts: call(_joined(parts)),
+            [object_id],
+        )
+
+    def when_there(self, object_id: ObjectId, call: Callable[[], None]) -> Callable[[], None]:
+        """The same for an object of which only the arrival matters (`Link`)."""
+        return self.when_answered(
+            lambda number: WaitObjects(request_id=number, object_ids=[object_id], count=1),
+            lambda parts: call(),
+            [object_id],
+        )
+
+    def when_answered(
+        self,
+        make: Callable[[int], Any],
+        call: Callable[[_Parts], None],
+        object_ids: list[ObjectId] | None = None,
+    ) -> Callable[[], None]:
+        """Send the request that `make` makes of its number, and call back once with the answer.
+
+        With `object_ids` it asks for these, and is answered also when it was taken back.
+        """
         request_id = self._open(call)
-        self.send(GetObjects(request_id=request_id, object_ids=[object_id]))
+        self.send(make(request_id))
 
         def forget() -> None:
-            if self._abandon(request_id, [object_id]):
+            if object_ids is None:
+                self._close(request_id)
+            elif self._abandon(request_id, object_ids):
                 self.send(CancelRequest(request_id=request_id))
 
         return forget
 
     # ---- replies ---------------------------------------------------------------------------------
 
-    def _open(self, call: Callable[[ObjectValues], None] | None = None) -> int:
+    def _open(self, call: Callable[[_Parts], None] | None = None) -> int:
         with self._lock:
             self._next_request += 1
             request_id = self._next_request
@@ -383,7 +423,7 @@ class WorkerLink:
         """Hand awaited values over until there have been none for a while."""
         idle = False
         while True:
-            arrived: list[tuple[Callable[[ObjectValues], None], _Parts]] = []
+            arrived: list[tuple[Callable[[_Parts], None], _Parts]] = []
             with self._lock:
                 while self._arrived:
                     request_id = self._arrived.popleft()
@@ -403,7 +443,7 @@ class WorkerLink:
                     self._followers.append(follower)
             idle = False
             for call, parts in arrived:
-                call(_joined(parts))
+                call(parts)
             if waits and follower is None:
                 try:
                     self._wait_at_channel(None, _wait_out)

@@ -118,6 +118,7 @@ class Cancellation:
             # are, in their order. An actor is not killed for a call.
             order = InterruptTask(task_id=record.task_id, sequence=record.sequence, force=False)
             state.effects.append(Interrupt(worker.worker_id, order))
+            self._tasks.streams.let_go_on(record.task_id)  # threads cannot be interrupted
             return
         state.effects.append(TakeBack(worker.worker_id))
         if force and self._packet_of(worker, record).calls == 1:

@@ -19,6 +19,7 @@ from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, Wai
 from poolray.protocol.node import HeadRequest, PeerMessage
 from poolray.protocol.placement import PlacementGroupReply
 from poolray.protocol.state import StateRows
+from poolray.protocol.streams import StreamReply
 from poolray.protocol.values import InArena, InFile
 from poolray.protocol.worker import InterruptTask, RunTasks, StopWorker
 
@@ -44,6 +45,7 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
         | CallCount
         | StateRows
         | PlacementGroupReply
+        | StreamReply
     )
 
 

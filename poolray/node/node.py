@@ -24,6 +24,7 @@ from poolray.config import Config
 from poolray.exceptions import InternalError, PoolrayError
 from poolray.ids import ClientId, NodeId, TaskId, WorkerId
 from poolray.node.actors import Actors
+from poolray.node.borrowing import client_of
 from poolray.node.bundles import Bundles
 from poolray.node.cancellation import Cancellation
 from poolray.node.dispatch import Dispatcher
@@ -38,6 +39,7 @@ from poolray.node.peers import Peers
 from poolray.node.retries import Retries
 from poolray.node.state import NodeState
 from poolray.node.store import Store, StoreStatistics
+from poolray.node.streams import Streams
 from poolray.node.tasks import Tasks
 from poolray.node.timeouts import CallTimeouts
 from poolray.objects.allocator import AllocatorStatistics, RangeAllocator
@@ -83,6 +85,7 @@ from poolray.protocol.node import (
     CreateGroup,
     FailGroup,
     FileSealed,
+    ForwardedItems,
     ForwardedResults,
     ForwardTasks,
     HeadMessage,
@@ -104,6 +107,7 @@ from poolray.protocol.node import (
     SourceDone,
     SpillDone,
     SpillFailed,
+    StreamProgress,
     TerminateGroup,
     Tick,
     UseSource,
@@ -121,6 +125,13 @@ from poolray.protocol.placement import (
     ReturnBundles,
 )
 from poolray.protocol.state import QueryState
+from poolray.protocol.streams import (
+    AwaitRoom,
+    DropStream,
+    ItemsYielded,
+    OpenStream,
+    TakeItems,
+)
 from poolray.protocol.values import FunctionDefinition, InArena
 from poolray.protocol.worker import (
     ActorExiting,
@@ -149,6 +160,7 @@ WorkerReport: TypeAlias = (
     | ClientMessage
     | ActorStarted
     | ActorExiting
+    | ItemsYielded
 )
 ShellMessage: TypeAlias = (
     CreateGroup
@@ -188,6 +200,7 @@ class NodeStatistics:
     open_requests: int
     actors: int  #: that are not dead
     bundles: int  #: of placement groups, kept here
+    streams: int  #: of generators, that somebody may take items of
     resources_total: dict[str, float]
     resources_available: dict[str, float]
     arena: AllocatorStatistics
@@ -282,6 +295,8 @@ class Node:
         bundles.actors, bundles.dispatcher, bundles.peers = actors, dispatcher, peers
         functions.bundles = dispatcher.bundles = self._bundles = bundles
         dispatcher.orders = bundles.orders
+        tasks.streams = peers.streams = self._streams = streams = Streams(state, objects, tasks)
+        streams.peers = peers
         self._cancellation, self._retries = cancellation, retries
         tasks.protection = self._protection = MemoryProtection(state, tasks, watches_memory)
         self._protection.actors, self._protection.retries = actors, retries
@@ -401,6 +416,8 @@ class Node:
                 | AwaitPlacementGroup()
             ):
                 self._bundles.on_request(client_id, message)
+            case OpenStream() | TakeItems() | DropStream() | AwaitRoom():
+                self._streams.on_request(client_id, message)
             case CancelTask():
                 self._cancellation.cancel(message.task_id, message.force, message.recursive)
             case _:
@@ -439,6 +456,8 @@ class Node:
                 groups.on_stopping(message.worker_id)
             case ActorStarted():
                 self._actors.on_started(message)
+            case ItemsYielded():
+                self._streams.on_yielded(message)
             case ActorExiting():
                 self._actors.on_exiting(message)
             case _:
@@ -499,6 +518,10 @@ class Node:
                 peers.borrowing.on_ready(node_id, message)
             case AwaitObject():
                 peers.borrowing.on_await(node_id, message)
+            case ForwardedItems():
+                peers.on_items(node_id, message)
+            case StreamProgress():
+                self._streams.on_progress(client_of(node_id), message)
             case _:
                 self._on_transfer(node_id, message)
 
@@ -627,6 +650,7 @@ class Node:
             open_requests=sum(len(client.requests) for client in state.clients.values()),
             actors=self._actors.count(),
             bundles=self._bundles.count(),
+            streams=self._streams.count(),
             resources_total=from_fixed(state.resources.total),
             resources_available=from_fixed(state.resources.available),
             arena=state.allocator.statistics(),
@@ -664,6 +688,7 @@ class Node:
         self._protection.check_invariants()
         self._bundles.check_invariants(state.classes.values())
         self._timeouts.check_invariants()
+        self._streams.check_invariants()
         packets = [packet for worker in state.workers.values() for packet in worker.packets]
         pins = [o for packet in packets for o in packet.pins or ()]
         self._store.check_invariants([*pins, *self._actors.pins(), *self._peers.transfers.pins()])
@@ -672,7 +697,8 @@ class Node:
         for packet in packets:
             records.extend(packet.cancelled or ())
         held = [i for record in records for i in (*record.dependencies, *record.borrows)]
-        self._objects.check_invariants([*held, *self._functions.blobs(), *self._actors.holds()])
+        more = (*self._functions.blobs(), *self._actors.holds(), *self._streams.holds())
+        self._objects.check_invariants([*held, *more])
 
 
 def _assert_never(message: NoReturn) -> NoReturn:  # typing's own is not in Python 3.10

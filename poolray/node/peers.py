@@ -28,6 +28,7 @@ from poolray.node.transfers import Transfers
 from poolray.objects.directory import ObjectRecord
 from poolray.protocol.node import (
     CancelForwarded,
+    ForwardedItems,
     ForwardedResult,
     ForwardedResults,
     ForwardedTask,
@@ -35,6 +36,7 @@ from poolray.protocol.node import (
     NodeView,
 )
 from poolray.protocol.placement import GroupRow
+from poolray.protocol.streams import Yielded
 from poolray.protocol.values import (
     CallKind,
     Delivery,
@@ -50,6 +52,7 @@ from poolray.tasks.lifecycle import FORWARDED, TaskRecord
 
 if TYPE_CHECKING:
     from poolray.node.cancellation import Cancellation
+    from poolray.node.streams import Streams
 
 #: Dead peers remembered; the first are forgotten when there are more.
 _DEAD_MAX = 4096
@@ -67,6 +70,7 @@ class Peers:
         "borrowing",
         "cancellation",
         "dead",
+        "streams",
         "transfers",
         "views",
     )
@@ -79,6 +83,7 @@ class Peers:
         self._tasks = tasks
         self._functions = functions
         self.cancellation: Cancellation
+        self.streams: Streams
         #: Live peers as the head saw them last, less what was forwarded since.
         self.views: dict[NodeId, NodeView] = {}
         #: Peers that are dead for good; what still comes from them is ignored.
@@ -105,6 +110,7 @@ class Peers:
         queue.queued_calls -= 1
         self._tasks.forward(record, target)
         self._send(record, target, functions)
+        self.streams.on_forwarded(record, target)
         return True
 
     def _definitions(self, queue: ClassQueue) -> list[FunctionDefinition] | None:
@@ -201,6 +207,17 @@ class Peers:
                 self._tasks.finish(record, item.result, writer)
             self._objects.release_all(fresh)  # the values hold them now
 
+    def on_items(self, node_id: NodeId, message: ForwardedItems) -> None:
+        """What a generator that we gave away has yielded there."""
+        writer, items = client_of(node_id), message.items
+        fresh = self.borrowing.adopt(node_id, message.lent)
+        record = self._state.tasks.get(items.task_id)
+        if record is None or record.state is not FORWARDED or record.node_id != node_id:
+            self.streams.discard(items, writer)
+        else:
+            self.streams.store(record, items, writer)
+        self._objects.release_all(fresh)  # the values hold them now
+
     # ---- running others' tasks -------------------------------------------------------------------
 
     def on_forwarded(self, node_id: NodeId, message: ForwardTasks) -> None:
@@ -227,6 +244,7 @@ class Peers:
 
     def send_result(self, record: TaskRecord, result: bytes | Outcome, writer: ClientId) -> None:
         """Tell the owner what came of its task; what is large stays here for it."""
+        self.streams.forget_source(record.task_id)
         node_id = node_of(record.client_id)
         if node_id in self.dead:
             self._tasks.discard(result, writer)
@@ -234,22 +252,43 @@ class Peers:
         if isinstance(result, bytes):
             self._answer(node_id, ForwardedResult(task_id=record.root_id, result=result))
             return
+        # (The items that a list of items refers to are known to the owner alone.)
+        found = [] if record.class_queue.task_class.stream else result.contained
         values: list[Value] = []
         for index, value in enumerate(result.values):
-            inner = result.contained[index] if index < len(result.contained) else []
+            inner = found[index] if index < len(found) else []
             if isinstance(value, bytes):
                 values.append(value)
                 continue
             self.borrowing.keep_result(node_id, value, writer, inner)
             values.append(self.borrowing.portable(value, value.object_id, 0))
-        contained = [object_id for inner in result.contained for object_id in inner]
+        contained = [object_id for inner in found for object_id in inner]
         outcome = msgspec.structs.replace(result, values=values)
         lent = self.borrowing.lend(node_id, contained, needed=False)
         item = ForwardedResult(task_id=record.root_id, result=outcome, lent=lent)
         self._answer(node_id, item)
 
+    def send_items(self, record: TaskRecord, items: Yielded, writer: ClientId) -> None:
+        """Give the owner what its generator has yielded here; what is large stays here for it."""
+        node_id = node_of(record.client_id)
+        if node_id in self.dead:
+            self.streams.discard(items, writer)
+            return
+        values: list[Value] = []
+        for index, value in enumerate(items.values):
+            if not isinstance(value, bytes):
+                inner = items.contained[index] if items.contained else []
+                self.borrowing.keep_result(node_id, value, writer, inner)
+                value = self.borrowing.portable(value, value.object_id, 0)
+            values.append(value)
+        contained = [object_id for inner in items.contained for object_id in inner]
+        lent = self.borrowing.lend(node_id, contained, needed=False)
+        sent = msgspec.structs.replace(items, values=values)
+        self._state.effects.append(SendPeer(node_id, ForwardedItems(items=sent, lent=lent)))
+
     def send_back(self, record: TaskRecord) -> None:
         """Tell the owner that its task could not begin here."""
+        self.streams.forget_source(record.task_id)
         item = ForwardedResult(task_id=record.root_id, result=b"", returned=True)
         self._answer(node_of(record.client_id), item)
 

@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from poolray.node.memory_protection import MemoryProtection
     from poolray.node.peers import Peers
     from poolray.node.retries import Retries
+    from poolray.node.streams import Streams
 
 _CALLER = Delivery.CALLER
 _CREATE = CallKind.CREATE
@@ -133,6 +134,7 @@ class Tasks:
         "protection",
         "retries",
         "store",
+        "streams",
     )
 
     def __init__(
@@ -150,6 +152,7 @@ class Tasks:
         self.cancellation: Cancellation
         self.retries: Retries
         self.protection: MemoryProtection
+        self.streams: Streams
         #: Ended tasks whose results live elsewhere only: they can be made again.
         self._lineage: dict[TaskId, TaskRecord] = {}
         #: task id -> ids of the parts split off it that have not ended.
@@ -468,6 +471,10 @@ class Tasks:
             if not result.crashed or not self.retries.delay(record):
                 self.try_again(record)
             return
+        elif self.streams.must_run_again(record, result):
+            record.attempts += 1
+            self.try_again(record)
+            return
         else:
             record.move(FAILED if result.is_error else SUCCEEDED)
             self._store(record, result, writer)
@@ -475,8 +482,12 @@ class Tasks:
 
     def _store(self, record: TaskRecord, result: Outcome, writer: ClientId) -> None:
         """Seal each return value that somebody holds."""
+        if record.class_queue.task_class.stream:
+            if self.streams.on_result(record, result, writer):
+                self._lineage[record.root_id] = record
+            return
         if result.is_error:
-            self._store_error(record, result.values[0], writer)
+            self.store_error(record, result.values[0], writer)
             return
         remote = False
         for index in range(record.class_queue.task_class.num_returns):
@@ -492,7 +503,7 @@ class Tasks:
         if remote:
             self._lineage[record.root_id] = record
 
-    def _store_error(self, record: TaskRecord, error: Value, writer: ClientId) -> None:
+    def store_error(self, record: TaskRecord, error: Value, writer: ClientId) -> None:
         """One error stands for all return values."""
         count = record.class_queue.task_class.num_returns
         ids = [return_id(record.root_id, index) for index in range(count)]
@@ -733,7 +744,9 @@ class Tasks:
                 sent.setdefault(record.worker_id, []).append(record.sequence)
             self._withdraw(record)
             record.move(FAILED)
-            if record.class_queue.task_class.delivery is not _CALLER and not record.is_foreign:
+            if record.is_foreign:
+                self.streams.forget_source(record.task_id)
+            elif record.class_queue.task_class.delivery is not _CALLER:
                 error = TaskCancelledError(
                     task_id=record.root_id.hex(),
                     task_name=record.class_queue.task_class.name,
@@ -795,6 +808,7 @@ class Tasks:
     def drop_client(self, client_id: ClientId) -> None:
         """A client is gone: all it held is let go, functions included."""
         self.functions.drop_client(client_id)
+        self.streams.drop_client(client_id)
         self.objects.drop_client(client_id)
 
     def release_classes_of(self, group_id: GroupId) -> None:
@@ -812,9 +826,13 @@ class Tasks:
             return
         task_id = task_of(object_id)
         maker = self._lineage.pop(task_id, None)
-        if maker is None and task_id in self._state.tasks:
-            return  # lost together with another return value, for which it runs again already
+        running = self._state.tasks.get(task_id) if maker is None else None
+        if running is not None:
+            # Lost together with another return value, for which it runs again already.
+            self.streams.note_lost(object_id, running)
+            return
         if maker is not None and self.may_retry(maker) and self.usable_group(maker) is not None:
+            self.streams.note_lost(object_id, maker)
             self.run_again(maker)
             return
         error: ObjectLostError = ObjectLostError(object_id=object_id.hex(), reason=reason)
@@ -855,11 +873,14 @@ class Tasks:
             record = self._state.objects.get(return_id(maker.root_id, index))
             if record is not None and record.location() is not None:
                 return
+        if self.streams.is_remote(maker.root_id):
+            return
         del self._lineage[maker.root_id]
         self.drop_lineage(maker)
 
     def drop_lineage(self, maker: TaskRecord) -> None:
         """What a task made can no longer be lost, or can no longer be made again."""
+        self.streams.forget_remote(maker.root_id)
         self.unpin(maker)
         queue = maker.class_queue
         queue.tasks -= 1

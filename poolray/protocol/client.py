@@ -16,6 +16,7 @@ from poolray.ids import FunctionId, ObjectId, TaskId
 from poolray.protocol.actors import ActorReply, ActorRequest, CallCount, NamedActors
 from poolray.protocol.placement import PlacementGroupReply, PlacementRequest
 from poolray.protocol.state import QueryState, StateRows
+from poolray.protocol.streams import StreamReply, StreamRequest
 from poolray.protocol.values import (
     FunctionDefinition,
     InArena,
@@ -204,6 +205,7 @@ ClientRequest: TypeAlias = (
     | CancelTask
     | QueryState
     | PlacementRequest
+    | StreamRequest
 )
 
 ClientReply: TypeAlias = (
@@ -216,4 +218,5 @@ ClientReply: TypeAlias = (
     | CallCount
     | StateRows
     | PlacementGroupReply
+    | StreamReply
 )

@@ -48,6 +48,7 @@ from poolray.protocol.directory import (
     WatchActor,
 )
 from poolray.protocol.placement import KeptBundles, PlacementHeadMessage, PlacementHeadRequest
+from poolray.protocol.streams import Yielded
 from poolray.protocol.values import (
     FunctionDefinition,
     InArena,
@@ -326,6 +327,21 @@ class CancelForwarded(msgspec.Struct, frozen=True, array_like=True, tag=206, kw_
     recursive: bool
 
 
+class ForwardedItems(msgspec.Struct, frozen=True, array_like=True, tag=231, kw_only=True):
+    """Items of a forwarded task. The owner now holds what they name in the sender's arena."""
+
+    items: Yielded
+    lent: list[Lent] = []  #: what the values refer to
+
+
+class StreamProgress(msgspec.Struct, frozen=True, array_like=True, tag=232, kw_only=True):
+    """Owner to the node that runs its generator: how many items have been taken."""
+
+    task_id: TaskId
+    consumed: int
+    closed: bool = False  #: nobody will take any
+
+
 PeerMessage: TypeAlias = (
     ForwardTasks
     | ForwardedResults
@@ -339,6 +355,8 @@ PeerMessage: TypeAlias = (
     | AskSource
     | UseSource
     | SourceDone
+    | ForwardedItems
+    | StreamProgress
 )
 
 

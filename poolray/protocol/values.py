@@ -76,6 +76,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only=True)
     contained: list[list[ObjectId]] = []
     crashed: bool = False  #: an error because the worker died
     summary: str = ""  #: of an error: its class and text, for those who look on
+    raised: bool = False  #: the error is the user code's own
 
 
 class LabelOperator(enum.IntEnum):
@@ -137,6 +138,9 @@ class TaskClass(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=Tru
     placed_with: dict[str, int] = {}
     concurrency_group: str = ""  #: of an actor, where its calls run; empty: the default one
     timeout_s: float = 0.0  #: how long a call may run; 0: without end
+    stream: int = 0  #: a `StreamMode`: what becomes of what a generator yields
+    backpressure: int = 0  #: items that may wait to be taken before it goes on; 0: any number
+    actor_backpressure: int = 0  #: the same for all streams of the actor together
 
 
 class TaskSpec(msgspec.Struct, frozen=True, array_like=True, tag=5, kw_only=True):

@@ -44,6 +44,7 @@ from poolray.protocol.client import (
 )
 from poolray.protocol.placement import PlacementGroupReply, PlacementRequest
 from poolray.protocol.state import QueryState, StateRows
+from poolray.protocol.streams import ItemsYielded, StreamReply, StreamRequest
 from poolray.protocol.values import FunctionDefinition, InArena, InFile, Outcome, TaskClass
 
 
@@ -247,6 +248,7 @@ class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_onl
         | ActorRequest
         | QueryState
         | PlacementRequest
+        | StreamRequest
     )
 
 
@@ -282,6 +284,7 @@ FromWorkers: TypeAlias = (
     | ClientMessage
     | ActorStarted
     | ActorExiting
+    | ItemsYielded
 )
 
 ToWorkerControl: TypeAlias = (
@@ -294,6 +297,7 @@ ToWorkerControl: TypeAlias = (
     | StateRows
     | PlacementGroupReply
     | InterruptTask
+    | StreamReply
 )
 
 

@@ -194,3 +194,22 @@ def test_out_of_core_sort_says_that_there_is_nothing_to_sort(tmp_path: Path) -> 
     done = run("out_of_core_sort.py", tmp_path)
     assert done.returncode == 1
     assert "no Python files" in done.stderr
+
+
+def test_streaming_pipeline_finds_what_a_loop_finds(tmp_path: Path) -> None:
+    folder = tmp_path / "sources"
+    (folder / "package").mkdir(parents=True)
+    for number in range(12):
+        # Large enough that each file is a batch of its own.
+        comments = f"    # {'x' * 93}\n" * (3000 + number)
+        body = f"def f{number}():\n    'Does nothing.'\n{comments}    return 1\n"
+        (folder / "package" / f"module{number:02}.py").write_text(body)
+    (folder / "broken.py").write_text("def (:\n")
+    done = run("streaming_pipeline.py", folder, "--lanes", 2, "--ahead", 1)
+    assert done.returncode == 0, done.stderr
+    assert "13 files, " in done.stdout
+    assert "12 functions, 12 of them with a docstring" in done.stdout
+    assert " 3014 lines  f11" in done.stdout
+    most = re.search(r"at most (\d+) batches", done.stdout)
+    assert most is not None
+    assert int(most[1]) <= 6

@@ -52,6 +52,7 @@ FLOORS = (
             "binding",
             "cluster_state",
             "remote_groups",
+            "generators",
             "remote_placement",
             "remote_strategies",
         ),

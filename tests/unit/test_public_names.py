@@ -23,8 +23,10 @@ from poolray.exceptions import PoolrayError, TaskError
 # Changing one of these lists changes what users can write: it needs a changelog fragment.
 PUBLIC_NAMES = {
     "poolray": [
+        "DynamicObjectRefGenerator",
         "Executor",
         "ObjectRef",
+        "ObjectRefGenerator",
         "Pool",
         "__version__",
         "actor",
