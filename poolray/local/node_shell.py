@@ -78,6 +78,7 @@ from poolray.protocol.worker import (
     FromWorkers,
     TasksFinished,
     WorkerExited,
+    WorkerNews,
     WorkerNote,
     WorkerOutput,
     WorkerReady,
@@ -349,6 +350,9 @@ class NodeShell:
                 group = self._groups.get(host.group_id)
                 if group is not None and group.watch is not None:
                     group.watch.on_note(message)
+                return
+            if type(message) is WorkerNews:
+                self._deliveries.append(message)
                 return
             if type(message) is ClientMessage:
                 if self.default_group is None:

@@ -31,7 +31,7 @@ from poolray.config import Config
 from poolray.exceptions import InternalError, PoolrayError
 from poolray.head.head import Head
 from poolray.ids import WORKER_ID_BYTES, ClientId, ObjectId, TaskId, TaskIdSource
-from poolray.local import inspection, process_state
+from poolray.local import inspection, news, process_state
 from poolray.local.callbacks import CallbackThread
 from poolray.local.machine import Machine, Wishes, describe, usable_cpus
 from poolray.local.node_shell import PLAIN_TASKS, GroupHandle, NodeShell, store_bytes
@@ -67,7 +67,7 @@ from poolray.protocol.client import (
 from poolray.protocol.memory import HolderKind, MemoryTable, ObjectEntry, ObjectHolder
 from poolray.protocol.state import QueryState, StateKind, StateRow, StateRows
 from poolray.protocol.values import InArena, InFile, Outcome, TaskClass, TaskSpec
-from poolray.protocol.worker import WorkerOutput
+from poolray.protocol.worker import WorkerNews, WorkerOutput
 
 __all__ = [
     "CallbackThread",
@@ -252,6 +252,8 @@ class LocalRuntime(NodeShell):
             item.call(item.reply)
         elif kind is WorkerOutput:
             _write_out(sys.stdout if item.stream == 1 else sys.stderr, item.text)
+        elif kind is WorkerNews:
+            news.hand_over(item.topic, item.data)
         elif kind is GroupFailed:
             handle = self._groups.get(item.group_id)
             if handle is not None:

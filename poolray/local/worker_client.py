@@ -51,6 +51,7 @@ from poolray.protocol.worker import (
     InterruptTask,
     ToWorkerControl,
     WorkerBlocked,
+    WorkerNews,
     WorkerUnblocked,
 )
 
@@ -135,6 +136,15 @@ class WorkerLink:
     def send(self, message: Any) -> None:
         """Tell the node something."""
         self._reports.send(self._encode(ClientMessage(worker_id=self._worker_id, message=message)))
+
+    def send_news(self, topic: str, data: bytes, wait: bool) -> bool:
+        """Tell the driver something; False: it needs waiting, or there is no driver."""
+        packet = self._encode(WorkerNews(topic=topic, data=data))
+        try:
+            self._reports.send(packet, 0 if wait else socket.MSG_DONTWAIT)
+        except OSError:
+            return False  # the channel is full, or the driver is gone
+        return True
 
     def get(self, object_ids: list[ObjectId], timeout_s: float | None) -> ObjectValues | None:
         """Values once all are ready or one has failed; None when the time is up."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
+from poolray.local import news
 from poolray.objects.serialization import remember_main
 from poolray.protocol.worker import WorkerOutput
 
@@ -94,6 +95,7 @@ def install_client(client: WorkerClient, setup: WorkerSetup) -> None:
     from poolray.local import process_state
 
     client.api.install()
+    news.install(client.link.send_news)
     process_state.install_worker(client.api, setup)
 
 
@@ -164,6 +166,7 @@ def flush_output() -> None:
             stream.flush()
         except Exception:
             pass  # closed, absent, or replaced by the program: not worth its result
+    news.flush()
 
 
 @final

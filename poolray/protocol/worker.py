@@ -211,6 +211,13 @@ class WorkerNote(msgspec.Struct, frozen=True, array_like=True, tag=30, kw_only=T
     unfinished: bool = False
 
 
+class WorkerNews(msgspec.Struct, frozen=True, array_like=True, tag=26, kw_only=True):
+    """Worker to driver: news of a library in the worker, for its part in the driver."""
+
+    topic: str
+    data: bytes
+
+
 class ForkServerReady(msgspec.Struct, frozen=True, array_like=True, tag=20, kw_only=True):
     """Fork server to shell: it serves; sent once by a spawned one, with what `__main__` offers."""
 
@@ -279,6 +286,7 @@ FromWorkers: TypeAlias = (
     | WorkerStarted
     | WorkerOutput
     | WorkerNote
+    | WorkerNews
     | ForkServerReady
     | ForkServerFailed
     | ClientMessage
