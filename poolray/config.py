@@ -139,6 +139,9 @@ class Config:
     function_warn_bytes: int = 1024 * 1024
     #: The same larger than this is an error.
     function_max_bytes: int = 100 * 1024 * 1024
+    #: 0: leave `print` alone while `poolray.experimental.tqdm_ray` shows bars; what is printed then
+    #: tears them.
+    tqdm_patch_print: int = 1
     #: Unread items and results that `imap` keeps at the most.
     imap_window_items: int = 4096
     #: Bytes of unread items and results that `imap` keeps at the most.

@@ -58,7 +58,10 @@ FLOORS = (
         ),
         open_plan=True,
     ),
-    Floor(("pool", "executor", "util", "dag", "multiprocessing", "backends"), open_plan=True),
+    Floor(
+        ("pool", "executor", "util", "dag", "multiprocessing", "backends", "experimental"),
+        open_plan=True,
+    ),
     Floor(("dashboard", "launcher")),
     Floor((PACKAGE, "__main__"), open_plan=True),
 )
