@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 from poolray.actor import ActorHandle, kill
-from poolray.api import get, remote, wait
+from poolray.api import cancel, get, remote, wait
 
 __all__ = ["Empty", "Full", "Queue"]
 
@@ -129,6 +129,9 @@ class Queue:
         call = self._put_call(item, block, timeout)
         try:
             get(call)
+        except KeyboardInterrupt:
+            cancel(call)
+            raise
         except (queue.Full, asyncio.QueueFull):
             raise Full from None
 
@@ -137,6 +140,9 @@ class Queue:
         call = self._put_call(item, block, timeout)
         try:
             await call
+        except asyncio.CancelledError:
+            cancel(call)
+            raise
         except (queue.Full, asyncio.QueueFull):
             raise Full from None
 
@@ -168,6 +174,9 @@ class Queue:
         call = self._get_call(block, timeout)
         try:
             return get(call)
+        except KeyboardInterrupt:
+            cancel(call)  # else it would take an item that nobody gets
+            raise
         except (queue.Empty, asyncio.QueueEmpty):
             raise Empty from None
 
@@ -176,6 +185,9 @@ class Queue:
         call = self._get_call(block, timeout)
         try:
             return await call
+        except asyncio.CancelledError:
+            cancel(call)  # else it would take an item that nobody gets
+            raise
         except (queue.Empty, asyncio.QueueEmpty):
             raise Empty from None
 

@@ -199,6 +199,19 @@ def test_coroutines_are_told_of_full_and_empty_queues(make_queue: Any) -> None:
     asyncio.run(check())
 
 
+@better_than_reference("the call that was given up takes the item", always=False)
+def test_a_get_that_is_given_up_takes_no_item(make_queue: Any) -> None:
+    queue = make_queue()
+
+    async def give_up() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(queue.get_async(), 0.2)
+
+    asyncio.run(give_up())
+    queue.put("item")
+    assert queue.get(timeout=30) == "item"
+
+
 def test_options_of_its_actor(make_queue: Any) -> None:
     queue = make_queue(actor_options={"name": "the-queue", "num_cpus": 1})
     queue.put(1)

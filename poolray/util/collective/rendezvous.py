@@ -32,6 +32,8 @@ _VERSION = 1
 _MESSAGE_BYTES_MAX = 64 * 1024
 #: Rank 0 may be late: knock again after this long.
 _KNOCK_AGAIN_S = 0.01
+#: Process, user and group at the other end of a socket.
+_CREDENTIALS = struct.Struct("3i")
 
 
 class Join(msgspec.Struct, frozen=True, tag="join", kw_only=True):
@@ -177,9 +179,8 @@ class _Host:
             connection, _ = self._listener.accept()
         except OSError:
             return  # it has gone again
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        if struct.unpack("3i", credentials)[1] != os.getuid():
-            connection.close()  # such names have no permissions
+        if not _is_ours(connection):
+            connection.close()
             return
         self._unknown[connection.fileno()] = connection
 
@@ -218,6 +219,12 @@ class _Host:
             connection.close()
 
 
+def _is_ours(connection: socket.socket) -> bool:
+    """Whether the other end is of this user: names of such sockets have no permissions."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return bool(_CREDENTIALS.unpack(credentials)[1] == os.getuid())
+
+
 # ---- the others ----------------------------------------------------------------------------------
 
 
@@ -249,6 +256,8 @@ def _knock(
     """Join once; None: rank 0 was not there, or has died, or the time is up."""
     try:
         connection.connect(address)
+        if not _is_ours(connection):
+            return None
         connection.send(join)
         connection.settimeout(max(0.001, deadline - time.monotonic()))
         data, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES_MAX, 1)
