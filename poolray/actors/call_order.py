@@ -29,10 +29,10 @@ class CallOrder(Generic[C]):
         Whether calls of one caller go in the order in which they were made.
     """
 
-    __slots__ = ("_lines", "_ordered", "_waiting", "ready")
+    __slots__ = ("_lines", "_waiting", "ordered", "ready")
 
     def __init__(self, ordered: bool) -> None:
-        self._ordered = ordered
+        self.ordered = ordered
         #: Calls that may be sent, the next one first.
         self.ready: deque[C] = deque()
         #: caller -> its calls from the first on that waits for an argument.
@@ -44,7 +44,7 @@ class CallOrder(Generic[C]):
         """A new call; `waits` for an argument or not."""
         if waits:
             self._waiting[call] = None
-        if not self._ordered:
+        if not self.ordered:
             if not waits:
                 self.ready.append(call)
             return
@@ -59,7 +59,7 @@ class CallOrder(Generic[C]):
     def on_ready(self, caller: ClientId, call: C) -> None:
         """The arguments of a call are there."""
         self._waiting.pop(call, None)
-        if self._ordered:
+        if self.ordered:
             self._advance(caller)
         else:
             self.ready.append(call)
@@ -94,7 +94,7 @@ class CallOrder(Generic[C]):
         for line in self._lines.values():
             calls.extend(line)
         self._lines.clear()
-        if not self._ordered:
+        if not self.ordered:
             calls.extend(self._waiting)
         self._waiting.clear()
         return calls
@@ -105,6 +105,6 @@ class CallOrder(Generic[C]):
             assert line, "an empty line is kept"
             assert line[0] in self._waiting, "a line is held back by nobody"
         assert not any(call in self._waiting for call in self.ready)
-        if self._ordered:
+        if self.ordered:
             lined = {call for line in self._lines.values() for call in line}
             assert all(call in lined for call in self._waiting)

@@ -31,6 +31,8 @@ from poolray.protocol.directory import (
     DropActor,
     FindActor,
     KeepActor,
+    KillActorEntry,
+    KillKept,
     ListActorEntries,
     RegisterActor,
     RestartActor,
@@ -197,6 +199,17 @@ class ActorDirectory:
             self.on_watch(node_id, WatchActor(actor_id=actor_id))
         for actor_id in list(self._orphans):
             self._adopt(self._entries[actor_id])
+
+    def on_kill(self, message: KillActorEntry) -> None:
+        """Somebody wants an actor killed."""
+        entry = self._entries.get(message.actor_id)
+        if entry is None:
+            return
+        if entry.keeper:
+            kill = KillKept(actor_id=message.actor_id, no_restart=message.no_restart)
+            self._state.send(entry.keeper, kill)
+        elif message.no_restart:
+            self._bury(entry, b"", "was killed by kill().")
 
     # ---- questions -------------------------------------------------------------------------------
 
@@ -391,4 +404,5 @@ def _place_of(entry: ActorEntry, reason: str = "") -> ActorAt:
         death=entry.death,
         reason=reason,
         class_name=entry.class_name,
+        ordered=entry.ordered,
     )

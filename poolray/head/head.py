@@ -32,6 +32,7 @@ from poolray.protocol.directory import (
     ActorChanged,
     DrainNode,
     FindActor,
+    KillActorEntry,
     LeaveCluster,
     ListActorEntries,
     ListJobs,
@@ -244,6 +245,8 @@ class Head:
                 actors.on_watch(node_id, message)
             case UnwatchActor():
                 actors.on_unwatch(node_id, message)
+            case KillActorEntry():
+                actors.on_kill(message)
             case ListNames():
                 actors.on_list_names(node_id, message)
             case ListActorEntries():

@@ -13,7 +13,7 @@ from typing import final
 
 from poolray.actors.call_order import CallOrder
 from poolray.actors.lifecycle import ActorLife
-from poolray.ids import ClientId, ObjectId, TaskId
+from poolray.ids import ClientId, NodeId, ObjectId, TaskId
 from poolray.node.workers import WorkerRecord
 from poolray.protocol.actors import CreateActor
 from poolray.protocol.node import WorkerLost
@@ -48,6 +48,8 @@ class Actor:
         "creation",
         "death",
         "estimate_s",
+        "host",
+        "hosted_for",
         "is_freed",
         "lane",
         "lanes",
@@ -73,6 +75,10 @@ class Actor:
         #: The worker that is its own (ALIVE).
         self.worker: WorkerRecord | None = None
         self.pid = 0
+        #: The other node that it lives on (ALIVE), for which we keep what it was made with.
+        self.host: NodeId | None = None
+        #: The other node that keeps it; None: we do.
+        self.hosted_for: NodeId | None = None
         #: The calls that belong to no concurrency group.
         self.lane = Lane(message.ordered, message.concurrency)
         #: concurrency group -> its calls; those of none under the empty name.

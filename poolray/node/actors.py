@@ -26,6 +26,7 @@ from poolray.exceptions import (
 )
 from poolray.ids import ActorId, ClientId, ObjectId, TaskId, WorkerId, handle_of, return_id
 from poolray.node.actor_record import Actor, Lane, restarts_text, split_lost
+from poolray.node.actors_elsewhere import ADOPTER, ActorsElsewhere
 from poolray.node.cancellation import error_of
 from poolray.node.effects import Reply, SendHead, SendWorker, TerminateWorker
 from poolray.node.state import NodeState
@@ -45,10 +46,7 @@ from poolray.protocol.actors import (
     NamedActors,
 )
 from poolray.protocol.directory import (
-    ActorChanged,
-    ActorEntry,
     ActorFound,
-    ActorStage,
     FindActor,
     RegisterActor,
 )
@@ -67,6 +65,7 @@ from poolray.tasks.lifecycle import QUEUED, RUNNING, SUCCEEDED, TaskRecord
 if TYPE_CHECKING:
     from poolray.node.dispatch import Dispatcher
     from poolray.node.groups import Groups
+    from poolray.node.hosting import Hosting
     from poolray.node.objects import Objects
 
 _CREATE = CallKind.CREATE
@@ -82,9 +81,7 @@ class Actors:
     """The actors of a node."""
 
     __slots__ = (
-        "_actors",
         "_asked",
-        "_by_creation",
         "_by_worker",
         "_dispatcher",
         "_groups",
@@ -93,6 +90,10 @@ class Actors:
         "_owned",
         "_state",
         "_tasks",
+        "actors",
+        "by_creation",
+        "elsewhere",
+        "hosting",
     )
 
     def __init__(
@@ -108,11 +109,13 @@ class Actors:
         self._tasks = tasks
         self._dispatcher = dispatcher
         self._groups = groups
+        self.elsewhere: ActorsElsewhere
+        self.hosting: Hosting
         #: Actors that live, and dead ones that somebody has a handle to.
-        self._actors: dict[ActorId, Actor] = {}
+        self.actors: dict[ActorId, Actor] = {}
         self._by_worker: dict[WorkerId, Actor] = {}
         #: task id of the constructor's call -> actor that is not dead.
-        self._by_creation: dict[TaskId, Actor] = {}
+        self.by_creation: dict[TaskId, Actor] = {}
         #: client -> actors it made that are neither dead nor detached.
         self._owned: dict[ClientId, dict[ActorId, None]] = {}
         #: request id at the head -> who asked for what.
@@ -129,16 +132,32 @@ class Actors:
             if message.name:
                 self._ask_head(client_id, message)
             else:
-                self._create(client_id, message)
+                self.create(client_id, message)
         elif isinstance(message, KillActor):
             self._on_kill(message)
         elif isinstance(message, CountCalls):
-            actor = self._actors.get(message.actor_id)
-            count = 0 if actor is None else actor.calls_by_caller.get(client_id, 0)
+            count = self._count_calls(client_id, message.actor_id)
             reply = CallCount(request_id=message.request_id, count=count)
             self._state.effects.append(Reply(client_id, reply))
         else:
             self._ask_head(client_id, message)
+
+    def _count_calls(self, client_id: ClientId, actor_id: ActorId) -> int:
+        actor = self.actors.get(actor_id)
+        count = 0 if actor is None else actor.calls_by_caller.get(client_id, 0)
+        remote = self.elsewhere.find(actor_id)
+        if remote is None or not remote.unfinished:
+            return count
+        tasks = self._state.tasks.values()
+        return count + sum(
+            record.is_elsewhere and record.actor_id == actor_id and record.client_id == client_id
+            for record in tasks
+        )
+
+    def keeps(self, actor_id: ActorId) -> bool:
+        """Whether an actor is ours to make again, wherever it lives."""
+        actor = self.actors.get(actor_id)
+        return actor is not None and actor.hosted_for is None
 
     def _ask_head(
         self, client_id: ClientId, message: CreateActor | LookUpActor | ListActors
@@ -146,27 +165,16 @@ class Actors:
         """Names belong to the head: it is asked, and answers with the number of the request."""
         self._next_request = number = self._next_request + 1
         self._asked[number] = (client_id, message)
-        question: RegisterActor | FindActor | ListNames
-        if isinstance(message, CreateActor):
-            question = RegisterActor(request_id=number, entry=self._entry_of(message))
-        elif isinstance(message, LookUpActor):
-            question = FindActor(request_id=number, namespace=message.namespace, name=message.name)
-        else:
-            question = ListNames(request_id=number, namespace=message.namespace)
-        self._state.effects.append(SendHead(question))
+        self._state.effects.append(SendHead(self._question(number, message)))
 
-    def _entry_of(self, message: CreateActor) -> ActorEntry:
-        """A new actor as the cluster's directory has it."""
-        return ActorEntry(
-            actor_id=message.actor_id,
-            class_name=message.class_name,
-            name=message.name,
-            namespace=message.namespace,
-            detached=message.detached,
-            max_restarts=message.max_restarts,
-            keeper=self._state.node_id,
-            description=message.description,
-        )
+    def _question(
+        self, number: int, message: CreateActor | LookUpActor | ListActors
+    ) -> RegisterActor | FindActor | ListNames:
+        if isinstance(message, CreateActor):
+            return RegisterActor(request_id=number, entry=self.hosting.entry_of(message))
+        if isinstance(message, LookUpActor):
+            return FindActor(request_id=number, namespace=message.namespace, name=message.name)
+        return ListNames(request_id=number, namespace=message.namespace)
 
     def on_head_reply(self, message: ActorFound | NamesFound) -> None:
         """The head's answer, for whoever asked."""
@@ -178,46 +186,62 @@ class Actors:
             names = NamedActors(request_id=request.request_id, names=message.names)
             self._state.effects.append(Reply(client_id, names))
             return
-        found = message.entry.actor_id if message.entry is not None else ActorId(b"")
+        entry = message.entry
+        found = entry.actor_id if entry is not None else ActorId(b"")
         if isinstance(request, CreateActor) and found == request.actor_id:
-            self._create(client_id, request)
-            self._answer(client_id, request.request_id, self._actors[request.actor_id])
+            self.create(client_id, request)
+            self.answer(client_id, request.request_id, found, request.description)
+            return
+        wanted = not isinstance(request, CreateActor) or request.get_if_exists
+        if entry is None or not wanted:
+            self.answer(client_id, request.request_id, None, b"")
+        elif self.keeps(found):
+            self.answer(
+                client_id, request.request_id, found, self.actors[found].message.description
+            )
         else:
-            wanted = not isinstance(request, CreateActor) or request.get_if_exists
-            actor = self._actors.get(found) if wanted else None
-            self._answer(client_id, request.request_id, actor)
+            self.hosting.want_handle(client_id, request.request_id, entry)
 
-    def _answer(self, client_id: ClientId, request_id: int, actor: Actor | None) -> None:
-        if actor is None or actor.life.state is DEAD:
+    def answer(
+        self, client_id: ClientId, request_id: int, actor_id: ActorId | None, description: bytes
+    ) -> None:
+        """Give a client the handle it asked for, unless there is none."""
+        actor = None if actor_id is None else self.actors.get(actor_id)
+        if actor_id is None or (actor is not None and actor.life.state is DEAD):
             self._state.effects.append(Reply(client_id, ActorReply(request_id=request_id)))
             return
-        actor_id = actor.message.actor_id
         self._objects.add_references(client_id, [handle_of(actor_id)])
-        reply = ActorReply(
-            request_id=request_id, actor_id=actor_id, description=actor.message.description
-        )
+        reply = ActorReply(request_id=request_id, actor_id=actor_id, description=description)
         self._state.effects.append(Reply(client_id, reply))
+
+    def outstanding(self) -> list[RegisterActor | FindActor | ListNames]:
+        """Questions that the head has not answered, for one that may not have heard them."""
+        return [self._question(number, message) for number, (_, message) in self._asked.items()]
 
     # ---- creation --------------------------------------------------------------------------------
 
-    def _create(self, client_id: ClientId, message: CreateActor) -> None:
+    def create(self, client_id: ClientId, message: CreateActor, restarts: int = 0) -> None:
         """An actor is wanted: its constructor's call is a task that makes a worker its own."""
         actor_id, task_id = message.actor_id, message.task.task_id
-        if actor_id in self._actors:
+        if actor_id in self.actors:
             raise InternalError(f"actor {actor_id.hex()} exists already")
-        actor = self._actors[actor_id] = Actor(message, client_id)
-        self._by_creation[task_id] = actor
+        actor = self.actors[actor_id] = Actor(message, client_id)
+        self.by_creation[task_id] = actor
         handle = handle_of(actor_id)
-        self._state.objects[handle] = ObjectRecord()
+        if handle not in self._state.objects:
+            self._state.objects[handle] = ObjectRecord()
         self._objects.handles[handle] = actor_id
         self._objects.add_references(client_id, [handle])
         if message.detached:
             self._objects.hold(handle)
         else:
             self._owned.setdefault(client_id, {})[actor_id] = None
+        self.hosting.on_born(actor)
         # Arguments that are known to be errors may end it before this returns.
         self._tasks.submit(client_id, [message.task])
         actor.creation = self._state.tasks.get(task_id)
+        if actor.creation is not None:
+            actor.creation.attempts = restarts
 
     def on_started(self, message: ActorStarted) -> None:
         """A constructor has returned, or raised."""
@@ -227,7 +251,7 @@ class Actors:
         packet = worker.packets.popleft()
         record = packet.records[0] if packet.records else None
         self._dispatcher.let_go(packet)
-        actor = None if record is None else self._by_creation.get(record.task_id)
+        actor = None if record is None else self.by_creation.get(record.task_id)
         if (
             actor is None
             or record is None
@@ -257,14 +281,26 @@ class Actors:
         actor.worker = worker
         actor.pid = worker.pid
         self._by_worker[worker.worker_id] = actor
-        self._end_creation(record)
+        self.end_creation(record)
+        self.come_alive(actor, record)
+
+    def come_alive(self, actor: Actor, record: TaskRecord) -> None:
+        """Its constructor has returned, here or on another node."""
         actor.life.move(ALIVE)
-        if actor.message.max_restarts == 0:
+        if actor.message.max_restarts == 0 or actor.hosted_for is not None:
             self._tasks.unpin(record)
-        self._after_call(actor)
+        if actor.hosted_for is not None:
+            self.hosting.on_alive(actor, record)
+        elif actor.host is not None:
+            self.elsewhere.known(actor.message.actor_id)
+            self.hosting.tell(actor)
+            self.hosting.move_calls(actor)
+        else:
+            self.hosting.tell(actor)
+        self.after_call(actor)
         self._feed(actor)
 
-    def _end_creation(self, record: TaskRecord) -> None:
+    def end_creation(self, record: TaskRecord) -> None:
         """The constructor's call is over; its class stays, for the worker holds its resources."""
         record.move(SUCCEEDED)
         record.worker_id = None
@@ -276,7 +312,7 @@ class Actors:
 
     def creation_error(self, record: TaskRecord, message: WorkerLost) -> PoolrayError:
         """What calls get of an actor whose constructor took the worker along."""
-        actor = self._by_creation[record.task_id]
+        actor = self.by_creation[record.task_id]
         how = self._tasks.protection.how(message)
         return self._died(
             actor,
@@ -287,10 +323,10 @@ class Actors:
 
     def on_creation_failed(self, record: TaskRecord, error: bytes) -> None:
         """The constructor's call is given up; the caller ends the record."""
-        actor = self._by_creation.get(record.task_id)
+        actor = self.by_creation.get(record.task_id)
         if actor is not None:
             actor.creation = None
-            self._bury(actor, error)
+            self.bury(actor, error)
 
     # ---- calls -----------------------------------------------------------------------------------
 
@@ -315,10 +351,28 @@ class Actors:
             self._tasks.hold_inputs(record, spec)
         if spec.parent:
             self._tasks.cancellation.adopt(spec.parent, spec.task_id)
-        actor = self._actors.get(message.actor_id)
-        if actor is None:
+        self.enter_again(record)
+
+    def enter_again(self, record: TaskRecord) -> None:
+        """A call that is in no order: to the actor itself, or to where it may be."""
+        actor_id = record.actor_id
+        actor, remote = self.actors.get(actor_id), self.elsewhere.find(actor_id)
+        if (
+            actor is not None
+            and actor.host is None
+            and (actor.hosted_for is None or actor.life.state is ALIVE)
+            # (Calls that were made before have to go first.)
+            and not (remote is not None and remote.unfinished)
+        ):
+            self.enter(actor, record)
+        elif handle_of(actor_id) in self._objects.handles:
+            self.elsewhere.enter(record)
+        else:
             self._tasks.fail(record, self._unknown(record))
-            return
+
+    def enter(self, actor: Actor, record: TaskRecord) -> None:
+        """A call of an actor that lives here, will, or did."""
+        client_id, queue = record.client_id, record.class_queue
         actor.unfinished += 1
         if actor.message.counted:
             actor.calls_by_caller[client_id] = actor.calls_by_caller.get(client_id, 0) + 1
@@ -328,7 +382,7 @@ class Actors:
             self._tasks.fail(record, self._unavailable(actor))
         else:
             waits = record.missing > 0
-            if not waits:
+            if not waits and record.state is not QUEUED:
                 record.move(QUEUED)
             order = actor.lane_of(record).order
             order.add(client_id, record, waits)
@@ -337,7 +391,10 @@ class Actors:
 
     def on_ready(self, record: TaskRecord) -> None:
         """The arguments of a call are here."""
-        actor = self._actors[record.actor_id]
+        if record.is_elsewhere:
+            self.elsewhere.on_ready(record)
+            return
+        actor = self.actors[record.actor_id]
         record.move(QUEUED)
         actor.lane_of(record).order.on_ready(record.client_id, record)
         if actor.life.state is RESTARTING:
@@ -346,7 +403,10 @@ class Actors:
 
     def try_again(self, record: TaskRecord) -> None:
         """A call raised and is tried once more, before all others."""
-        actor = self._actors[record.actor_id]
+        if record.is_elsewhere:
+            self.elsewhere.try_again(record, returned=False)
+            return
+        actor = self.actors[record.actor_id]
         self._unsend(actor, record)
         actor.put_back([record])
 
@@ -358,7 +418,10 @@ class Actors:
 
     def withdraw(self, record: TaskRecord) -> None:
         """A call that has not been sent is not wanted any more; the caller ends it."""
-        actor = self._actors.get(record.actor_id)
+        if record.is_elsewhere:
+            self.elsewhere.withdraw(record)
+            return
+        actor = self.actors.get(record.actor_id)
         if actor is not None and record.state is not RUNNING:
             actor.lane_of(record).order.remove(record.client_id, record)
             if actor.life.state is RESTARTING:
@@ -367,9 +430,26 @@ class Actors:
 
     def on_ended(self, record: TaskRecord) -> None:
         """A call is over."""
-        actor = self._actors.get(record.actor_id)
-        if actor is None:
+        if record.is_elsewhere:
+            self.elsewhere.on_ended(record)
             return
+        actor = self.actors.get(record.actor_id)
+        if actor is None or (
+            record.is_foreign and actor.life.state is DEAD and not actor.unfinished
+        ):
+            return
+        self._count_out(actor, record)
+        if actor.is_freed:
+            self.after_call(actor)
+
+    def leave(self, actor: Actor, record: TaskRecord) -> None:
+        """A call goes to where the actor is now, or may be."""
+        self._count_out(actor, record)
+        if record.state is RUNNING:
+            record.move(QUEUED)
+            record.worker_id = None
+
+    def _count_out(self, actor: Actor, record: TaskRecord) -> None:
         actor.unmark_sent(record)
         self._unpin(actor, record)
         actor.unfinished -= 1
@@ -379,10 +459,8 @@ class Actors:
                 actor.calls_by_caller[record.client_id] = left
             else:
                 actor.calls_by_caller.pop(record.client_id, None)
-        if actor.is_freed:
-            self._after_call(actor)
 
-    def _after_call(self, actor: Actor) -> None:
+    def after_call(self, actor: Actor) -> None:
         """Nobody may need the actor any more."""
         if actor.unfinished or not actor.is_freed:
             return
@@ -515,25 +593,34 @@ class Actors:
 
     def on_freed(self, actor_id: ActorId) -> None:
         """The last handle is gone."""
-        actor = self._actors[actor_id]
+        self.elsewhere.on_freed(actor_id)
+        actor = self.actors.get(actor_id)
+        if actor is None or actor.hosted_for is not None:
+            return
         actor.is_freed = True
-        self._after_call(actor)
+        self.after_call(actor)
 
     def _stop(self, actor: Actor) -> None:
         """Nobody can call it any more, and all its calls are over: it ends politely."""
         worker = actor.worker
-        assert worker is not None
         self._move_out(actor)
-        self._bury(actor, self._state.encode_error(self._died(actor, "went out of scope")))
-        if worker.state is not _STOPPING:
+        self.hosting.end_hosted(actor, "")
+        self.bury(actor, self._state.encode_error(self._died(actor, "went out of scope")))
+        if worker is not None and worker.state is not _STOPPING:
             self._groups.stop(worker)
 
     def _on_kill(self, message: KillActor) -> None:
-        actor = self._actors.get(message.actor_id)
-        if actor is None or actor.life.state is DEAD:
+        actor = self.actors.get(message.actor_id)
+        if actor is None or actor.hosted_for is not None:
+            if self.elsewhere.find(message.actor_id) is not None:
+                self.hosting.kill_elsewhere(message)
+            return
+        if actor.life.state is DEAD:
             return
         if message.no_restart:
-            self._kill(actor, "was killed by kill()")
+            self.kill(actor, "was killed by kill()")
+        elif actor.host is not None:
+            self.hosting.end_hosted(actor, "was killed by kill()", may_restart=True)
         elif (worker := self._worker_of(actor)) is not None:
             self._state.effects.append(TerminateWorker(worker.worker_id))
 
@@ -552,17 +639,24 @@ class Actors:
         worker_id = actor.creation.worker_id
         return None if worker_id is None else self._state.workers.get(worker_id)
 
-    def _kill(self, actor: Actor, reason: str) -> None:
+    def terminate(self, actor: Actor) -> None:
+        """Its process ends by force, as in a crash."""
+        worker = self._worker_of(actor)
+        if worker is not None:
+            self._state.effects.append(TerminateWorker(worker.worker_id))
+
+    def kill(self, actor: Actor, reason: str, error: bytes = b"") -> None:
         """It ends by force, for good; its calls fail at once."""
         worker, creation = self._worker_of(actor), actor.creation
-        error = self._state.encode_error(self._died(actor, reason))
+        error = error or self._state.encode_error(self._died(actor, reason))
         self._move_out(actor)
+        self.hosting.end_hosted(actor, reason or "is dead")
         if worker is not None:
             self._terminate(worker)
         if creation is not None and creation.task_id in self._state.tasks:
             self._tasks.give_up(creation, error)  # buries it
         if actor.life.state is not DEAD:
-            self._bury(actor, error)
+            self.bury(actor, error)
 
     def _terminate(self, worker: WorkerRecord) -> None:
         if worker.state is not _STOPPING:
@@ -577,7 +671,7 @@ class Actors:
         worker = actor.worker
         assert worker is not None
         self._move_out(actor)
-        self._bury(actor, self._state.encode_error(self._died(actor, message.reason)))
+        self.bury(actor, self._state.encode_error(self._died(actor, message.reason)))
         if worker.state is not _STOPPING:
             worker.move(_STOPPING)  # its exit follows
 
@@ -588,6 +682,9 @@ class Actors:
             return
         begun, untouched = split_lost(actor, message)
         self._move_out(actor)
+        if actor.hosted_for is not None:
+            self._lose_hosted(actor, message, begun)
+            return
         kill = self._tasks.protection.kills.get(message.worker_id)
         creation = actor.creation
         if (
@@ -608,7 +705,20 @@ class Actors:
             f"died: its process (pid {message.pid}) {how}" + restarts_text(restarts),
             message.pid,
         )
-        self._bury(actor, self._state.encode_error(error))
+        self.bury(actor, self._state.encode_error(error))
+
+    def _lose_hosted(self, actor: Actor, message: WorkerLost, begun: list[TaskRecord]) -> None:
+        """The process of an actor that another node keeps has ended: that one decides."""
+        creation = actor.creation
+        assert creation is not None
+        how = self._tasks.protection.how(message)
+        text = f"died: its process (pid {message.pid}) {how}" + restarts_text(creation.attempts)
+        died = self._state.encode_error(self._died(actor, text, message.pid))
+        limit = actor.message.max_restarts
+        again = limit < 0 or creation.attempts < limit
+        error = self._state.encode_error(self._unavailable(actor)) if again else died
+        self.hosting.bounce(actor, begun, error)
+        self.bury(actor, died, may_restart=True)
 
     def _restart(
         self,
@@ -619,6 +729,7 @@ class Actors:
     ) -> None:
         """The constructor runs again; calls that may be tried again wait for it, others fail."""
         actor.life.move(RESTARTING)
+        self.hosting.tell(actor)
         for record in [r for r in actor.sent.values() if self._tasks.is_stopping(r)]:
             self._tasks.fail(record, error_of(record))
         begun = [record for record in begun if record.task_id in actor.sent]
@@ -649,16 +760,16 @@ class Actors:
     def on_client_lost(self, client_id: ClientId) -> None:
         """Who made these actors has died: they end, wherever they have handles."""
         for actor_id in list(self._owned.get(client_id, ())):
-            actor = self._actors[actor_id]
+            actor = self.actors[actor_id]
             if actor.life.state is not DEAD:
-                self._kill(actor, "died with its owner: the process that created it has ended")
+                self.kill(actor, "died with its owner: the process that created it has ended")
 
     def end_in(self, worker_ids: list[WorkerId], reason: str) -> None:
         """These workers are killed: actors that live in them are not made again."""
         for worker_id in worker_ids:
             actor = self._by_worker.get(worker_id)
             if actor is not None:
-                self._kill(actor, reason)
+                self.kill(actor, reason)
 
     def _move_out(self, actor: Actor) -> None:
         """The worker is not the actor's any more."""
@@ -667,31 +778,33 @@ class Actors:
             actor.worker = None
         actor.packets.clear()
 
-    def _bury(self, actor: Actor, error: bytes) -> None:
+    def bury(self, actor: Actor, error: bytes, *, may_restart: bool = False) -> None:
         """It is dead: its calls fail, its name is free, what it was made with is let go."""
         message = actor.message
         actor.life.move(DEAD)
-        actor.death = error
-        self._by_creation.pop(message.task.task_id, None)
+        actor.death, actor.host = error, None
+        self.by_creation.pop(message.task.task_id, None)
         owned = self._owned.get(actor.owner)
         if owned is not None and owned.pop(message.actor_id, 0) is None and not owned:
             del self._owned[actor.owner]
-        if message.name:
-            change = ActorChanged(actor_id=message.actor_id, stage=ActorStage.DEAD, death=error)
-            self._state.effects.append(SendHead(change))
+        if actor.hosted_for is not None:
+            self.hosting.on_hosted_dead(actor, error, may_restart=may_restart)
+            actor.is_freed = True
+        self.hosting.tell(actor)
         creation, actor.creation = actor.creation, None
         if creation is not None and creation.state is SUCCEEDED:
             self._tasks.drop_lineage(creation)
         for record in [*actor.sent.values(), *actor.take_all()]:
             if self._state.tasks.get(record.task_id) is record:
                 self._tasks.fail_encoded(record, error)
-        if message.detached:
+        if message.detached and actor.hosted_for is None:
             self._objects.release_all([handle_of(message.actor_id)])
-        self._after_call(actor)
+            self._objects.release_references(ADOPTER, [handle_of(message.actor_id)])
+        self.after_call(actor)
 
     def _forget(self, actor: Actor) -> None:
         """It is dead, and nobody has a handle to it."""
-        self._actors.pop(actor.message.actor_id, None)
+        self.actors.pop(actor.message.actor_id, None)
 
     # ---- errors ----------------------------------------------------------------------------------
 
@@ -722,7 +835,7 @@ class Actors:
 
     def kept_creations(self) -> Iterator[TaskRecord]:
         """Constructors' calls that are over and kept with the actors that they made."""
-        for actor in self._actors.values():
+        for actor in self.actors.values():
             if actor.creation is not None and actor.creation.state is SUCCEEDED:
                 yield actor.creation
 
@@ -730,34 +843,38 @@ class Actors:
         """What detached actors hold of themselves."""
         return [
             handle_of(actor_id)
-            for actor_id, actor in self._actors.items()
-            if actor.message.detached and actor.life.state is not DEAD
-        ]
+            for actor_id, actor in self.actors.items()
+            if actor.message.detached and actor.life.state is not DEAD and actor.hosted_for is None
+        ] + list(self.elsewhere.holds())
 
     def pins(self) -> Iterator[ObjectId]:
         """Objects in memory that workers look at for calls that were sent."""
-        for actor in self._actors.values():
+        for actor in self.actors.values():
             for pins in actor.pins.values():
                 yield from pins
 
     def count(self) -> int:
         """Actors that are not dead."""
-        return sum(actor.life.state is not DEAD for actor in self._actors.values())
+        return sum(actor.life.state is not DEAD for actor in self.actors.values())
 
     def check_invariants(self) -> None:
         """Raise AssertionError when actors, workers and calls do not agree."""
         state = self._state
-        calls = dict.fromkeys(self._actors, 0)
+        calls = dict.fromkeys(self.actors, 0)
         for record in state.tasks.values():
-            if record.actor_id in calls:
+            if record.actor_id in calls and not record.is_elsewhere:
                 calls[record.actor_id] += 1
-        for actor_id, actor in self._actors.items():
+        for actor_id, actor in self.actors.items():
             life = actor.life.state
             assert actor.unfinished == calls[actor_id], "count of an actor's calls"
-            assert (life is ALIVE) == (actor.worker is not None)
+            assert (life is ALIVE) == (actor.worker is not None or actor.host is not None)
+            assert actor.host is None or not actor.sent
             assert life is not DEAD or not actor.unfinished, "a call of a dead actor waits"
-            assert life is DEAD or self._by_creation[actor.message.task.task_id] is actor
-            assert (handle_of(actor_id) in self._objects.handles) != actor.is_freed
+            assert life is DEAD or self.by_creation[actor.message.task.task_id] is actor
+            assert (
+                actor.hosted_for is not None
+                or (handle_of(actor_id) in self._objects.handles) != actor.is_freed
+            )
             assert not (life is DEAD and actor.is_freed), "a dead actor without handles is kept"
             assert life in (PENDING, RESTARTING) or not (
                 actor.creation is not None and actor.creation.task_id in state.tasks

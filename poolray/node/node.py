@@ -24,6 +24,7 @@ from poolray.config import Config
 from poolray.exceptions import InternalError, PoolrayError
 from poolray.ids import ClientId, NodeId, TaskId, WorkerId
 from poolray.node.actors import Actors
+from poolray.node.actors_elsewhere import ActorsElsewhere
 from poolray.node.borrowing import client_of
 from poolray.node.bundles import Bundles
 from poolray.node.cancellation import Cancellation
@@ -31,6 +32,7 @@ from poolray.node.dispatch import Dispatcher
 from poolray.node.effects import Effect, SendHead, Warn
 from poolray.node.functions import Functions
 from poolray.node.groups import Groups
+from poolray.node.hosting import Hosting
 from poolray.node.memory import memory_table
 from poolray.node.memory_protection import MemoryProtection
 from poolray.node.objects import Objects
@@ -71,9 +73,17 @@ from poolray.protocol.client import (
     UnpinObjects,
     WaitObjects,
 )
-from poolray.protocol.directory import ActorFound
+from poolray.protocol.directory import (
+    ActorAt,
+    ActorFound,
+    DropActor,
+    KeepActor,
+    KillKept,
+    RestartActor,
+)
 from poolray.protocol.memory import MemoryTable
 from poolray.protocol.node import (
+    AskHandle,
     AskSource,
     AwaitObject,
     CallProgress,
@@ -83,13 +93,17 @@ from poolray.protocol.node import (
     CloseGroup,
     ClusterView,
     CreateGroup,
+    EndHosted,
     FailGroup,
     FileSealed,
     ForwardedItems,
     ForwardedResults,
     ForwardTasks,
+    HandleLent,
+    HeadBack,
     HeadMessage,
     Heartbeat,
+    HostedEnded,
     MemoryReport,
     NamesFound,
     NodeDied,
@@ -178,6 +192,7 @@ ShellMessage: TypeAlias = (
     | RestoreFailed
     | MemoryReport
     | FileSealed
+    | HeadBack
     | Tick
 )
 #: All that a node may be told.
@@ -282,6 +297,11 @@ class Node:
             peers,
         )
         tasks.actors = dispatcher.actors = groups.actors = self._actors = actors
+        elsewhere = ActorsElsewhere(state, objects, tasks)
+        hosting = Hosting(state, objects, tasks, functions, actors, elsewhere, is_cluster=has_head)
+        actors.elsewhere, actors.hosting, peers.actors = elsewhere, hosting, actors
+        elsewhere.local, elsewhere.peers, hosting.borrowing = actors, peers, peers.borrowing
+        objects.on_handle = elsewhere.on_handle
         objects.on_actor_freed = actors.on_freed
         objects.on_local = tasks.on_object_local
         dispatcher.groups, dispatcher.try_forward = groups, peers.try_forward
@@ -496,6 +516,8 @@ class Node:
                 self._store.on_restore_failed(message)
             case MemoryReport():
                 self._protection.on_report(message)
+            case HeadBack():
+                self._on_head_back()
             case FileSealed():
                 self._peers.transfers.on_file_sealed(message)
             case _:
@@ -522,6 +544,14 @@ class Node:
                 peers.on_items(node_id, message)
             case StreamProgress():
                 self._streams.on_progress(client_of(node_id), message)
+            case EndHosted():
+                self._actors.hosting.on_end_hosted(node_id, message)
+            case HostedEnded():
+                self._actors.hosting.on_hosted_ended(node_id, message)
+            case AskHandle():
+                self._actors.hosting.on_ask_handle(node_id, message)
+            case HandleLent():
+                self._actors.hosting.on_handle_lent(node_id, message)
             case _:
                 self._on_transfer(node_id, message)
 
@@ -569,6 +599,16 @@ class Node:
                 | GroupsFound()
             ):
                 self._bundles.on_head(message)
+            case ActorAt():
+                self._actors.hosting.on_place(message)
+            case RestartActor():
+                self._actors.hosting.on_restart(message)
+            case KeepActor():
+                self._actors.hosting.on_keep(message)
+            case KillKept():
+                self._actors.hosting.on_kill_kept(message)
+            case DropActor():
+                self._actors.hosting.on_drop(message)
             case _:
                 raise InternalError(f"a node does not ask for {type(message).__name__}")
 
@@ -584,7 +624,15 @@ class Node:
             is_alone=not self._has_head,
             bundles=self._bundles.kept(),
             watched_groups=self._bundles.watched(),
+            actors=self._actors.hosting.entries(),
+            watched=self._actors.elsewhere.watched(),
         )
+
+    def _on_head_back(self) -> None:
+        """The head may be another one: it is told what we have, and asked again what it was."""
+        self.state.effects.append(SendHead(self.register()))
+        for question in self._actors.outstanding():
+            self.state.effects.append(SendHead(question))
 
     def next_deadline(self) -> float | None:
         """When to send `Tick` at the latest, on the shell's clock; None: no need."""
@@ -681,6 +729,7 @@ class Node:
         self._functions.check_invariants()
         self._groups.check_invariants()
         self._actors.check_invariants()
+        self._actors.elsewhere.check_invariants()
         self._dispatcher.check_invariants()
         self._peers.check_invariants()
         self._cancellation.check_invariants()

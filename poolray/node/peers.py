@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, final
 
 import msgspec
 
-from poolray.ids import ClientId, NodeId, ObjectId, TaskId, actor_of_handle
+from poolray.ids import ClientId, NodeId, ObjectId, TaskId
 from poolray.node.borrowing import Borrowing, client_of, node_of
 from poolray.node.effects import SendPeer
 from poolray.node.functions import Functions
@@ -51,6 +51,7 @@ from poolray.tasks.class_queue import ClassQueue
 from poolray.tasks.lifecycle import FORWARDED, TaskRecord
 
 if TYPE_CHECKING:
+    from poolray.node.actors import Actors
     from poolray.node.cancellation import Cancellation
     from poolray.node.streams import Streams
 
@@ -67,6 +68,7 @@ class Peers:
         "_objects",
         "_state",
         "_tasks",
+        "actors",
         "borrowing",
         "cancellation",
         "dead",
@@ -84,6 +86,7 @@ class Peers:
         self._functions = functions
         self.cancellation: Cancellation
         self.streams: Streams
+        self.actors: Actors
         #: Live peers as the head saw them last, less what was forwarded since.
         self.views: dict[NodeId, NodeView] = {}
         #: Peers that are dead for good; what still comes from them is ignored.
@@ -126,13 +129,9 @@ class Peers:
         placement = record.class_queue.task_class.placement
         return (
             record.class_queue.task_class.delivery is Delivery.OBJECTS
-            # (An actor lives where it was made.)
-            and record.class_queue.task_class.kind is not CallKind.CREATE
             and not record.is_foreign
             # Of other nodes' labels nothing is known here.
             and (placement is None or bool(placement.group))
-            # (Handles of actors mean nothing on another node yet.)
-            and not any(actor_of_handle(object_id) for object_id in record.borrows)
         )
 
     def _choose(self, demand: Mapping[str, int]) -> NodeId | None:
@@ -187,9 +186,20 @@ class Peers:
         needed = [*record.dependencies, *behind]
         lent = self.borrowing.lend(node_id, needed, needed=True)
         lent += self.borrowing.lend(node_id, record.borrows, needed=False)
-        task = ForwardedTask(spec=spec, attempts=record.attempts, lent=lent)
+        is_creation = task_class.kind is CallKind.CREATE
+        task = ForwardedTask(
+            spec=spec,
+            attempts=record.attempts,
+            lent=lent,
+            actor_id=record.actor_id,
+            creation=self.actors.by_creation[record.task_id].message if is_creation else None,
+        )
         message = ForwardTasks(tasks=[task], classes=[task_class], functions=sent)
         self._state.effects.append(SendPeer(node_id, message))
+
+    def send_call(self, record: TaskRecord, node_id: NodeId) -> None:
+        """A call of an actor goes to the node that it lives on."""
+        self._send(record, node_id, [])
 
     def on_results(self, node_id: NodeId, message: ForwardedResults) -> None:
         """What came of tasks that we gave away."""
@@ -231,7 +241,9 @@ class Peers:
             for definition in message.functions:
                 self._functions.define(client, definition)
             spec = task.spec
-            if spec.task_id not in self._state.tasks:
+            if spec.task_id not in self._state.tasks and not self.actors.hosting.on_forwarded(
+                node_id, task
+            ):
                 self._tasks.submit_foreign(client_id, spec, task.attempts)
             # (Else: the link delivers once, so its owner does not remember giving it to us.)
             self._objects.release_all(fresh)  # the task holds them now
@@ -347,6 +359,7 @@ class Peers:
         if len(self.dead) > _DEAD_MAX:
             del self.dead[next(iter(self.dead))]
         self.views.pop(node_id, None)
+        self.actors.hosting.on_node_died(node_id)
         stopped = self.transfers.on_node_died(node_id)
         client_id = client_of(node_id)
         self._tasks.cancel(

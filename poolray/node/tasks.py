@@ -213,6 +213,16 @@ class Tasks:
 
     def submit_foreign(self, client_id: ClientId, spec: TaskSpec, attempts: int) -> None:
         """A task that another node owns: its result goes there, no object is made here."""
+        record = self.record_foreign(client_id, spec, attempts)
+        group = self._state.groups.get(record.class_queue.task_class.group_id)
+        self.hold_inputs(record, spec)
+        if self.usable_group(record) is None:
+            self.fail_encoded(record, self._no_group_error(record, group))
+        elif record.missing == 0:
+            self.enqueue(record)
+
+    def record_foreign(self, client_id: ClientId, spec: TaskSpec, attempts: int) -> TaskRecord:
+        """The record of a task that another node owns."""
         queue = self._state.classes[spec.class_id]
         record = TaskRecord(spec.task_id, spec.task_id, client_id, queue, spec.calls, 0, attempts)
         record.is_foreign = True
@@ -221,11 +231,7 @@ class Tasks:
         group = self._state.groups.get(queue.task_class.group_id)
         if group is not None:
             group.unfinished += 1
-        self.hold_inputs(record, spec)
-        if self.usable_group(record) is None:
-            self.fail_encoded(record, self._no_group_error(record, group))
-        elif record.missing == 0:
-            self.enqueue(record)
+        return record
 
     def hold_inputs(self, record: TaskRecord, spec: TaskSpec) -> None:
         """A task keeps its arguments, and waits for those that are not here."""
@@ -450,6 +456,9 @@ class Tasks:
 
     def finish(self, record: TaskRecord, result: bytes | Outcome, writer: ClientId) -> None:
         """The one call of a task with objects for results has run, here or elsewhere."""
+        if record.class_queue.task_class.kind is _CREATE:
+            self.actors.hosting.on_created(record, result, writer)
+            return
         if isinstance(result, bytes):
             record.move(SUCCEEDED)
             if record.is_foreign:
@@ -468,7 +477,8 @@ class Tasks:
         elif result.is_error and result.retriable and self.may_retry(record):
             self.discard(result, writer)
             record.attempts += 1
-            if not result.crashed or not self.retries.delay(record):
+            # (What an actor is called in order is not put off alone.)
+            if not result.crashed or record.actor_id or not self.retries.delay(record):
                 self.try_again(record)
             return
         elif self.streams.must_run_again(record, result):
@@ -610,6 +620,8 @@ class Tasks:
         record.move(FAILED)
         if record.class_queue.task_class.kind is _CREATE:
             self.actors.on_creation_failed(record, error)
+            if record.is_foreign:
+                self.peers.send_result(record, outcome, record.client_id)
         elif record.class_queue.task_class.delivery is _CALLER:
             reply = CallResults(
                 task_id=record.root_id, start=record.offset, results=[outcome] * len(record.calls)
@@ -701,6 +713,9 @@ class Tasks:
 
     def on_lost_with_node(self, record: TaskRecord, node_id: NodeId) -> None:
         """The node that a task was forwarded to died: it counts as tried."""
+        if record.is_elsewhere and not self.is_stopping(record):
+            self.actors.elsewhere.on_host_died(record)
+            return
         if self.is_stopping(record):
             self.fail(record, error_of(record))
             return
@@ -709,6 +724,9 @@ class Tasks:
         if may_retry:
             if not self.retries.delay(record):
                 self.try_again(record)
+            return
+        if record.class_queue.task_class.kind is _CREATE:
+            self.fail(record, self.actors.hosting.died_with(record, node_id))
             return
         self.fail(
             record,
@@ -722,7 +740,10 @@ class Tasks:
 
     def on_returned(self, record: TaskRecord) -> None:
         """The node that a task was forwarded to could not begin it."""
-        self.try_again(record)
+        if record.is_elsewhere and not self.is_stopping(record):
+            self.actors.elsewhere.try_again(record, returned=True)
+        else:
+            self.try_again(record)
 
     def cancel(self, task_ids: Iterable[TaskId], reason: str = "") -> None:
         """Drop tasks with all their parts, without asking whoever runs them.
@@ -861,7 +882,9 @@ class Tasks:
         maker.move(WAITING)
         maker.node_id = None
         self._wait_for_dependencies(maker)
-        if maker.missing == 0:
+        if maker.actor_id:
+            self.actors.enter_again(maker)
+        elif maker.missing == 0:
             self.enqueue(maker, front=True)
 
     def on_object_local(self, object_id: ObjectId) -> None:

@@ -147,6 +147,7 @@ class ActorEntry(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     max_restarts: int = 0  #: -1: no limit
     #: The node that keeps what it was made with, and makes it again.
     keeper: NodeId
+    ordered: bool = True  #: calls of one caller begin in the order in which they were made
     #: The node that it lives on; empty: none yet.
     host: NodeId = NodeId(b"")
     stage: ActorStage = ActorStage.PENDING
@@ -216,6 +217,21 @@ class ActorAt(msgspec.Struct, frozen=True, array_like=True, tag=360, kw_only=Tru
     #: Why it is dead, where the head found so: the error is made by who needs it.
     reason: str = ""
     class_name: str = ""
+    ordered: bool = True
+
+
+class KillActorEntry(msgspec.Struct, frozen=True, array_like=True, tag=326, kw_only=True):
+    """End an actor by force, wherever it is."""
+
+    actor_id: ActorId
+    no_restart: bool = True
+
+
+class KillKept(msgspec.Struct, frozen=True, array_like=True, tag=367, kw_only=True):
+    """Somebody wants an actor killed that you keep."""
+
+    actor_id: ActorId
+    no_restart: bool
 
 
 class RestartActor(msgspec.Struct, frozen=True, array_like=True, tag=363, kw_only=True):

@@ -23,6 +23,7 @@ from poolray.ids import (
     TaskId,
     WorkerId,
 )
+from poolray.protocol.actors import CreateActor
 from poolray.protocol.directory import (
     ActorAt,
     ActorChanged,
@@ -36,6 +37,8 @@ from poolray.protocol.directory import (
     JobEnded,
     JobsFound,
     KeepActor,
+    KillActorEntry,
+    KillKept,
     LeaveCluster,
     ListActorEntries,
     ListJobs,
@@ -186,6 +189,12 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     processes: list[ProcessMemory] = []  #: the largest, largest first
 
 
+class HeadBack(msgspec.Struct, frozen=True):
+    """The link to the head is new: what was on its way there may be lost, and the head may be
+    another one that knows only what was stored.
+    """
+
+
 class FileSealed(msgspec.Struct, frozen=True, kw_only=True):
     """A value that came from another node is in a file of its own."""
 
@@ -221,6 +230,8 @@ class ForwardedTask(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     attempts: int
     #: Dependencies, refs inside the payload, and what their values refer to.
     lent: list[Lent] = []
+    actor_id: ActorId = ActorId(b"")  #: whose method it calls; empty: no actor's
+    creation: CreateActor | None = None  #: of a constructor's call: host the actor for me
 
 
 class ForwardTasks(msgspec.Struct, frozen=True, array_like=True, tag=201, kw_only=True):
@@ -313,6 +324,36 @@ class SourceDone(msgspec.Struct, frozen=True, array_like=True, tag=212, kw_only=
     is_copied: bool  #: I have all of it and serve others; else it was not there
 
 
+class EndHosted(msgspec.Struct, frozen=True, array_like=True, tag=213, kw_only=True):
+    """An actor that you host for me is not needed any more."""
+
+    actor_id: ActorId
+    reason: str = ""  #: kill it, for this reason; empty: it ends when its calls are over
+    may_restart: bool = False  #: its end is to be told as a crash
+
+
+class HostedEnded(msgspec.Struct, frozen=True, array_like=True, tag=214, kw_only=True):
+    """An actor that I hosted for you has ended."""
+
+    actor_id: ActorId
+    error: bytes
+    may_restart: bool  #: it crashed; False: it was ended on purpose
+
+
+class AskHandle(msgspec.Struct, frozen=True, array_like=True, tag=215, kw_only=True):
+    """Somebody here wants a handle to an actor that you keep."""
+
+    actor_id: ActorId
+
+
+class HandleLent(msgspec.Struct, frozen=True, array_like=True, tag=216, kw_only=True):
+    """A handle that was asked for; empty when the actor is dead."""
+
+    actor_id: ActorId
+    lent: list[Lent]
+    description: bytes = b""  #: what handles are made of
+
+
 class PeerReleases(msgspec.Struct, frozen=True, array_like=True, tag=205, kw_only=True):
     """I no longer need these objects, which you lent me as often as they are named here."""
 
@@ -357,6 +398,10 @@ PeerMessage: TypeAlias = (
     | SourceDone
     | ForwardedItems
     | StreamProgress
+    | EndHosted
+    | HostedEnded
+    | AskHandle
+    | HandleLent
 )
 
 
@@ -491,6 +536,7 @@ HeadRequest: TypeAlias = (
     | FindActor
     | WatchActor
     | UnwatchActor
+    | KillActorEntry
     | ListActorEntries
     | KeyValueExists
     | PlacementHeadRequest
@@ -577,6 +623,7 @@ HeadMessage: TypeAlias = (
     | Drain
     | RestartActor
     | KeepActor
+    | KillKept
     | DropActor
     | PlacementHeadMessage
 )

@@ -83,6 +83,7 @@ class TaskRecord:
         "client_id",
         "dependencies",
         "has_restored",
+        "is_elsewhere",
         "is_foreign",
         "missing",
         "node_id",
@@ -125,6 +126,8 @@ class TaskRecord:
         self.actor_id = _NO_ACTOR
         #: It belongs to another node, which is to be told what came of it.
         self.is_foreign = False
+        #: It calls an actor that lives on another node, or of which it is not known where.
+        self.is_elsewhere = False
         #: Dependencies that are not ready yet.
         self.missing = 0
         #: Dependencies that were on disk have been asked for, once.

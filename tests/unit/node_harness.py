@@ -111,9 +111,11 @@ class Bench:
         devices: dict[str, list[str]] | None = None,
         labels: dict[str, str] | None = None,
         watches_memory: bool = False,
+        has_head: bool = False,
+        ids: itertools.count[int] | None = None,
         **config: object,
     ) -> None:
-        counter = itertools.count(1)
+        counter = itertools.count(1) if ids is None else ids
         self.node = Node(
             node_id=node_id,
             config=Config(**config),  # type: ignore[arg-type]
@@ -129,13 +131,14 @@ class Bench:
             next_worker_id=lambda: WorkerId(b"w%027d" % next(counter)),
             local_client=DRIVER,
             slots=slots,
+            has_head=has_head,
             watches_memory=watches_memory,
         )
         self.now = 0.0
         self.effects: list[Effect] = []
         #: worker -> what was sent and not read yet.
         self.queues: dict[WorkerId, deque[RunTasks | StopWorker]] = {}
-        self._tasks = itertools.count(1)
+        self._tasks = itertools.count(1) if ids is None else ids
         self._requests = itertools.count(1)
         self._classes: dict[ClassId, TaskClass] = {}
 

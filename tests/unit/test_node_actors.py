@@ -46,10 +46,10 @@ CPU = 10_000
 class ActorBench(Bench):
     """A bench with actors on it."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, *, first_id: int = 1, **options: object) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
         self.group()
-        self._ids = itertools.count(1)
+        self._ids = itertools.count(first_id)
 
     def _task_id(self) -> TaskId:
         return TaskId(b"a%023d" % next(self._ids))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from poolray.config import Config
 from poolray.ids import (
-    ActorId,
     ClassId,
     FunctionId,
     NodeId,
     ObjectId,
     TaskId,
     WorkerId,
-    handle_of,
 )
 from poolray.node.effects import SendChunk, SendHead, SendPeer
 from poolray.node.node import Node, NodeInput
@@ -146,14 +144,6 @@ def test_what_fits_here_stays_here() -> None:
     third = bench.submit(kind)
     assert "FORWARDED" in {bench.state(task) for task in (*tasks, third)}
     assert pair.a.node is not bench.node
-
-
-def test_tasks_with_handles_of_actors_inside_their_arguments_stay_here() -> None:
-    pair = Pair()
-    handle = handle_of(ActorId(b"a" * 16))
-    pair.a.put(handle, b"")
-    task = pair.a.submit(pair.kind, borrows=[handle])
-    assert pair.a.state(task) == "QUEUED"
 
 
 def test_a_large_result_stays_where_it_was_made_and_is_fetched_once_asked_for() -> None:

@@ -1,0 +1,481 @@
+"""Actors that one node keeps and another one hosts.
+
+    keeper: CreateActor, its arguments, restarts ──ForwardedTask──▶ host: the process, its calls
+              ▲  ▲                                 ◀─result, HostedEnded──
+              │  └── RestartActor, KeepActor, … ── head ◀── ActorChanged ── keeper
+
+What: what becomes of a constructor's call that ran on another node, what a keeper is told by hosts
+and by the head, and what a host is told by keepers.
+Who calls: `node/tasks.py` with results of constructors, `node/peers.py` with what travels,
+`node/node.py` with messages of peers and head; `node/actors.py` when an actor is born or dies.
+May touch: nothing.
+Invariants: an actor has one keeper, which alone reports to the head; a host never makes an actor
+again by itself; after the keeper's death a host keeps a detached actor only if the head says so.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+from poolray.actors.lifecycle import ALIVE, DEAD, PENDING, RESTARTING
+from poolray.exceptions import ActorDiedError
+from poolray.ids import ActorId, ClientId, NodeId, handle_of
+from poolray.node.actor_record import Actor, restarts_text
+from poolray.node.actors_elsewhere import ADOPTER, ActorsElsewhere
+from poolray.node.borrowing import Borrowing, client_of
+from poolray.node.effects import SendHead, SendPeer
+from poolray.node.functions import Functions
+from poolray.node.objects import Objects
+from poolray.node.state import NodeState
+from poolray.node.tasks import Tasks
+from poolray.objects.directory import ObjectRecord
+from poolray.protocol.actors import CreateActor, KillActor
+from poolray.protocol.directory import (
+    ActorAt,
+    ActorChanged,
+    ActorEntry,
+    ActorStage,
+    Creation,
+    DropActor,
+    KeepActor,
+    KillActorEntry,
+    KillKept,
+    RegisterActor,
+    RestartActor,
+)
+from poolray.protocol.node import (
+    AskHandle,
+    EndHosted,
+    ForwardedTask,
+    HandleLent,
+    HostedEnded,
+    PeerMessage,
+)
+from poolray.protocol.values import Outcome
+from poolray.tasks.lifecycle import FAILED, FORWARDED, SUCCEEDED, TaskRecord
+
+if TYPE_CHECKING:
+    from poolray.node.actors import Actors
+
+_STAGES = {
+    PENDING: ActorStage.PENDING,
+    ALIVE: ActorStage.ALIVE,
+    RESTARTING: ActorStage.RESTARTING,
+    DEAD: ActorStage.DEAD,
+}
+
+
+@final
+class Hosting:
+    """The side of a node's actors that other nodes and the head see."""
+
+    __slots__ = (
+        "_elsewhere",
+        "_functions",
+        "_local",
+        "_objects",
+        "_state",
+        "_tasks",
+        "_wanted",
+        "borrowing",
+        "is_cluster",
+    )
+
+    def __init__(
+        self,
+        state: NodeState,
+        objects: Objects,
+        tasks: Tasks,
+        functions: Functions,
+        local: Actors,
+        elsewhere: ActorsElsewhere,
+        *,
+        is_cluster: bool,
+    ) -> None:
+        self._state = state
+        self._objects = objects
+        self._tasks = tasks
+        self._functions = functions
+        self._local = local
+        self._elsewhere = elsewhere
+        self.borrowing: Borrowing
+        #: There is a head that other nodes listen to; else it is told of names alone.
+        self.is_cluster = is_cluster
+        #: actor that another node keeps -> requests of clients here for a handle to it.
+        self._wanted: dict[ActorId, list[tuple[ClientId, int, NodeId]]] = {}
+
+    def _send(self, node_id: NodeId, message: PeerMessage) -> None:
+        if node_id not in self.borrowing.dead:
+            self._state.effects.append(SendPeer(node_id, message))
+
+    # ---- what the head is told -------------------------------------------------------------------
+
+    def entry_of(self, message: CreateActor, actor: Actor | None = None) -> ActorEntry:
+        """An actor that we keep as the cluster's directory has it."""
+        host = b""
+        if actor is not None and actor.life.state is ALIVE:
+            host = actor.host or self._state.node_id
+        return ActorEntry(
+            actor_id=message.actor_id,
+            class_name=message.class_name,
+            name=message.name,
+            namespace=message.namespace,
+            detached=message.detached,
+            max_restarts=message.max_restarts,
+            keeper=self._state.node_id,
+            ordered=message.ordered,
+            host=NodeId(host),
+            stage=ActorStage.PENDING if actor is None else _STAGES[actor.life.state],
+            restarts=actor.creation.attempts if actor is not None and actor.creation else 0,
+            pid=0 if actor is None else actor.pid,
+            description=message.description,
+            creation=self._recipe(message) if message.detached and self.is_cluster else None,
+        )
+
+    def _recipe(self, message: CreateActor) -> Creation | None:
+        """All that it takes to make an actor without us; None when that is too large for a head."""
+        queue = self._state.classes.get(message.task.class_id)
+        if queue is None or not all(isinstance(call, bytes) for call in message.task.calls):
+            return None
+        definition = self._state.functions.get(queue.task_class.function_id)
+        if definition is None or not isinstance(definition.blob, bytes):
+            return None
+        return Creation(message=message, task_class=queue.task_class, function=definition)
+
+    def on_born(self, actor: Actor) -> None:
+        """An actor without a name is wanted: the head hears of it, so that others find it."""
+        if self.is_cluster and not actor.message.name:
+            entry = self.entry_of(actor.message)
+            self._state.effects.append(SendHead(RegisterActor(request_id=0, entry=entry)))
+
+    def tell(self, actor: Actor) -> None:
+        """An actor that we keep is at another point of its life."""
+        life = actor.life.state
+        is_dead = life is DEAD
+        message = actor.message
+        if actor.hosted_for is not None:
+            return
+        if self.is_cluster or (message.name and is_dead):
+            host = (actor.host or self._state.node_id) if life is ALIVE else b""
+            change = ActorChanged(
+                actor_id=message.actor_id,
+                stage=_STAGES[life],
+                host=NodeId(host),
+                pid=actor.pid,
+                restarts=actor.creation.attempts if actor.creation is not None else 0,
+                death=actor.death,
+            )
+            self._state.effects.append(SendHead(change))
+        if self._elsewhere.find(message.actor_id) is not None:
+            self._elsewhere.on_place(
+                ActorAt(
+                    actor_id=message.actor_id,
+                    stage=_STAGES[life],
+                    host=NodeId((actor.host or self._state.node_id) if life is ALIVE else b""),
+                    death=actor.death,
+                    class_name=message.class_name,
+                    ordered=message.ordered,
+                )
+            )
+
+    def entries(self) -> list[ActorEntry]:
+        """The actors that we keep, for a head that may not know."""
+        return [
+            self.entry_of(actor.message, actor)
+            for actor in self._local.actors.values()
+            if actor.hosted_for is None and actor.life.state is not DEAD
+        ]
+
+    # ---- keeping ---------------------------------------------------------------------------------
+
+    def on_created(self, record: TaskRecord, result: bytes | Outcome, writer: ClientId) -> None:
+        """The constructor has run on another node."""
+        actor = self._local.by_creation[record.task_id]
+        if isinstance(result, bytes):
+            assert record.node_id is not None
+            actor.host = record.node_id
+            actor.pid = int(result or b"0")
+            record.node_id = None
+            self._local.end_creation(record)
+            self._local.come_alive(actor, record)
+            return
+        if result.retriable and self._tasks.may_retry(record):  # it lost its worker
+            self._tasks.discard(result, writer)
+            record.attempts += 1
+            if not self._tasks.retries.delay(record):
+                self._tasks.try_again(record)
+            return
+        error = result.values[0]
+        if not isinstance(error, bytes):
+            self._tasks.discard(result, writer)
+            text = "did not survive its constructor, whose error is too large to be shown."
+            error = self._state.encode_error(self._died(actor, text))
+        record.move(FAILED)
+        self._local.on_creation_failed(record, error)
+        self._tasks.end(record)
+
+    def on_hosted_ended(self, node_id: NodeId, message: HostedEnded) -> None:
+        """An actor of ours has ended on its host."""
+        actor = self._local.actors.get(message.actor_id)
+        if actor is None or actor.host != node_id or actor.life.state is not ALIVE:
+            return
+        actor.host = None
+        creation = actor.creation
+        if (
+            message.may_restart
+            and creation is not None
+            and (actor.unfinished or not actor.is_freed)
+            and self._tasks.may_retry(creation)
+            and self._tasks.usable_group(creation) is not None
+        ):
+            self._restart(actor, creation)
+        else:
+            self._local.bury(actor, message.error)
+
+    def _restart(self, actor: Actor, creation: TaskRecord) -> None:
+        if actor.life.state is ALIVE:
+            actor.life.move(RESTARTING)
+        self.tell(actor)
+        self._tasks.run_again(creation)
+
+    def on_restart(self, message: RestartActor) -> None:
+        """The head says that an actor's node is dead, and that it is to be made again."""
+        actor = self._local.actors.get(message.actor_id)
+        if actor is None or actor.life.state is DEAD or actor.hosted_for is not None:
+            return
+        creation = actor.creation
+        if creation is None or creation.state is not SUCCEEDED or actor.worker is not None:
+            return  # it is being made again already
+        actor.host = None
+        if self._tasks.usable_group(creation) is None:
+            self._local.bury(actor, self._state.encode_error(self._died(actor, "has no node.")))
+            return
+        creation.attempts = message.restarts - 1  # `run_again` counts this one
+        self._restart(actor, creation)
+
+    def on_place(self, message: ActorAt) -> None:
+        """The head says where an actor is, or that it is dead."""
+        actor = self._local.actors.get(message.actor_id)
+        if actor is not None and actor.hosted_for is None:
+            if message.stage is ActorStage.DEAD and actor.life.state is not DEAD:
+                actor.host = None
+                error = message.death or self._state.encode_error(self._died(actor, message.reason))
+                self._local.kill(actor, "", error)
+            return
+        self._elsewhere.on_place(message)
+
+    def on_keep(self, message: KeepActor) -> None:
+        """The node that kept a detached actor is dead: now we do."""
+        entry = message.entry
+        recipe = entry.creation
+        actor = self._local.actors.get(entry.actor_id)
+        if recipe is None or (actor is not None and actor.hosted_for is None):
+            return
+        client = self._objects.client(ADOPTER)
+        self._functions.define(client, recipe.function)
+        self._functions.define_class(recipe.task_class)
+        if actor is None or actor.life.state is not ALIVE:
+            if actor is not None:
+                self._local.kill(actor, "is made again elsewhere")
+            self._local.create(ADOPTER, recipe.message, entry.restarts)
+            return
+        actor.hosted_for = None
+        creation = actor.creation
+        assert creation is not None
+        creation.is_foreign, creation.client_id = False, ADOPTER
+        creation.attempts = entry.restarts
+        self._own_handle(entry.actor_id)
+        self._objects.hold(handle_of(entry.actor_id))
+        actor.is_freed = False
+        self.tell(actor)
+
+    def _own_handle(self, actor_id: ActorId) -> None:
+        handle = handle_of(actor_id)
+        if handle not in self._state.objects:
+            self._state.objects[handle] = ObjectRecord()
+        self._objects.handles[handle] = actor_id
+
+    def on_kill_kept(self, message: KillKept) -> None:
+        """Somebody elsewhere wants an actor killed that we keep."""
+        kill = KillActor(actor_id=message.actor_id, no_restart=message.no_restart)
+        self._local.on_request(ClientId(b""), kill)
+
+    def kill_elsewhere(self, message: KillActor) -> None:
+        """Somebody here wants an actor killed that another node keeps."""
+        kill = KillActorEntry(actor_id=message.actor_id, no_restart=message.no_restart)
+        self._state.effects.append(SendHead(kill))
+
+    def end_hosted(self, actor: Actor, reason: str, *, may_restart: bool = False) -> None:
+        """An actor of ours on another node is to end."""
+        node_id = actor.host
+        creation = actor.creation
+        if node_id is None and creation is not None and creation.state is FORWARDED:
+            node_id = creation.node_id
+        if node_id is not None:
+            order = EndHosted(
+                actor_id=actor.message.actor_id, reason=reason, may_restart=may_restart
+            )
+            self._send(node_id, order)
+
+    # ---- hosting ---------------------------------------------------------------------------------
+
+    def on_forwarded(self, node_id: NodeId, task: ForwardedTask) -> bool:
+        """A call of an actor's method, or of a constructor, for us to run; False: neither."""
+        if task.creation is not None:
+            self._host(node_id, task, task.creation)
+            return True
+        if not task.actor_id:
+            return False
+        record = self._tasks.record_foreign(client_of(node_id), task.spec, task.attempts)
+        record.actor_id = task.actor_id
+        self._tasks.hold_inputs(record, task.spec)
+        actor = self._local.actors.get(task.actor_id)
+        if actor is None or actor.life.state is not ALIVE or actor.worker is None:
+            self._tasks.give_back(record)  # who calls has yet to hear of that
+            return True
+        self._local.enter(actor, record)
+        return True
+
+    def _host(self, node_id: NodeId, task: ForwardedTask, message: CreateActor) -> None:
+        client_id, spec = client_of(node_id), task.spec
+        known = self._local.actors.get(message.actor_id)
+        if known is not None:  # an earlier life of it that has not ended altogether
+            self._local.kill(known, "is made again")
+        if message.actor_id in self._local.actors:
+            record = self._tasks.record_foreign(client_id, spec, task.attempts)
+            self._tasks.give_back(record)
+            return
+        actor = self._local.actors[message.actor_id] = Actor(message, client_id)
+        actor.hosted_for = node_id
+        self._local.by_creation[spec.task_id] = actor
+        self._tasks.submit_foreign(client_id, spec, task.attempts)
+        actor.creation = self._state.tasks.get(spec.task_id)
+
+    def on_alive(self, actor: Actor, record: TaskRecord) -> None:
+        """An actor lives here that another node keeps."""
+        result = b"%d" % actor.pid
+        self._tasks.peers.send_result(record, result, record.client_id)
+
+    def bounce(self, actor: Actor, begun: list[TaskRecord], error: bytes) -> None:
+        """The process of an actor that we hosted has ended: whose calls it had decides on them."""
+        for record in begun:
+            if self._state.tasks.get(record.task_id) is not record:
+                continue
+            if record.is_foreign:
+                outcome = Outcome(values=[error], is_error=True, retriable=True, crashed=True)
+                record.move(FAILED)
+                self._tasks.peers.send_result(record, outcome, record.client_id)
+                self._tasks.end(record)
+            elif self._tasks.may_retry(record):
+                record.attempts += 1
+            else:
+                self._tasks.fail_encoded(record, error)
+        self.move_calls(actor)
+
+    def move_calls(self, actor: Actor) -> None:
+        """Calls of an actor that does not live here any more: back to who made them."""
+        records = [*actor.sent.values(), *actor.take_all()]
+        for record in records:
+            if self._state.tasks.get(record.task_id) is not record:
+                continue
+            if record.is_foreign:
+                self._tasks.give_back(record)
+            else:
+                self._local.leave(actor, record)
+                self._elsewhere.enter(record)
+
+    def on_end_hosted(self, node_id: NodeId, message: EndHosted) -> None:
+        """The keeper of an actor that we host wants it to end."""
+        actor = self._local.actors.get(message.actor_id)
+        if actor is None or actor.hosted_for != node_id:
+            return
+        if message.may_restart:
+            self._local.terminate(actor)
+        elif message.reason:
+            self._local.kill(actor, message.reason)
+        else:
+            actor.is_freed = True
+            self._local.after_call(actor)
+
+    def on_hosted_dead(self, actor: Actor, error: bytes, *, may_restart: bool) -> None:
+        """An actor that we hosted is dead here."""
+        if actor.hosted_for is not None:
+            ended = HostedEnded(
+                actor_id=actor.message.actor_id, error=error, may_restart=may_restart
+            )
+            self._send(actor.hosted_for, ended)
+
+    def on_drop(self, message: DropActor) -> None:
+        """An actor that we host has lost its owner."""
+        actor = self._local.actors.get(message.actor_id)
+        if actor is not None and actor.hosted_for is not None:
+            self._local.kill(actor, message.reason.rstrip("."))
+
+    # ---- nodes that die --------------------------------------------------------------------------
+
+    def on_node_died(self, node_id: NodeId) -> None:
+        """A peer is dead: actors that it kept end here, those that it hosted wait for the head."""
+        for actor in list(self._local.actors.values()):
+            if actor.hosted_for == node_id:
+                if not actor.message.detached or actor.life.state is not ALIVE:
+                    reason = f"died with its owner: node {node_id.hex()[:12]} is dead"
+                    self._local.kill(actor, reason)
+            elif actor.host == node_id and actor.life.state is ALIVE:
+                actor.host = None
+                actor.life.move(RESTARTING)
+        for actor_id, wanted in list(self._wanted.items()):
+            remaining = [item for item in wanted if item[2] != node_id]
+            for client_id, request_id, keeper in wanted:
+                if keeper == node_id:
+                    self._local.answer(client_id, request_id, None, b"")
+            self._wanted[actor_id] = remaining
+            if not remaining:
+                del self._wanted[actor_id]
+
+    def died_with(self, record: TaskRecord, node_id: NodeId) -> ActorDiedError:
+        """What calls get of an actor whose constructor was lost with a node."""
+        actor = self._local.by_creation[record.task_id]
+        text = f"died in its constructor, with node {node_id.hex()[:12]}"
+        return self._died(actor, text + restarts_text(record.attempts - 1) + ".")
+
+    def _died(self, actor: Actor, reason: str) -> ActorDiedError:
+        return ActorDiedError(
+            actor_id=actor.message.actor_id.hex(),
+            class_name=actor.message.class_name,
+            reason=reason,
+            pid=actor.pid,
+        )
+
+    # ---- handles ---------------------------------------------------------------------------------
+
+    def want_handle(self, client_id: ClientId, request_id: int, entry: ActorEntry) -> None:
+        """A client has found an actor by its name that another node keeps."""
+        handle = handle_of(entry.actor_id)
+        if handle in self._state.objects:
+            self._local.answer(client_id, request_id, entry.actor_id, entry.description)
+            return
+        wanted = self._wanted.setdefault(entry.actor_id, [])
+        wanted.append((client_id, request_id, entry.keeper))
+        if entry.keeper in self.borrowing.dead or not entry.keeper:
+            self.on_handle_lent(entry.keeper, HandleLent(actor_id=entry.actor_id, lent=[]))
+        elif len(wanted) == 1:
+            self._send(entry.keeper, AskHandle(actor_id=entry.actor_id))
+
+    def on_ask_handle(self, node_id: NodeId, message: AskHandle) -> None:
+        """A peer wants a handle to an actor of ours."""
+        handle = handle_of(message.actor_id)
+        actor = self._local.actors.get(message.actor_id)
+        lent = []
+        if actor is not None and actor.life.state is not DEAD and handle in self._state.objects:
+            lent = self.borrowing.lend(node_id, [handle], needed=False)
+        description = b"" if actor is None else actor.message.description
+        reply = HandleLent(actor_id=message.actor_id, lent=lent, description=description)
+        self._send(node_id, reply)
+
+    def on_handle_lent(self, node_id: NodeId, message: HandleLent) -> None:
+        """A handle that we asked for has come, or there is none."""
+        fresh = self.borrowing.adopt(node_id, message.lent)
+        for client_id, request_id, _ in self._wanted.pop(message.actor_id, ()):
+            found = message.actor_id if message.lent else None
+            self._local.answer(client_id, request_id, found, message.description)
+        self._objects.release_all(fresh)
