@@ -74,6 +74,7 @@ examples: $(STAMP)
 	$(BIN)/python examples/streaming_pipeline.py
 	$(BIN)/python examples/mandelbrot.py --output build/mandelbrot.png
 	$(BIN)/python examples/out_of_core_sort.py --plot build/store.png
+	$(BIN)/python examples/hyperparameter_search.py
 
 # One question per file; files that begin with an underscore are shared by the others.
 BENCH ?= $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))

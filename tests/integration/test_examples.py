@@ -213,3 +213,33 @@ def test_streaming_pipeline_finds_what_a_loop_finds(tmp_path: Path) -> None:
     most = re.search(r"at most (\d+) batches", done.stdout)
     assert most is not None
     assert int(most[1]) <= 6
+
+
+def test_hyperparameter_search_stops_hopeless_trials_and_finds_a_good_one() -> None:
+    pytest.importorskip("sklearn")
+    done = run("hyperparameter_search.py", "--trials", 12, "--epochs", 9, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    stopped = re.search(r"12 trials in [\d.]+ s, (\d+) of them stopped early", done.stdout)
+    run_epochs = re.search(r"(\d+) of 108 epochs were run", done.stdout)
+    accuracy = re.search(r"reads ([\d.]+)% of the test digits", done.stdout)
+    assert stopped, done.stdout
+    assert run_epochs, done.stdout
+    assert accuracy, done.stdout
+    assert int(stopped[1]) > 0
+    assert int(run_epochs[1]) < 108
+    assert float(accuracy[1]) > 80
+
+
+def test_hyperparameter_search_can_let_every_trial_come_to_its_end() -> None:
+    pytest.importorskip("sklearn")
+    done = run("hyperparameter_search.py", "--trials", 3, "--epochs", 2, "--workers", 2, "--all")
+    assert done.returncode == 0, done.stderr
+    assert "0 of them stopped early" in done.stdout
+    assert "6 of 6 epochs were run" in done.stdout
+
+
+def test_hyperparameter_search_refuses_a_wrong_number_in_words() -> None:
+    done = run("hyperparameter_search.py", "--trials", "0")
+    assert done.returncode == 2
+    assert "is not a number of at least 1" in done.stderr
