@@ -70,7 +70,8 @@ class Config:
     takeover_s: float = 1e-3
     #: 1: do not show errors whose refs die before anybody looked at them.
     ignore_unhandled_errors: int = 0
-    #: How often a task whose worker died is run again.
+    #: How often a task whose worker died is run again, unless it says so itself; also
+    #: `POOLRAY_TASK_MAX_RETRIES`.
     max_retries: int = 3
     #: The second retry of a task whose workers die waits this long, each further one twice as long
     #: as the one before (the first does not wait: most deaths are not the task's fault).
@@ -176,12 +177,19 @@ class Config:
         values: dict[str, Any] = {}
         kinds = get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            text = variables.get(_PREFIX + field.name, variables.get(_PREFIX + field.name.upper()))
+            text = None
+            for name in (field.name, _ALIASES.get(field.name, field.name)):
+                for spelling in (name, name.upper()):
+                    if text is None:
+                        text = variables.get(_PREFIX + spelling)
             if text is not None:
                 values[field.name] = _parse(field.name, text, kinds[field.name])
         values.update((name, value) for name, value in arguments.items() if value is not None)
         return cls(**values)
 
+
+#: Fields that the reference's programs know by another name.
+_ALIASES = {"max_retries": "task_max_retries"}
 
 _MINIMUM = {
     "num_cpus": -1,

@@ -130,9 +130,7 @@ class TaskError(PoolrayError):
     def as_instanceof_cause(self) -> TaskError:
         """This error as an instance of the cause's class too, where such a class can be made."""
         cause_class = type(self.cause)
-        # Of our own errors, the cancellation of a task that it waited for is a task's as well.
-        is_ours = isinstance(self.cause, PoolrayError) and cause_class is not TaskCancelledError
-        if is_ours or issubclass(TaskError, cause_class):
+        if issubclass(TaskError, cause_class):
             return self
         try:
             made: TaskError = _dual_class(cause_class)(self)

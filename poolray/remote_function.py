@@ -276,12 +276,12 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
         if self._export[0] is not client:
             self._export[1] = client.definitions.define_function(self._function, self._name)
             self._export[0] = client
-        task_class = self._make_class(self._export[1].function_id, client.captured)
+        task_class = self._make_class(self._export[1].function_id, client)
         client.definitions.define_class(task_class)
         self._prepared = (client, task_class, client.captured)
         return self._prepared
 
-    def _make_class(self, function_id: FunctionId, captured: PlacementGroupId) -> TaskClass:
+    def _make_class(self, function_id: FunctionId, client: Client) -> TaskClass:
         options = self._options
         demand = demand_of(options)
         name = options.get("name") or self._function.__qualname__.rpartition(".")[2]
@@ -296,10 +296,10 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
             num_returns=count if isinstance(count, int) else 1,
             resources=demand,
             group_id=GroupId(0),
-            max_retries=3 if retries is None else retries,
+            max_retries=client.config.max_retries if retries is None else retries,
             retry_exceptions=retry_spec(options.get("retry_exceptions", False)),
             max_calls=options.get("max_calls") or 0,
-            placement=make_placement(options, demand, name, captured),
+            placement=make_placement(options, demand, name, client.captured),
             is_listed=options.get("enable_task_events", True),
             stream=self._mode,
             backpressure=max(0, options.get("_generator_backpressure_num_objects") or 0),

@@ -826,7 +826,8 @@ class Worker:
 
     def _is_retriable(self, error: BaseException, function: Function) -> bool:
         names = function.task_class.retry_exceptions
-        if not names or not isinstance(error, Exception):
+        # (The first is a cancellation, the second the worker's end.)
+        if not names or isinstance(error, (KeyboardInterrupt, SystemExit)):
             return False
         if names == b"*":
             return True

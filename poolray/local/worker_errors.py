@@ -102,12 +102,15 @@ def encode_constructor_error(error: BaseException, setup: ActorSetup, pid: int) 
 
 def encode_dependency_error(error: object, name: str) -> bytes:
     """The error of an argument, passed on: same cause, and the text says through which task."""
+    intro = f"At least one of the input arguments for task {name} could not be computed:\n"
+    if isinstance(error, PoolrayError) and not isinstance(error, TaskError):
+        kind = type(error)
+        text = f"{intro}{kind.__module__}.{kind.__qualname__}: {error}"
+        wrapped = TaskError(function_name=name, traceback_str=text, cause=error, pid=os.getpid())
+        return _dumps(wrapped)
     if isinstance(error, TaskError):
         cause = error.cause
-        text = (
-            f"At least one of the input arguments for task {name} could not be computed:\n"
-            f"{error.traceback_str}"
-        )
+        text = f"{intro}{error.traceback_str}"
         passed = TaskError(
             function_name=error.function_name,
             traceback_str=text,

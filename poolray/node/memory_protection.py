@@ -367,4 +367,11 @@ class MemoryProtection:
 
 def _memory_of(worker: WorkerRecord) -> int:
     """What the work of a worker has asked for, in bytes; 0: it has not said."""
-    return 0 if worker.runs is None else worker.runs.task_class.resources.get("memory", 0) // UNIT
+    if worker.runs is None:
+        return 0
+    demand = worker.runs.task_class.resources
+    wanted = demand.get("memory", 0)
+    if not wanted:
+        # (In a placement group it goes by other names.)
+        wanted = max((q for n, q in demand.items() if n.startswith("memory_group_")), default=0)
+    return wanted // UNIT

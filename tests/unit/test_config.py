@@ -34,6 +34,13 @@ def test_a_variable_may_be_in_capitals() -> None:
     assert Config.load(both).max_retries == 3
 
 
+def test_the_references_name_of_a_variable_is_known_too() -> None:
+    assert Config.load({"POOLRAY_TASK_MAX_RETRIES": "7"}).max_retries == 7
+    assert (
+        Config.load({"POOLRAY_task_max_retries": "7", "POOLRAY_max_retries": "5"}).max_retries == 5
+    )
+
+
 def test_the_environment_of_the_process_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POOLRAY_workers_max", "3")
     assert Config.load().workers_max == 3

@@ -422,6 +422,17 @@ def test_a_task_over_its_limit_fails_at_once() -> None:
     assert b"memory=104857600" in error
 
 
+def test_a_limit_holds_in_a_placement_group_too() -> None:
+    bench = bench_of()
+    amount = 100 * MIB * 10_000
+    names = [f"memory_group_{place}5e6f" for place in ("", "0_")]
+    for name in names:
+        bench.node.state.resources.total[name] = amount
+        bench.node.state.resources.available[name] = amount
+    _, worker = run(bench, bench.task_class(more=dict.fromkeys(names, amount)))
+    assert measure(bench).workers == [(worker, 164 * MIB)]
+
+
 def test_tasks_without_a_limit_are_not_measured_one_by_one() -> None:
     bench = bench_of()
     run(bench, bench.task_class())

@@ -478,10 +478,18 @@ def test_a_task_error_whose_class_cannot_be_doubled_is_itself() -> None:
     assert error.as_instanceof_cause() is error
 
 
-def test_an_error_of_ours_is_not_doubled() -> None:
-    inner = exceptions.GetTimeoutError("late")
+@pytest.mark.parametrize("cls", ERROR_CLASSES, ids=lambda cls: cls.__name__)
+def test_an_error_of_ours_that_a_task_raised_is_a_task_error_and_itself(
+    cls: type[PoolrayError],
+) -> None:
+    inner = make(cls)
     error = TaskError(function_name="f", traceback_str="…", cause=inner, pid=1)
-    assert error.as_instanceof_cause() is error
+    raised = error.as_instanceof_cause()
+    for arrived in itertools.chain([raised], copies(raised)):
+        assert isinstance(arrived, TaskError)
+        assert isinstance(arrived, cls)
+        assert type(arrived.cause) is cls
+        assert str(arrived.cause) == str(inner)
 
 
 def test_the_tree_on_top_of_the_module_is_the_tree() -> None:
