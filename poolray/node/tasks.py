@@ -493,8 +493,11 @@ class Tasks:
     def _store(self, record: TaskRecord, result: Outcome, writer: ClientId) -> None:
         """Seal each return value that somebody holds."""
         if record.class_queue.task_class.stream:
-            if self.streams.on_result(record, result, writer):
+            # (One that failed is not made again, nor what it had yielded.)
+            if self.streams.on_result(record, result, writer) and record.state is SUCCEEDED:
                 self._lineage[record.root_id] = record
+            else:
+                self.streams.forget_remote(record.root_id)
             return
         if result.is_error:
             self.store_error(record, result.values[0], writer)
