@@ -21,6 +21,8 @@ __all__ = ["Empty", "Full", "Queue"]
 
 #: Callers that may wait at once. One more than may wait would block the very call that ends a wait.
 _WAITERS_MAX = 1_000_000
+#: Who gives up a `get` waits so long at the most for that to have its effect.
+_GIVE_UP_S = 1.0
 
 
 @final
@@ -175,7 +177,7 @@ class Queue:
         try:
             return get(call)
         except KeyboardInterrupt:
-            cancel(call)  # else it would take an item that nobody gets
+            self._give_up(call)
             raise
         except (queue.Empty, asyncio.QueueEmpty):
             raise Empty from None
@@ -186,7 +188,7 @@ class Queue:
         try:
             return await call
         except asyncio.CancelledError:
-            cancel(call)  # else it would take an item that nobody gets
+            self._give_up(call)
             raise
         except (queue.Empty, asyncio.QueueEmpty):
             raise Empty from None
@@ -196,6 +198,19 @@ class Queue:
             return self._live.get_nowait.remote()
         _check_timeout(timeout)
         return self._live.get.remote(timeout)
+
+    def _give_up(self, call: Any) -> None:
+        """Nobody waits for an item any more: the call must not take one for itself."""
+        cancel(call)
+        # The order to stop may cross with a put of this process, so wait for its end: milliseconds.
+        ready, _ = wait([call], timeout=_GIVE_UP_S)
+        if not ready:
+            return
+        try:
+            item = get(call)
+        except Exception:
+            return  # it was stopped before it had one
+        self._live.put_back.remote(item)
 
     def put_nowait(self, item: Any) -> None:
         """`put(item, block=False)`.
@@ -295,12 +310,43 @@ def _text_of(error: BaseException) -> tuple[Any, ...]:
     return getattr(error, "cause", error).args
 
 
+@final
+class _Returned:
+    """An item that had left, and goes back to where it was."""
+
+    def __init__(self, item: Any) -> None:
+        self.item = item
+
+
+@final
+class _Items(asyncio.Queue[Any]):
+    """A queue to which an item can be returned, whether there is room or not."""
+
+    _has_room = False
+
+    def put_back(self, item: Any) -> None:
+        self._has_room = True
+        try:
+            self.put_nowait(_Returned(item))
+        finally:
+            self._has_room = False
+
+    def full(self) -> bool:
+        return not self._has_room and super().full()
+
+    def _put(self, item: Any) -> None:
+        if isinstance(item, _Returned):
+            self._queue.appendleft(item.item)  # type: ignore[attr-defined]
+        else:
+            super()._put(item)
+
+
 class _QueueActor:
     """Where the items are."""
 
     def __init__(self, maxsize: int) -> None:
         self.maxsize = maxsize
-        self.queue: asyncio.Queue[Any] = asyncio.Queue(self.maxsize)
+        self.queue = _Items(self.maxsize)
 
     def qsize(self) -> int:
         return self.queue.qsize()
@@ -327,6 +373,9 @@ class _QueueActor:
             return await asyncio.wait_for(self.queue.get(), timeout)
         except (asyncio.TimeoutError, TimeoutError):
             raise Empty from None
+
+    def put_back(self, item: Any) -> None:
+        self.queue.put_back(item)
 
     def put_nowait(self, item: Any) -> None:
         try:

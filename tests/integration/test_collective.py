@@ -97,16 +97,16 @@ def test_the_death_of_a_partner_ends_a_message(receives: bool) -> None:
 
 
 def test_a_late_member_is_named_and_told_when_it_comes() -> None:
-    members = make_group(3, timeout_ms=300)
+    members = make_group(3, timeout_ms=2000)
     for ref in [call(members[rank], reduce_ones) for rank in (0, 2)]:
-        with pytest.raises(CollectiveError, match=r"rank 1 did not come within 0\.3 s"):
+        with pytest.raises(CollectiveError, match=r"rank 1 did not come within 2 s"):
             poolray.get(ref, timeout=QUICK_S)
     with pytest.raises(CollectiveError, match=r"rank \d has found that rank 1 did not come"):
         poolray.get(call(members[1], reduce_ones), timeout=QUICK_S)
 
 
 def test_a_timeout_is_a_timeout_error() -> None:
-    members = make_group(2, timeout_ms=100)
+    members = make_group(2, timeout_ms=2000)
     with pytest.raises(TimeoutError) as caught:
         poolray.get(call(members[0], reduce_ones), timeout=QUICK_S)
     assert isinstance(caught.value, RuntimeError)
