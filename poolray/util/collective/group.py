@@ -1,10 +1,11 @@
 """A collective group on the memory of one machine: the operations, as one member runs them.
 
-    allreduce of a block, with three members; each reduces one third of it:
+    allreduce of a block, with three members; each reduces one third of it, and writes the next
+    block before it waits for the others:
 
-    member 0   write parts 1 2 │      │ sum part 0 │      │ read parts 1 2
-    member 1   write parts 0 2 │ step │ sum part 1 │ step │ read parts 0 2
-    member 2   write parts 0 1 │      │ sum part 2 │      │ read parts 0 1
+    member 0   write parts 1 2 │      │ sum part 0, write the next │      │ read parts 1 2 …
+    member 1   write parts 0 2 │ step │ sum part 1, write the next │ step │ read parts 0 2 …
+    member 2   write parts 0 1 │      │ sum part 2, write the next │      │ read parts 0 1 …
 
 What: moves and reduces data in blocks that fit the processor's cache; checks that all members call
 the same thing.
@@ -181,32 +182,42 @@ class SharedMemoryGroup:
                 parts = [self._segment.slot(p, self._turn)[:size] for p in range(self.world_size)]
                 _accumulate(parts, target, combine)
             return
-        for start, end in self._blocks(source.size, self._segment.slot_bytes):
-            block = None if target is None else target[start:end]
-            self._reduce_block(source[start:end], block, combine)
+        blocks = list(self._blocks(source.size, self._segment.slot_bytes))
+        self._write_for_others(source[slice(*blocks[0])])
+        self._step()
+        for (start, end), following in zip(blocks, [*blocks[1:], None]):
+            turn = self._turn
+            self._reduce_own_part(source[start:end], combine)
+            if following is not None:
+                self._write_for_others(source[slice(*following)])
+            self._step()
+            if target is not None:
+                self._read_results(target[start:end], turn)
 
-    def _reduce_block(self, source: Any, target: Any, combine: Combine) -> None:
+    def _write_for_others(self, block: Any) -> None:
+        """Write all of a block but the part that this member reduces itself."""
+        low, high = self._part(self.rank, block.size)
+        slot = self._next_slots(self.rank)
+        slot[:low] = block[:low]
+        slot[high : block.size] = block[high:]
+
+    def _reduce_own_part(self, block: Any, combine: Combine) -> None:
         me, segment = self.rank, self._segment
-        low, high = self._part(me, source.size)
-        slot = self._next_slots(me)
-        slot[:low] = source[:low]
-        slot[high : source.size] = source[high:]
-        self._step()
-        if high > low:
-            # Nobody else's business: this stretch of the own slot takes the result.
-            result = slot[low:high]
-            parts = [
-                source[low:high] if peer == me else segment.slot(peer, self._turn)[low:high]
-                for peer in range(self.world_size)
-            ]
-            _accumulate(parts, result, combine)
-        self._step()
-        if target is None:
+        low, high = self._part(me, block.size)
+        if high == low:
             return
+        parts = [
+            block[low:high] if peer == me else segment.slot(peer, self._turn)[low:high]
+            for peer in range(self.world_size)
+        ]
+        # This stretch of the own slot was not written: it takes the result.
+        _accumulate(parts, segment.slot(me, self._turn)[low:high], combine)
+
+    def _read_results(self, block: Any, turn: int) -> None:
         for peer in range(self.world_size):
-            low, high = self._part(peer, source.size)
+            low, high = self._part(peer, block.size)
             if high > low:
-                target[low:high] = segment.slot(peer, self._turn)[low:high]
+                block[low:high] = self._segment.slot(peer, turn)[low:high]
 
     def _part(self, rank: int, size: int) -> tuple[int, int]:
         """Where the part of a block lies that a member reduces."""
@@ -313,7 +324,7 @@ class SharedMemoryGroup:
 
     def _next_slots(self, rank: int) -> Any:
         """The slot of a member for the next block."""
-        self._turn ^= 1
+        self._turn = (self._turn + 1) % shared.TURNS
         return self._segment.slot(rank, self._turn)
 
     def _blocks(self, size: int, block: int) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,7 @@
              per group:  broken ── who found what wrong
              per pair:   sent, taken ── parts of messages
     headers  per member, two in turns: what it calls with
-    slots    per member, two in turns: its part of the data
+    slots    per member, three in turns: its part of the data
     outboxes per member, two in turns: parts of a message to one other
 
 What: lays out one unnamed file, maps it, reads and writes counters, sleeps until one moves.
@@ -12,7 +12,7 @@ Who calls: `group.py`.
 May touch: shared memory, futexes, the clock, descriptors of processes.
 Invariants: each word has one writer, but for `broken`, of which any writer's reason will do. A
 counter is written after the data that it tells of. What is written in one turn is read before the
-reader makes its next step, so nobody overwrites it two turns later.
+reader makes its second step from there, so nobody overwrites it three turns later.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from typing import Any, final
 import numpy
 
 __all__ = ["Lost", "Member", "Segment", "create_file"]
+
+#: Slots of each member: one that is read, one that is reduced, and one that is written.
+TURNS = 3
 
 #: Members at the most: ranks must fit in the word that tells what broke a group.
 WORLD_SIZE_MAX = 1024
@@ -161,7 +164,7 @@ class _Layout:
         self.headers = self.pairs + world_size * world_size * _LINE
         end = self.headers + world_size * 2 * _HEADER_BYTES
         self.slots = (end + _PAGE - 1) // _PAGE * _PAGE
-        self.outboxes = self.slots + world_size * 2 * self.slot_bytes
+        self.outboxes = self.slots + world_size * TURNS * self.slot_bytes
         self.size_bytes = self.outboxes + world_size * 2 * _OUTBOX_BYTES
 
 
@@ -212,7 +215,7 @@ class Segment:
 
     def slot(self, rank: int, turn: int) -> Any:
         """A member's part of the data, as bytes."""
-        start = self._layout.slots + (2 * rank + turn) * self.slot_bytes
+        start = self._layout.slots + (TURNS * rank + turn) * self.slot_bytes
         return self._whole[start : start + self.slot_bytes]
 
     def outbox(self, rank: int, turn: int) -> Any:
