@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, TypeVar, final
 
@@ -36,6 +37,8 @@ __all__ = ["safe_print", "tqdm"]
 _FLUSH_EVERY_S = 0.1
 #: Whether the processes that bars belong to live is looked at so often.
 _LOOK_EVERY_S = 1.0
+#: Ends of bars that wait for room in the channel to a driver that does nothing.
+_UNSENT_MAX = 1000
 
 
 class _BarState(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -187,8 +190,7 @@ class tqdm(Generic[T]):  # the name that everybody knows
             closed=self._closed,
         )
         if process_state.is_worker():
-            # The end must arrive; anything else is told again in a moment.
-            news.tell("progress", _encode(state), wait=at_once)
+            _unsent.tell(_encode(state), at_once)
         else:
             _board.show(state)
 
@@ -196,6 +198,41 @@ class tqdm(Generic[T]):  # the name that everybody knows
         raise TypeError(
             "A progress bar belongs to the process that made it: make one in each task."
         )
+
+
+@final
+class _Unsent:
+    """In a worker: what the driver must be told and there was no room for."""
+
+    def __init__(self) -> None:
+        #: Ends of bars; when there are too many, the oldest bars stay on the screen.
+        self._ends: deque[bytes] = deque(maxlen=_UNSENT_MAX)
+        self._goes_before_reports = False
+
+    def tell(self, state: bytes, must_arrive: bool) -> None:
+        """Tell the driver now, without waiting; else later, if it must arrive."""
+        if self._send_ends() and news.tell("progress", state):
+            return
+        if must_arrive:
+            self._ends.append(state)
+            if not self._goes_before_reports:
+                self._goes_before_reports = True
+                news.before_reports(self._send_ends)
+
+    def _send_ends(self) -> bool:
+        """Send what waits; whether nothing waits any more."""
+        while self._ends:
+            try:
+                end = self._ends.popleft()
+            except IndexError:
+                break  # another thread was faster
+            if not news.tell("progress", end):
+                self._ends.appendleft(end)
+                return False
+        return True
+
+
+_unsent = _Unsent()
 
 
 def safe_print(*values: Any, **options: Any) -> None:
@@ -426,8 +463,9 @@ _board = _Board()
 
 def _after_fork_in_child() -> None:
     """The bars are the parent's; so is what it made of `print`."""
-    global _board
+    global _board, _unsent
     _board = _Board()
+    _unsent = _Unsent()
     if builtins.print is safe_print:
         builtins.print = _print
 

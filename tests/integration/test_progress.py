@@ -154,6 +154,40 @@ def test_the_bars_of_a_killed_worker_go(tmp_path: Path) -> None:
     assert done.stdout == "1\n1\n", done.stderr
 
 
+def test_a_driver_that_does_nothing_holds_up_nobody(tmp_path: Path) -> None:
+    done = run(
+        tmp_path,
+        """
+        import threading
+
+        @poolray.remote
+        class Busy:
+            def __init__(self):
+                self.begin, self.thread = threading.Event(), threading.Thread(target=self.show)
+                self.thread.start()
+
+            def show(self):
+                self.begin.wait()
+                for number in range(5000):
+                    tqdm_ray.tqdm(total=1, desc="x" * 50).close()
+                os.close(self.done)
+
+            def start(self, path):
+                self.done = os.open(path, os.O_WRONLY)
+                self.begin.set()
+
+        tqdm_ray._board.show = lambda state: None
+        os.mkfifo("done")
+        reader = os.open("done", os.O_RDONLY | os.O_NONBLOCK)
+        busy = Busy.remote()
+        poolray.get(busy.start.remote(os.path.abspath("done")))
+        os.set_blocking(reader, True)
+        print(os.read(reader, 1))
+        """,
+    )
+    assert done.stdout == "b''\n", done.stderr
+
+
 def test_without_tqdm_the_program_runs_and_is_told_once(tmp_path: Path) -> None:
     done = run(
         tmp_path,
