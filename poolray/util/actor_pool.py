@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar, final
 
 from poolray.actor import ActorHandle
 from poolray.api import get, wait
-from poolray.exceptions import ActorDiedError
+from poolray.exceptions import ActorDiedError, TaskError
 from poolray.objects.object_ref import ObjectRef
 
 V = TypeVar("V")
@@ -297,7 +297,8 @@ class ActorPool:
         try:
             return _Outcome(get(call.refs))
         except ActorDiedError as error:
-            is_alive = False
+            # An error of the call itself is a TaskError too: another actor has died, not this one.
+            is_alive = isinstance(error, TaskError)
             return _Outcome(error=error)
         except Exception as error:
             return _Outcome(error=error)

@@ -254,6 +254,22 @@ def test_a_dead_actor_leaves_the_pool_and_the_others_go_on(make_pool: Any) -> No
     assert len(seen) == 5
 
 
+@better_than_reference("it takes the actor for dead")
+def test_an_actor_that_only_tells_of_a_dead_one_stays_in_the_pool(make_pool: Any) -> None:
+    other = Worker.remote()
+    ray.kill(other)
+
+    def call_the_dead(actor: Any, handle: Any) -> Any:
+        return actor.__ray_call__.remote(lambda _: ray.get(handle.pid.remote()))
+
+    pool = make_pool(1)
+    pool.submit(call_the_dead, other)
+    pool.submit(double, 4)
+    with pytest.raises(ray.exceptions.RayError):
+        pool.get_next()
+    assert pool.get_next() == 8
+
+
 @better_than_reference("it says that there is nothing more to come")
 def test_calls_that_wait_for_dead_actors_are_told_of(make_pool: Any) -> None:
     pool = make_pool(1)

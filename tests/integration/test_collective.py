@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -111,6 +112,16 @@ def test_a_timeout_is_a_timeout_error() -> None:
         poolray.get(call(members[0], reduce_ones), timeout=QUICK_S)
     assert isinstance(caught.value, RuntimeError)
     assert isinstance(caught.value.cause, CollectiveTimeoutError)  # type: ignore[attr-defined]
+
+
+def test_errors_travel_with_their_fields() -> None:
+    for kind in (CollectiveError, CollectiveTimeoutError):
+        error = kind(group_name="g", rank=3, reason="why")
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is kind
+        assert str(copy) == str(error)
+        assert (copy.group_name, copy.rank, copy.reason) == ("g", 3, "why")
+        assert isinstance(error, poolray.exceptions.PoolrayError)
 
 
 def test_a_broken_group_stays_broken_until_it_is_made_anew() -> None:

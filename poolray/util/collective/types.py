@@ -11,6 +11,8 @@ from __future__ import annotations
 import enum
 from typing import Any, final
 
+from poolray.exceptions import PoolrayError
+
 __all__ = ["Backend", "CollectiveError", "CollectiveTimeoutError", "ReduceOp"]
 
 
@@ -52,11 +54,8 @@ class Backend:
         return found
 
 
-class CollectiveError(RuntimeError):
+class CollectiveError(PoolrayError, RuntimeError):
     """A member of a collective group has died or left, or the members called different things.
-
-    Not below `PoolrayError`: user code raises it, in an actor, and what `get` raises for it shall
-    be of this class too; errors of poolray's own tree are not doubled like that.
 
     The group is of no use any more: each member that lives calls `destroy_collective_group`, and
     all of them `init_collective_group`, to go on.
@@ -78,14 +77,11 @@ class CollectiveError(RuntimeError):
         self.rank = rank
         self.reason = reason
 
-    def __reduce__(self) -> Any:
-        return _rebuild, (type(self), self.group_name, self.rank, self.reason)
-
-
-def _rebuild(kind: type[CollectiveError], group_name: str, rank: int, reason: str) -> Any:
-    return kind(group_name=group_name, rank=rank, reason=reason)
-
 
 @final
 class CollectiveTimeoutError(CollectiveError, TimeoutError):
     """A member did not come within the group's timeout."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        """Of its two builtin bases only this one can make it."""
+        return TimeoutError.__new__(cls)
