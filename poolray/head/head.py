@@ -287,6 +287,7 @@ class Head:
         found: bytes | list[bytes] | None = None
         match message:
             case KeyValuePut():
+                count = int(store.get(space, message.key) is not None)
                 done = store.put(space, message.key, message.value, message.overwrite)
                 if done:
                     self._state.store(_KEYS, _encode_key((space, message.key)), message.value)

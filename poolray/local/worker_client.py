@@ -42,6 +42,7 @@ from poolray.protocol.client import (
     WaitObjects,
     WaitReply,
 )
+from poolray.protocol.inquiry import HeadAnswer
 from poolray.protocol.placement import PlacementGroupReply
 from poolray.protocol.state import QueryState, StateKind, StateRow, StateRows
 from poolray.protocol.streams import AwaitRoom, RoomGranted, StreamReply
@@ -69,6 +70,7 @@ _Reply = (
     | CallCount
     | StateRows
     | PlacementGroupReply
+    | HeadAnswer
     | StreamReply
 )
 _Parts = list[_Reply]
@@ -207,7 +209,7 @@ class WorkerLink:
         finally:
             self._close(request_id)
         assert parts is not None
-        return parts[0]
+        return parts if isinstance(parts[0], HeadAnswer) else parts[0]
 
     def await_room(self, task_id: TaskId, produced: int) -> RoomGranted:
         """Wait until a generator may go on; the task may be interrupted meanwhile."""
@@ -487,7 +489,7 @@ def _wait_out(wait: Callable[..., T], *args: Any) -> T:
 
 def _is_last(message: _Reply) -> bool:
     """Whether a reply is complete with this."""
-    return not (isinstance(message, (ObjectValues, StateRows)) and message.more)
+    return not (isinstance(message, (ObjectValues, StateRows, HeadAnswer)) and message.more)
 
 
 def _joined(parts: _Parts) -> ObjectValues:

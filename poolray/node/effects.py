@@ -16,6 +16,7 @@ import msgspec
 from poolray.ids import ClientId, GroupId, NodeId, ObjectId, WorkerId
 from poolray.protocol.actors import ActorReply, CallCount, NamedActors
 from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, WaitReply
+from poolray.protocol.inquiry import HeadAnswer
 from poolray.protocol.node import HeadRequest, PeerMessage
 from poolray.protocol.placement import PlacementGroupReply
 from poolray.protocol.state import StateRows
@@ -44,6 +45,7 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
         | NamedActors
         | CallCount
         | StateRows
+        | HeadAnswer
         | PlacementGroupReply
         | StreamReply
     )

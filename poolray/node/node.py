@@ -33,6 +33,7 @@ from poolray.node.effects import Effect, SendHead, Warn
 from poolray.node.functions import Functions
 from poolray.node.groups import Groups
 from poolray.node.hosting import Hosting
+from poolray.node.inquiries import Inquiries
 from poolray.node.memory import memory_table
 from poolray.node.memory_protection import MemoryProtection
 from poolray.node.objects import Objects
@@ -76,11 +77,15 @@ from poolray.protocol.client import (
 from poolray.protocol.directory import (
     ActorAt,
     ActorFound,
+    ActorsFound,
     DropActor,
+    JobsFound,
     KeepActor,
     KillKept,
+    NodesFound,
     RestartActor,
 )
+from poolray.protocol.inquiry import AskHead
 from poolray.protocol.memory import MemoryTable
 from poolray.protocol.node import (
     AskHandle,
@@ -102,6 +107,7 @@ from poolray.protocol.node import (
     HandleLent,
     HeadBack,
     HeadMessage,
+    HeadReply,
     Heartbeat,
     HostedEnded,
     MemoryReport,
@@ -326,6 +332,7 @@ class Node:
         self._dispatcher, self._groups, self._peers = dispatcher, groups, peers
         self._store = store
         self._has_head = has_head
+        self._inquiries = Inquiries(state)
         self._next_heartbeat_s = 0.0
 
     def handle(self, sender: bytes, message: NodeInput, now: float) -> list[Effect]:
@@ -416,6 +423,8 @@ class Node:
                 functions.release(objects.client(client_id), message.function_id)
             case NoteCallSite():
                 objects.note_call_site(message.object_ids, message.call_site)
+            case AskHead():
+                self._inquiries.on_ask(client_id, message)
             case QueryState():
                 self._observer.on_query(client_id, message)
             case CancelTasks():
@@ -589,6 +598,8 @@ class Node:
             case Refused():
                 text = f"The cluster's head refuses this node: {message.reason}"
                 self.state.effects.append(Warn(text))
+            case HeadReply() | NodesFound() | JobsFound() | ActorsFound():
+                self._inquiries.on_answer(message)
             case ActorFound() | NamesFound():
                 self._actors.on_head_reply(message)
             case (
@@ -631,7 +642,7 @@ class Node:
     def _on_head_back(self) -> None:
         """The head may be another one: it is told what we have, and asked again what it was."""
         self.state.effects.append(SendHead(self.register()))
-        for question in self._actors.outstanding():
+        for question in (*self._actors.outstanding(), *self._inquiries.outstanding()):
             self.state.effects.append(SendHead(question))
 
     def next_deadline(self) -> float | None:

@@ -14,6 +14,7 @@ import msgspec
 
 from poolray.ids import FunctionId, ObjectId, TaskId
 from poolray.protocol.actors import ActorReply, ActorRequest, CallCount, NamedActors
+from poolray.protocol.inquiry import AskHead, HeadAnswer
 from poolray.protocol.placement import PlacementGroupReply, PlacementRequest
 from poolray.protocol.state import QueryState, StateRows
 from poolray.protocol.streams import StreamReply, StreamRequest
@@ -205,6 +206,7 @@ ClientRequest: TypeAlias = (
     | CancelTask
     | QueryState
     | PlacementRequest
+    | AskHead
     | StreamRequest
 )
 
@@ -218,5 +220,6 @@ ClientReply: TypeAlias = (
     | CallCount
     | StateRows
     | PlacementGroupReply
+    | HeadAnswer
     | StreamReply
 )

@@ -583,7 +583,7 @@ class HeadReply(msgspec.Struct, frozen=True, array_like=True, tag=354, kw_only=T
     """The answer to a numbered request.
 
     `found` is the value, the keys or None; `done` tells whether the request changed something;
-    `count` is the number of keys that were removed.
+    `count` is the number of keys that were removed, or that a put has found.
     """
 
     request_id: int

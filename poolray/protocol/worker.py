@@ -42,6 +42,7 @@ from poolray.protocol.client import (
     WaitObjects,
     WaitReply,
 )
+from poolray.protocol.inquiry import AskHead, HeadAnswer
 from poolray.protocol.placement import PlacementGroupReply, PlacementRequest
 from poolray.protocol.state import QueryState, StateRows
 from poolray.protocol.streams import ItemsYielded, StreamReply, StreamRequest
@@ -256,6 +257,7 @@ class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_onl
         | QueryState
         | PlacementRequest
         | StreamRequest
+        | AskHead
     )
 
 
@@ -304,6 +306,7 @@ ToWorkerControl: TypeAlias = (
     | CallCount
     | StateRows
     | PlacementGroupReply
+    | HeadAnswer
     | InterruptTask
     | StreamReply
 )

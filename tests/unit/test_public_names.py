@@ -261,6 +261,15 @@ PUBLIC_NAMES = {
         "CollectiveTimeoutError",
         "ReduceOp",
     ],
+    "poolray.experimental.internal_kv": [
+        "_internal_kv_del",
+        "_internal_kv_exists",
+        "_internal_kv_get",
+        "_internal_kv_initialized",
+        "_internal_kv_list",
+        "_internal_kv_put",
+        "_internal_kv_reset",
+    ],
     "poolray.experimental.tqdm_ray": ["safe_print", "tqdm"],
     "poolray.util.metrics": [
         "Counter",
