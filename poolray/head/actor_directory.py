@@ -39,7 +39,7 @@ from poolray.protocol.directory import (
     UnwatchActor,
     WatchActor,
 )
-from poolray.protocol.node import ListNames, NamesFound
+from poolray.protocol.node import ListNames, NamesFound, RegisterNode
 
 #: Actors that are not dead, at once; further ones with names are refused theirs.
 _ACTORS_MAX = 1_000_000
@@ -146,6 +146,9 @@ class ActorDirectory:
         if taken is not None and taken != entry.actor_id:
             self._reply(sender, message.request_id, self._entries[taken])
             return
+        if entry.actor_id in self._dead:  # asked again, after it was made and has died
+            self._reply(sender, message.request_id, None)
+            return
         if entry.actor_id not in self._entries:
             if len(self._entries) >= _ACTORS_MAX:
                 self._reply(sender, message.request_id, None)
@@ -179,26 +182,50 @@ class ActorDirectory:
             )
         )
 
-    def on_node_back(self, node_id: NodeId, has: list[ActorEntry], watched: list[ActorId]) -> None:
+    def on_node_back(self, message: RegisterNode) -> None:
         """A node is a member, maybe again: what it has is so, whatever was noted of it here."""
-        listed = {entry.actor_id: entry for entry in has}
+        node_id = message.node_id
+        listed = {entry.actor_id: entry for entry in message.actors}
+        dead = dict.fromkeys(message.dead_actors)
         for actor_id in list(self._by_node.get(node_id, ())):
             entry = self._entries[actor_id]
-            if entry.keeper == node_id and actor_id not in listed:
+            if entry.keeper != node_id or actor_id in listed:
+                continue
+            if entry.detached and entry.creation is not None and actor_id not in dead:
+                # An earlier head gave it this actor to keep, and had no time to say so.
+                self._state.send(node_id, KeepActor(entry=entry))
+            else:
                 self._bury(entry, b"", "ended while the head was away.")
-        for entry in has:
-            known = self._entries.get(entry.actor_id)
-            if entry.host and entry.host not in self._state.members:
-                entry = _replace(entry, host=_NOWHERE, stage=ActorStage.RESTARTING)
-            if known is None and entry.actor_id not in self._dead:
-                if not entry.name or (entry.namespace, entry.name) not in self._names:
-                    self._change(entry)
-            elif known is not None and known.keeper == node_id:
-                self._change(_replace(entry, creation=known.creation))
-        for actor_id in watched:
+        for entry in message.actors:
+            self._take_in(node_id, entry)
+        for actor_id in message.watched:
             self.on_watch(node_id, WatchActor(actor_id=actor_id))
         for actor_id in list(self._orphans):
             self._adopt(self._entries[actor_id])
+
+    def _take_in(self, node_id: NodeId, entry: ActorEntry) -> None:
+        """A node keeps this actor, which may have been noted otherwise, or not at all."""
+        known = self._entries.get(entry.actor_id)
+        if known is not None and known.keeper != node_id:
+            return
+        host = entry.host
+        if known is None:
+            if entry.actor_id in self._dead:
+                return
+            if entry.name and (entry.namespace, entry.name) in self._names:
+                return
+        if not host or host in self._state.members:
+            creation = entry.creation if known is None else known.creation
+            restarts = entry.restarts if known is None else max(entry.restarts, known.restarts)
+            self._change(_replace(entry, creation=creation, restarts=restarts))
+        elif known is not None and known.restarts > entry.restarts:
+            # An earlier head had decided that already, and had no time to say so.
+            again = RestartActor(actor_id=entry.actor_id, restarts=known.restarts)
+            self._state.send(node_id, again)
+        else:
+            waiting = _replace(entry, host=_NOWHERE, stage=ActorStage.RESTARTING)
+            self._enter(waiting)
+            self._lose_host(waiting, host, polite=False)
 
     def on_kill(self, message: KillActorEntry) -> None:
         """Somebody wants an actor killed."""

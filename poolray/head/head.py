@@ -169,7 +169,7 @@ class Head:
             self._placement.on_tick()
         elif isinstance(message, RegisterNode):
             if self._members.register(message):
-                self._actors.on_node_back(message.node_id, message.actors, message.watched)
+                self._actors.on_node_back(message)
                 self._placement.on_node_back(message)
         elif self._members.heard(node_id):
             self._on_member(node_id, message)

@@ -143,6 +143,9 @@ class Members:
         self._store(view)
         self._changed[node_id] = None
         state.send(node_id, ClusterView(nodes=[m.view for m in state.members.values()]))
+        for peer in message.peers:  # an earlier head may have had no time to say so
+            if peer not in state.members:
+                state.send(node_id, NodeDied(node_id=peer, reason="is no member"))
         self.send_views()
         return True
 

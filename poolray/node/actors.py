@@ -214,6 +214,13 @@ class Actors:
         reply = ActorReply(request_id=request_id, actor_id=actor_id, description=description)
         self._state.effects.append(Reply(client_id, reply))
 
+    def is_asked_for(self, actor_id: ActorId) -> bool:
+        """Whether the head has yet to say that an actor may have its name."""
+        return any(
+            isinstance(message, CreateActor) and message.actor_id == actor_id
+            for _, message in self._asked.values()
+        )
+
     def outstanding(self) -> list[RegisterActor | FindActor | ListNames]:
         """Questions that the head has not answered, for one that may not have heard them."""
         return [self._question(number, message) for number, (_, message) in self._asked.items()]
@@ -292,7 +299,11 @@ class Actors:
         if actor.hosted_for is not None:
             self.hosting.on_alive(actor, record)
         elif actor.host is not None:
-            self.elsewhere.known(actor.message.actor_id)
+            if actor.unfinished or not actor.is_freed:
+                # (Calls made here hold the handle from now on.)
+                self.hosting.own_handle(actor.message.actor_id)
+                actor.is_freed = False
+                self.elsewhere.known(actor.message.actor_id)
             self.hosting.tell(actor)
             self.hosting.move_calls(actor)
         else:
@@ -434,9 +445,7 @@ class Actors:
             self.elsewhere.on_ended(record)
             return
         actor = self.actors.get(record.actor_id)
-        if actor is None or (
-            record.is_foreign and actor.life.state is DEAD and not actor.unfinished
-        ):
+        if actor is None:
             return
         self._count_out(actor, record)
         if actor.is_freed:
@@ -867,7 +876,9 @@ class Actors:
         for actor_id, actor in self.actors.items():
             life = actor.life.state
             assert actor.unfinished == calls[actor_id], "count of an actor's calls"
-            assert (life is ALIVE) == (actor.worker is not None or actor.host is not None)
+            assert (life is ALIVE) <= (actor.worker is not None or actor.host is not None)
+            assert actor.worker is None or life is ALIVE
+            assert actor.host is None or life in (ALIVE, RESTARTING)
             assert actor.host is None or not actor.sent
             assert life is not DEAD or not actor.unfinished, "a call of a dead actor waits"
             assert life is DEAD or self.by_creation[actor.message.task.task_id] is actor

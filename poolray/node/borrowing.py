@@ -49,6 +49,11 @@ def node_of(client_id: ClientId) -> NodeId:
     return NodeId(client_id[len(_PEER_PREFIX) :])
 
 
+def is_peer(client_id: ClientId) -> bool:
+    """Whether a client is a peer."""
+    return client_id.startswith(_PEER_PREFIX)
+
+
 @final
 class Borrowing:
     """What this node lent to others and borrowed from them."""

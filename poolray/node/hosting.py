@@ -57,6 +57,9 @@ from poolray.tasks.lifecycle import FAILED, FORWARDED, SUCCEEDED, TaskRecord
 if TYPE_CHECKING:
     from poolray.node.actors import Actors
 
+#: Dead actors that a new head is told of.
+_DEAD_MAX = 1_000
+
 _STAGES = {
     PENDING: ActorStage.PENDING,
     ALIVE: ActorStage.ALIVE,
@@ -70,6 +73,7 @@ class Hosting:
     """The side of a node's actors that other nodes and the head see."""
 
     __slots__ = (
+        "_dead",
         "_elsewhere",
         "_functions",
         "_local",
@@ -99,6 +103,8 @@ class Hosting:
         self._local = local
         self._elsewhere = elsewhere
         self.borrowing: Borrowing
+        #: Actors that we kept and that died, the last ones.
+        self._dead: dict[ActorId, None] = {}
         #: There is a head that other nodes listen to; else it is told of names alone.
         self.is_cluster = is_cluster
         #: actor that another node keeps -> requests of clients here for a handle to it.
@@ -112,9 +118,9 @@ class Hosting:
 
     def entry_of(self, message: CreateActor, actor: Actor | None = None) -> ActorEntry:
         """An actor that we keep as the cluster's directory has it."""
-        host = b""
+        host = b"" if actor is None or actor.host is None else actor.host
         if actor is not None and actor.life.state is ALIVE:
-            host = actor.host or self._state.node_id
+            host = host or self._state.node_id
         return ActorEntry(
             actor_id=message.actor_id,
             class_name=message.class_name,
@@ -155,6 +161,10 @@ class Hosting:
         message = actor.message
         if actor.hosted_for is not None:
             return
+        if is_dead and self.is_cluster:
+            self._dead[message.actor_id] = None
+            if len(self._dead) > _DEAD_MAX:
+                del self._dead[next(iter(self._dead))]
         if self.is_cluster or (message.name and is_dead):
             host = (actor.host or self._state.node_id) if life is ALIVE else b""
             change = ActorChanged(
@@ -177,6 +187,10 @@ class Hosting:
                     ordered=message.ordered,
                 )
             )
+
+    def dead(self) -> list[ActorId]:
+        """The last of the actors that we kept and that died, for a head that may not know."""
+        return list(self._dead)
 
     def entries(self) -> list[ActorEntry]:
         """The actors that we keep, for a head that may not know."""
@@ -244,7 +258,7 @@ class Hosting:
         if actor is None or actor.life.state is DEAD or actor.hosted_for is not None:
             return
         creation = actor.creation
-        if creation is None or creation.state is not SUCCEEDED or actor.worker is not None:
+        if creation is None or creation.state is not SUCCEEDED or actor.host is None:
             return  # it is being made again already
         actor.host = None
         if self._tasks.usable_group(creation) is None:
@@ -271,6 +285,8 @@ class Hosting:
         actor = self._local.actors.get(entry.actor_id)
         if recipe is None or (actor is not None and actor.hosted_for is None):
             return
+        if self._local.is_asked_for(entry.actor_id):
+            return  # it is ours: the answer that lets us make it is on its way
         client = self._objects.client(ADOPTER)
         self._functions.define(client, recipe.function)
         self._functions.define_class(recipe.task_class)
@@ -284,12 +300,13 @@ class Hosting:
         assert creation is not None
         creation.is_foreign, creation.client_id = False, ADOPTER
         creation.attempts = entry.restarts
-        self._own_handle(entry.actor_id)
+        self.own_handle(entry.actor_id)
         self._objects.hold(handle_of(entry.actor_id))
         actor.is_freed = False
         self.tell(actor)
 
-    def _own_handle(self, actor_id: ActorId) -> None:
+    def own_handle(self, actor_id: ActorId) -> None:
+        """Somebody here is about to hold a handle to an actor that we keep."""
         handle = handle_of(actor_id)
         if handle not in self._state.objects:
             self._state.objects[handle] = ObjectRecord()
@@ -327,12 +344,16 @@ class Hosting:
         if not task.actor_id:
             return False
         record = self._tasks.record_foreign(client_of(node_id), task.spec, task.attempts)
-        record.actor_id = task.actor_id
         self._tasks.hold_inputs(record, task.spec)
         actor = self._local.actors.get(task.actor_id)
-        if actor is None or actor.life.state is not ALIVE or actor.worker is None:
+        if (
+            actor is None
+            or actor.host is not None
+            or (actor.hosted_for is not None and actor.life.state is not ALIVE)
+        ):
             self._tasks.give_back(record)  # who calls has yet to hear of that
             return True
+        record.actor_id = task.actor_id
         self._local.enter(actor, record)
         return True
 
@@ -380,9 +401,12 @@ class Hosting:
                 continue
             if record.is_foreign:
                 self._tasks.give_back(record)
-            else:
+            elif handle_of(record.actor_id) in self._state.objects:
                 self._local.leave(actor, record)
                 self._elsewhere.enter(record)
+            else:  # its caller has let go of the actor, which goes with its calls
+                text = "has died, and nobody can call it any more."
+                self._tasks.fail(record, self._died(actor, text))
 
     def on_end_hosted(self, node_id: NodeId, message: EndHosted) -> None:
         """The keeper of an actor that we host wants it to end."""
@@ -421,8 +445,7 @@ class Hosting:
                     reason = f"died with its owner: node {node_id.hex()[:12]} is dead"
                     self._local.kill(actor, reason)
             elif actor.host == node_id and actor.life.state is ALIVE:
-                actor.host = None
-                actor.life.move(RESTARTING)
+                actor.life.move(RESTARTING)  # `host` says that the head has to decide
         for actor_id, wanted in list(self._wanted.items()):
             remaining = [item for item in wanted if item[2] != node_id]
             for client_id, request_id, keeper in wanted:

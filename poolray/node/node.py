@@ -637,6 +637,8 @@ class Node:
             watched_groups=self._bundles.watched(),
             actors=self._actors.hosting.entries(),
             watched=self._actors.elsewhere.watched(),
+            peers=self._peers.known(),
+            dead_actors=self._actors.hosting.dead(),
         )
 
     def _on_head_back(self) -> None:

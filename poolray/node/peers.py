@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, final
 import msgspec
 
 from poolray.ids import ClientId, NodeId, ObjectId, TaskId
-from poolray.node.borrowing import Borrowing, client_of, node_of
+from poolray.node.borrowing import Borrowing, client_of, is_peer, node_of
 from poolray.node.effects import SendPeer
 from poolray.node.functions import Functions
 from poolray.node.objects import Objects
@@ -380,6 +380,11 @@ class Peers:
         for task in list(self._state.tasks.values()):
             if task.state is FORWARDED and task.node_id == node_id:
                 self._tasks.on_lost_with_node(task, node_id)
+
+    def known(self) -> list[NodeId]:
+        """Peers that are not known to be dead."""
+        clients = [node_of(c) for c in self._state.clients if is_peer(c)]
+        return list(dict.fromkeys([*self.views, *clients]))
 
     def check_invariants(self) -> None:
         """Raise AssertionError when something is awaited from a peer that is dead."""

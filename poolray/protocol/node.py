@@ -422,6 +422,8 @@ class RegisterNode(msgspec.Struct, frozen=True, array_like=True, tag=301, kw_onl
     info: dict[str, str] = {}
     actors: list[ActorEntry] = []  #: those that it keeps or hosts
     watched: list[ActorId] = []  #: actors whose place it wants to know
+    peers: list[NodeId] = []  #: nodes that it takes for living
+    dead_actors: list[ActorId] = []  #: of those that it kept, the last that died
     #: It lives in one process with the head, which hears of it when it is asked something.
     is_alone: bool = False
     bundles: list[KeptBundles] = []  #: those of placement groups that it has set aside or open

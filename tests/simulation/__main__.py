@@ -7,7 +7,29 @@ import random
 import sys
 import time
 
+from tests.simulation.actors import ActorReport, run_actors
 from tests.simulation.run import SimulationError, run
+
+
+def _run_actors(seed: int, arguments: argparse.Namespace) -> int:
+    began, failures = time.monotonic(), 0
+    reports: list[ActorReport] = []
+    count = arguments.seeds or 1
+    for number in range(seed, seed + count):
+        try:
+            reports.append(run_actors(number, arguments.steps, arguments.nodes or 4))
+        except SimulationError as error:
+            failures += 1
+            if not arguments.keep_going:
+                raise
+            print(str(error)[:1500], file=sys.stderr, flush=True)
+    totals = {
+        name: sum(getattr(report, name) for report in reports)
+        for name in ("executed", "values", "errors", "node_deaths", "head_restarts", "events")
+    }
+    spent = time.monotonic() - began
+    print(f"{count} runs with actors, {failures} failed; {totals} in {spent:.1f} s")
+    return 1 if failures else 0
 
 
 def main() -> int:
@@ -17,11 +39,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60, help="actions of the drivers in a run")
     parser.add_argument("--nodes", type=int, help="nodes (default: 1 and 3 by turns)")
     parser.add_argument("--seeds", type=int, help="how many seeds (default: 1, or 200 unseeded)")
+    parser.add_argument("--actors", action="store_true", help="programs with actors, 4 nodes")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at a failure")
     arguments = parser.parse_args()
     seed = arguments.seed
     if seed is None:
         seed = random.SystemRandom().randrange(10**9)
+    if arguments.actors:
+        return _run_actors(seed, arguments)
     count = arguments.seeds or (1 if arguments.seed is not None else 200)
     print(f"seeds {seed} to {seed + count - 1}, {arguments.steps} steps each", flush=True)
     began = time.monotonic()

@@ -58,6 +58,8 @@ class Faults:
     loss: float = 0.0
     node_crashes: int = 0
     partitions: int = 0
+    head_crashes: int = 0
+    joins: bool = False  #: as many nodes join as crash
 
 
 @dataclasses.dataclass

@@ -154,10 +154,41 @@ class Job:
         return [*(job for job, _ in (*self.inputs, *self.borrowed)), *self.spawned]
 
 
+class ActorLedger:
+    """What was asked of actors, and what their processes have begun."""
+
+    def __init__(self) -> None:
+        #: Chances that a constructor or a call kills its process, and that a constructor raises.
+        self.crashes = self.refusals = 0.0
+        #: payload -> how often it may be tried again; -1: no limit.
+        self.retries: dict[bytes, int] = {}
+        self._begun: dict[bytes, int] = {}
+        #: (process, actor, caller) -> number of the call that it began last.
+        self._last: dict[tuple[bytes, bytes, bytes], int] = {}
+        self.executed = 0
+
+    def begin(self, worker_id: bytes, payload: bytes) -> None:
+        """A process begins a call."""
+        self.executed += 1
+        self._begun[payload] = begun = self._begun.get(payload, 0) + 1
+        limit = self.retries[payload]
+        assert limit < 0 or begun <= limit + 1, f"{payload!r} has begun {begun} times"
+        actor, caller, number = payload.split(b":")
+        key = (worker_id, actor, caller)
+        # (Of one caller, with one actor, in one process: a call that is tried again is the last.)
+        assert int(number) > self._last.get(key, -1), f"{payload!r} is out of order"
+        self._last[key] = int(number)
+
+    def value(self, payload: bytes) -> bytes:
+        """The right answer."""
+        return b"=" + payload
+
+
 class Ledger:
     """Judges from outside."""
 
     def __init__(self, nodes: int) -> None:
+        self.actors = ActorLedger()
         self.jobs: dict[bytes, Job] = {}
         #: Errors that machines made, in order; readers get `!E<index>`.
         self.errors: list[PoolrayError] = []

@@ -19,10 +19,12 @@ from poolray.head.head import Head
 from poolray.ids import ClientId, NodeId, ObjectId, TaskId, WorkerId
 from poolray.node import effects as fx
 from poolray.node.node import Node
+from poolray.protocol.actors import ActorReply
 from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, WaitReply
 from poolray.protocol.node import (
     ChunkData,
     FileSealed,
+    HeadBack,
     NodeDied,
     PacketsTakenBack,
     RegisterNode,
@@ -39,7 +41,7 @@ from tests.simulation.network import HEAD, Endpoint, Network
 from tests.simulation.worker import SimWorker
 from tests.simulation.world import World
 
-ClientMessages = ObjectValues | WaitReply | RangeGranted | CallResults
+ClientMessages = ObjectValues | WaitReply | RangeGranted | CallResults | ActorReply
 
 
 def own_file(number: int) -> str:
@@ -219,6 +221,8 @@ class SimNode(Endpoint):
                 file = InFile(object_id=object_id, path=own_file(number), size_bytes=size)
                 message = FileSealed(object_id=object_id, file_number=number, place=file)
                 self._echoes.append(message)
+            case fx.Notice():
+                pass  # what waits may find a node later
             case fx.Warn(text=text):
                 if "refuses this node" in text:
                     self.crash()  # the head has given it up: going on would do work twice
@@ -332,6 +336,11 @@ class SimNode(Endpoint):
         """A message of a peer or of the head."""
         self.tell(sender, message)
 
+    def on_restarted(self, sender: NodeId) -> None:
+        """The head was started again."""
+        assert sender == HEAD
+        self.tell(b"", HeadBack())
+
     def crash(self) -> None:
         """The machine is gone, with all that is on it."""
         self.alive = False
@@ -351,7 +360,11 @@ class SimHead(Endpoint):
 
     def __init__(self, world: World, network: Network, config: Config, ledger: Ledger) -> None:
         self._ledger = ledger
+        self._config = config
         self.head = Head(config)
+        #: What is stored: table -> key -> value.
+        self.tables: dict[str, dict[bytes, bytes]] = {}
+        self.alive = True
         self._world = world
         self._network = network
         self._planned_tick: float | None = None
@@ -361,14 +374,43 @@ class SimHead(Endpoint):
         """A node says something."""
         self._tell(sender, message)
 
+    def crash(self) -> None:
+        """The head's process is killed; what it has stored is left."""
+        self.alive = False
+        self._network.leave(HEAD)
+
+    def restart(self) -> None:
+        """Another process takes over what was stored."""
+        self.alive = True
+        self.head = Head(self._config)
+        self.head.restore(self.tables, self._world.now)
+        self.head.check_invariants()
+        self._network.restart(HEAD, self)
+        self._planned_tick = None
+        self._plan_tick()
+
     def _tell(self, sender: bytes, message: Any) -> None:
         if isinstance(message, RegisterNode):
             assert message.node_id == sender
-        for effect in self.head.handle(sender, message, self._world.now):
+        effects = self.head.handle(sender, message, self._world.now)
+        for change in self.head.take_changes():
+            rows = self.tables.setdefault(change.table, {})
+            if change.value is None:
+                rows.pop(change.key, None)
+            else:
+                rows[change.key] = change.value
+        for effect in effects:
             # Also a node that lives may be declared dead, when too many frames get lost.
             self._ledger.node_deaths += isinstance(effect.message, NodeDied)
             self._network.send(HEAD, effect.node_id, effect.message)
         self.head.check_invariants()
+        self._plan_tick()
+
+    def _tick(self, head: Head) -> None:
+        if head is self.head and self.alive:
+            self._tell(b"", Tick())
+
+    def _plan_tick(self) -> None:
         deadline = self.head.next_deadline()
         if deadline is not None and (
             self._planned_tick is None
@@ -376,4 +418,5 @@ class SimHead(Endpoint):
             or self._planned_tick <= self._world.now
         ):
             self._planned_tick = deadline
-            self._world.at(deadline, lambda: self._tell(b"", Tick()))
+            head = self.head
+            self._world.at(deadline, lambda: self._tick(head))

@@ -23,6 +23,10 @@ class Endpoint:
         """A message has arrived, once and in order."""
         raise NotImplementedError
 
+    def on_restarted(self, sender: NodeId) -> None:
+        """Who sends is another process than before: what was on its way is lost."""
+        raise AssertionError(f"{sender!r} was never restarted")
+
 
 class Network:
     """Carries messages between endpoints, over a `PeerLink` per pair and direction."""
@@ -34,6 +38,8 @@ class Network:
         self._resend_after_s = resend_after_s
         self._endpoints: dict[NodeId, Endpoint] = {}
         self._links: dict[tuple[NodeId, NodeId], PeerLink] = {}
+        #: Lives of each endpoint so far, 1 where nothing is said.
+        self._sessions: dict[NodeId, int] = {}
         self._ticking: dict[tuple[NodeId, NodeId], float] = {}
         #: Pairs that cannot hear each other.
         self._cut: dict[frozenset[NodeId], None] = {}
@@ -47,6 +53,11 @@ class Network:
         self._endpoints.pop(name, None)
         for pair in [pair for pair in self._links if pair[0] == name]:
             del self._links[pair]
+
+    def restart(self, name: NodeId, endpoint: Endpoint) -> None:
+        """An endpoint is there again, as another process."""
+        self._sessions[name] = self._sessions.get(name, 1) + 1
+        self.join(name, endpoint)
 
     def cut(self, one: NodeId, other: NodeId) -> None:
         """From now on nothing passes between two endpoints."""
@@ -64,7 +75,8 @@ class Network:
     def _link(self, owner: NodeId, peer: NodeId) -> PeerLink:
         link = self._links.get((owner, peer))
         if link is None:
-            link = self._links[owner, peer] = PeerLink(1, self._resend_after_s)
+            session = self._sessions.get(owner, 1)
+            link = self._links[owner, peer] = PeerLink(session, self._resend_after_s)
         return link
 
     def _carry(self, sender: NodeId, receiver: NodeId, frames: list[LinkFrame]) -> None:
@@ -84,7 +96,8 @@ class Network:
         link = self._link(receiver, sender)
         arrival = link.receive(frame, self._world.now)
         link.check_invariants()
-        assert not arrival.restarted
+        if arrival.restarted:
+            endpoint.on_restarted(sender)
         self._carry(receiver, sender, arrival.frames)
         for payload in arrival.payloads:
             if receiver in self._endpoints:

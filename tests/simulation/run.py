@@ -72,22 +72,28 @@ class Run:
         ids = Ids()
         self.nodes: list[SimNode] = []
         self.drivers: list[Driver] = []
+        self._ids = ids
         cpus = [world.random.randint(1, 4) for _ in range(nodes)]
-        for number in range(nodes):
-            node = SimNode(
-                world,
-                self.ledger,
-                ids,
-                self.network,
-                NodeId(b"node %d" % number),
-                self.config,
-                cpus[number],
-                4096 * world.random.choice([4, 64, 1024]),
-            )
-            node.disk_failures = self.faults.disk_failures
-            node.damages = self.faults.damages
-            self.nodes.append(node)
-            self.drivers.append(Driver(node, self.faults, min(cpus)))
+        self._cpus_min = min(cpus)
+        for count in cpus:
+            self._add_node(count)
+
+    def _add_node(self, cpus: int) -> None:
+        """A machine joins, with a program of its own."""
+        node = SimNode(
+            self.world,
+            self.ledger,
+            self._ids,
+            self.network,
+            NodeId(b"node %d" % len(self.nodes)),
+            self.config,
+            cpus,
+            4096 * self.world.random.choice([4, 64, 1024]),
+        )
+        node.disk_failures = self.faults.disk_failures
+        node.damages = self.faults.damages
+        self.nodes.append(node)
+        self.drivers.append(Driver(node, self.faults, self._cpus_min))
 
     def _draw_faults(self) -> Faults:
         world = self.world
@@ -103,6 +109,8 @@ class Run:
             loss=world.random.choice([0.0, 0.05, 0.3]) if cluster else 0.0,
             node_crashes=world.random.choice([0, 1, self.nodes_count - 1]) if cluster else 0,
             partitions=world.random.choice([0, 0, 1]) if cluster else 0,
+            joins=world.chance(0.5) if cluster else False,
+            head_crashes=world.random.choice([0, 0, 1, 3]) if cluster else 0,
         )
 
     def go(self) -> Report:
@@ -146,14 +154,19 @@ class Run:
         at = 0.0
         for _ in range(self.steps):
             at += world.random.expovariate(1 / pace_s)
-            driver = world.random.choice(self.drivers)
-            world.at(at, driver.act)
+            world.at(at, lambda: world.random.choice(self.drivers).act())
         if self.faults.kills_per_s:
             self._plan_kill()
         for _ in range(self.faults.node_crashes):
             world.at(world.random.random() * max(at, 1.0), self._crash_node)
+            if self.faults.joins:
+                cpus = world.random.randint(self._cpus_min, 4)
+                join_s = world.random.random() * at
+                world.at(join_s, lambda cpus=cpus: self._add_node(cpus))
         for _ in range(self.faults.partitions):
             world.at(world.random.random() * max(at, 1.0), self._partition)
+        for _ in range(self.faults.head_crashes):
+            world.at(world.random.random() * max(at, 1.0), self._crash_head)
         self._last_action_s = at
         while world.now < at and world.step():
             pass
@@ -174,6 +187,13 @@ class Run:
         victims = [node for node in self.nodes[1:] if node.alive]
         if victims:
             self.world.random.choice(victims).crash()
+
+    def _crash_head(self) -> None:
+        head = self.head
+        assert head is not None
+        if head.alive:
+            head.crash()
+            self.world.after(self.world.between(1e-3, 10.0), head.restart)
 
     def _partition(self) -> None:
         assert self.network is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.simulation.actors import run_actors
 from tests.simulation.run import run
 
 #: Seeds per test, so that tests spread over processes.
@@ -31,4 +32,19 @@ def test_values_errors_and_deaths_of_nodes_all_come_up() -> None:
     reports = [run(seed, steps=60, nodes=3) for seed in range(500, 510)]
     assert sum(report.values_checked for report in reports) > 100
     assert sum(report.errors_checked for report in reports) > 100
+    assert sum(report.node_deaths for report in reports) > 0
+
+
+@pytest.mark.parametrize("first", range(0, 60, _CHUNK))
+def test_actors_keep_their_promises_on_four_nodes(first: int) -> None:
+    for seed in range(first, first + _CHUNK):
+        run_actors(seed)
+
+
+def test_calls_errors_and_restarts_of_heads_all_come_up() -> None:
+    assert run_actors(11) == run_actors(11), "a seed decides everything"
+    reports = [run_actors(seed) for seed in range(500, 510)]
+    assert sum(report.values for report in reports) > 100
+    assert sum(report.errors for report in reports) > 10
+    assert sum(report.head_restarts for report in reports) > 0
     assert sum(report.node_deaths for report in reports) > 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from poolray.exceptions import TaskCancelledError
+from poolray.exceptions import ActorDiedError, TaskCancelledError
 from poolray.ids import ObjectId, TaskId, WorkerId, return_id, task_of
 from poolray.protocol.client import (
     AllocateRange,
@@ -32,8 +32,9 @@ from poolray.protocol.client import (
     UnpinObjects,
 )
 from poolray.protocol.node import PacketsTakenBack, WorkerLost
-from poolray.protocol.values import InArena, InFile, Outcome, TaskClass, TaskSpec, Value
+from poolray.protocol.values import CallKind, InArena, InFile, Outcome, TaskClass, TaskSpec, Value
 from poolray.protocol.worker import (
+    ActorStarted,
     ClientMessage,
     InterruptTask,
     RunTasks,
@@ -113,7 +114,7 @@ class SimWorker:
         self._partial: list[bytes | Outcome] = []
         self._partial_start = 0
         self._started_s = 0.0
-        self._signalled = self._held = False
+        self._signalled = self._held = self._is_actor = False
         self._orders: list[InterruptTask] = []
         self._life = self._live(fate)
         self.world.after(0.0, self._resume(0))
@@ -234,6 +235,9 @@ class SimWorker:
         for known in message.classes:
             self._classes[known.index] = known.task_class
         self._packet = message
+        if self._classes[message.tasks[0].class_index].kind is CallKind.CREATE:
+            yield from self._construct(message)
+            return
         self._task_limit = len(message.tasks)
         self._position = 0
         self._nudged = False
@@ -266,6 +270,31 @@ class SimWorker:
             self._position += 1
         self._packet = None
         self._flush(True, message)
+
+    # ---- an actor --------------------------------------------------------------------------------
+
+    def _construct(self, message: RunTasks) -> Life:
+        """The worker becomes an actor."""
+        actors = self.node.ledger.actors
+        self.progress = (message.sequence, 0)
+        yield self.world.between(1e-5, 1e-1)
+        if self.world.chance(actors.crashes):
+            raise _Died
+        self._is_actor = True
+        self._packet = None
+        error = b""
+        if self.world.chance(actors.refusals):
+            died = ActorDiedError(actor_id="", class_name="K", reason="raised.")
+            error = self.node.ledger.encode_error(died)
+        self._send(ActorStarted(worker_id=self.worker_id, error=error))
+
+    def _method(self, payload: bytes) -> Life:
+        actors = self.node.ledger.actors
+        actors.begin(self.worker_id, payload)
+        yield self.world.between(1e-6, self.world.random.choice([1e-5, 1e-3, 0.1]))
+        if self.world.chance(actors.crashes):
+            raise _Died
+        self._partial.append(actors.value(payload))
 
     def _end_task(self, task: TaskCall) -> None:
         if self._partial:
@@ -311,6 +340,10 @@ class SimWorker:
     def on_nudge(self) -> None:
         """The signal."""
         if not self.alive:
+            return
+        if self._is_actor:
+            if self._packet is not None and (self._finished or self._partial):
+                self._flush(False)
             return
         if not self._in_user_code:
             self._nudged = self._packet is not None
@@ -373,9 +406,12 @@ class SimWorker:
 
     def _run_call(self, task: TaskCall) -> Life:
         task_class = self._classes[task.class_index]
-        assert task_class.function_id in self._functions, "the function was never sent"
         payload = task.calls[self._call_index]
         assert isinstance(payload, bytes)
+        if task_class.kind is CallKind.METHOD:
+            yield from self._method(payload)
+            return
+        assert task_class.function_id in self._functions, "the function was never sent"
         job = self.node.ledger.begin(payload)
         self._unreported.append(job)
         try:

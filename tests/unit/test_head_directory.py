@@ -76,6 +76,11 @@ def creation_of(actor_id: ActorId) -> Creation:
 class Bench(HeadBench):
     """A head with actors."""
 
+    def __init__(self, *members: NodeId) -> None:
+        super().__init__(*members)
+        #: What is stored.
+        self.tables: dict[str, dict[bytes, bytes]] = {}
+
     def register(self, keeper: NodeId, actor_id: ActorId = ONE, **options: object) -> object:
         """A new actor; gives what its keeper is answered."""
         entry = ActorEntry(actor_id=actor_id, class_name="K", keeper=keeper, **options)  # type: ignore[arg-type]
@@ -104,7 +109,7 @@ class Bench(HeadBench):
 
     def restart(self) -> Bench:
         """The head is killed; another one takes over what it has stored."""
-        tables: dict[str, dict[bytes, bytes]] = {}
+        tables = self.tables
         for change in self.head.take_changes():
             rows = tables.setdefault(change.table, {})
             if change.value is None:
@@ -332,10 +337,32 @@ def test_what_ended_while_the_head_was_away_is_known_from_the_node_that_comes_ba
     bench.detached(A, A, name="n")
     after = bench.restart()
     came = ActorEntry(actor_id=TWO, class_name="K", name="m", keeper=A)
-    after.tell(A, RegisterNode(node_id=A, total={"CPU": 1}, actors=[came], watched=[ONE]))
+    after.tell(
+        A,
+        RegisterNode(node_id=A, total={"CPU": 1}, actors=[came], dead_actors=[ONE], watched=[ONE]),
+    )
     ((_, names),) = after.tell(A, ListNames(request_id=1))
     assert isinstance(names, NamesFound)
     assert names.names == [("", "m")]
+
+
+def test_what_an_earlier_head_decided_and_had_no_time_to_say_is_said_again() -> None:
+    bench = Bench(A, B, C)
+    bench.detached(A, B, max_restarts=1)
+    bench.register(C, TWO, max_restarts=1)
+    bench.tell(C, ActorChanged(actor_id=TWO, stage=ActorStage.ALIVE, host=B))
+    bench.die(A, C)
+    after = bench.restart()
+    lives_on_b = [
+        ActorEntry(actor_id=TWO, class_name="K", keeper=C, host=B, stage=ActorStage.ALIVE)
+    ]
+    said = after.tell(C, RegisterNode(node_id=C, total={"CPU": 1}, actors=lives_on_b, peers=[A, B]))
+    assert [m.node_id for _, m in only(NodeDied, said)] == [B]
+    assert only(RestartActor, said) == [(C, RestartActor(actor_id=TWO, restarts=1))]
+    bench.die(C)
+    again = bench.restart()
+    said = again.tell(C, RegisterNode(node_id=C, total={"CPU": 1}))
+    assert [(n, m.entry.actor_id) for n, m in only(KeepActor, said)] == [(C, ONE)]
 
 
 def test_rows_are_stored_again_only_when_they_change() -> None:
