@@ -93,6 +93,9 @@ class ActorDirectory:
     def restore(self, rows: Mapping[bytes, bytes]) -> None:
         """Actors as they were in an earlier life of the head."""
         for entry in map(_decode_entry, rows.values()):
+            if entry.stage is _DEAD:
+                self._dead[entry.actor_id] = entry
+                continue
             self._enter(entry)
             if not entry.keeper:
                 self._orphans[entry.actor_id] = None
@@ -130,11 +133,17 @@ class ActorDirectory:
         self._orphans.pop(entry.actor_id, None)
         if entry.name:
             del self._names[entry.namespace, entry.name]
-        gone = _replace(entry, stage=_DEAD, death=death, creation=None)
-        self._dead[entry.actor_id] = gone
+        gone = _replace(entry, stage=_DEAD, death=death, creation=None, description=b"")
+        self._note_dead(gone, reason)
+
+    def _note_dead(self, gone: ActorEntry, reason: str) -> None:
+        """Who asks for an actor later is told that it is dead, also by the next head."""
+        self._dead[gone.actor_id] = gone
+        self._state.store(_TABLE, gone.actor_id, gone)
         if len(self._dead) > _DEAD_MAX:
-            del self._dead[next(iter(self._dead))]
-        self._state.drop(_TABLE, entry.actor_id)
+            oldest = next(iter(self._dead))
+            del self._dead[oldest]
+            self._state.drop(_TABLE, oldest)
         self._publish(gone, reason)
 
     # ---- what keepers say ------------------------------------------------------------------------
@@ -196,6 +205,10 @@ class ActorDirectory:
                 self._state.send(node_id, KeepActor(entry=entry))
             else:
                 self._bury(entry, b"", "ended while the head was away.")
+        for actor_id in message.dead_actors:
+            if actor_id not in self._entries and actor_id not in self._dead:
+                gone = ActorEntry(actor_id=actor_id, class_name="", keeper=node_id, stage=_DEAD)
+                self._note_dead(gone, "ended while the head was away.")
         for entry in message.actors:
             self._take_in(node_id, entry)
         for actor_id in message.watched:

@@ -370,8 +370,7 @@ class Actors:
         actor, remote = self.actors.get(actor_id), self.elsewhere.find(actor_id)
         if (
             actor is not None
-            and actor.host is None
-            and (actor.hosted_for is None or actor.life.state is ALIVE)
+            and self.is_here(actor_id)
             # (Calls that were made before have to go first.)
             and not (remote is not None and remote.unfinished)
         ):
@@ -380,6 +379,19 @@ class Actors:
             self.elsewhere.enter(record)
         else:
             self._tasks.fail(record, self._unknown(record))
+
+    def is_here(self, actor_id: ActorId) -> bool:
+        """Whether calls of an actor may be made to it directly."""
+        actor = self.actors.get(actor_id)
+        return (
+            actor is not None
+            and actor.host is None
+            and (actor.hosted_for is None or actor.life.state is ALIVE)
+        )
+
+    def enter_here(self, record: TaskRecord) -> None:
+        """A call of an actor that is here."""
+        self.enter(self.actors[record.actor_id], record)
 
     def enter(self, actor: Actor, record: TaskRecord) -> None:
         """A call of an actor that lives here, will, or did."""

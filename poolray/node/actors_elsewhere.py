@@ -133,9 +133,13 @@ class ActorsElsewhere:
         if remote is not None and remote.is_watched:
             self._state.effects.append(SendHead(UnwatchActor(actor_id=actor_id)))
 
-    def watched(self) -> list[ActorId]:
-        """Actors whose place the head is to tell."""
-        return [actor_id for actor_id, remote in self._actors.items() if remote.is_watched]
+    def outstanding(self) -> list[WatchActor]:
+        """Questions where actors are, for a head that has not heard them."""
+        return [
+            WatchActor(actor_id=actor_id, named_by=remote.named_by)
+            for actor_id, remote in self._actors.items()
+            if remote.is_watched
+        ]
 
     # ---- calls -----------------------------------------------------------------------------------
 
@@ -178,9 +182,9 @@ class ActorsElsewhere:
         if remote.stage is not _ALIVE or remote.held_back or not ready:
             return
         if remote.host == self._state.node_id:
-            if not remote.sent:
+            if not remote.sent and self.local.is_here(remote.actor_id):
                 self._hand_in(remote)
-            return
+            return  # (if it is not, it has ended again, as the head is about to say)
         if remote.host in self.peers.dead:
             return  # the head is about to tell
         while ready and len(remote.sent) < _UNDER_WAY_MAX:
@@ -202,7 +206,7 @@ class ActorsElsewhere:
         for record in ready:
             record.is_elsewhere = False
             remote.unfinished -= 1
-            self.local.enter_again(record)
+            self.local.enter_here(record)
         # (With the last handle it may end; by then the calls are its own.)
         self._objects.release_all([handle_of(remote.actor_id)] * len(ready))
 

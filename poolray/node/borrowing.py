@@ -60,6 +60,7 @@ class Borrowing:
 
     __slots__ = (
         "_awaiting",
+        "_leaving",
         "_lent",
         "_objects",
         "_requests",
@@ -89,6 +90,8 @@ class Borrowing:
         self.borrowed: dict[ObjectId, None] = {}
         #: (peer, object that it was lent) -> its wait for the object to be there.
         self._awaiting: dict[tuple[NodeId, ObjectId], Request] = {}
+        #: Peers that are about to leave: what they keep for us is fetched and kept here.
+        self._leaving: dict[NodeId, None] = {}
         #: Number of the last request in a peer's name.
         self._requests = 0
         #: peer -> what is given back to it with the next message.
@@ -377,12 +380,59 @@ class Borrowing:
         self.transfers.on_forgotten(object_id)
         self.borrowed.pop(object_id, None)
 
+    # ---- nodes that leave ------------------------------------------------------------------------
+
+    def kept_for_peers(self) -> dict[NodeId, list[ObjectId]]:
+        """Large values that are here and that others count on."""
+        objects, kept = self._state.objects, {}
+        for node_id, counts in self._lent.items():
+            names = [
+                object_id
+                for object_id in counts
+                if (record := objects[object_id]).state is READY
+                and not isinstance(record.value, bytes)
+                and record.location() is None
+                and object_id not in self.borrowed
+            ]
+            if names:
+                kept[node_id] = names
+        return kept
+
+    def on_take(self, node_id: NodeId, object_ids: list[ObjectId]) -> None:
+        """A peer is about to leave: what it keeps for us comes here."""
+        self._leaving[node_id] = None
+        names = dict.fromkeys(object_ids)
+        for object_id, (keeper, name) in list(self._objects.originals.items()):
+            if keeper != node_id or name not in names:
+                continue
+            record = self._state.objects.get(object_id)
+            if record is None or record.state is not READY:
+                continue
+            if record.location() is None:
+                self.on_local(object_id)
+            else:
+                self.transfers.pull(object_id)
+
+    def on_local(self, object_id: ObjectId) -> None:
+        """A value is here: who is about to leave need not keep it."""
+        if not self._leaving:
+            return
+        record = self._state.objects.get(object_id)
+        original = self._objects.originals.get(object_id)
+        if record is None or original is None or original[0] not in self._leaving:
+            return
+        if record.state is READY and record.location() is None:
+            del self._objects.originals[object_id]
+            self.borrowed.pop(object_id, None)
+            self.give_back(*original)
+
     # ---- death -----------------------------------------------------------------------------------
 
     def on_node_died(self, node_id: NodeId) -> None:
         """A peer is dead: nothing is lent to it, and what it lent has no owner."""
         self._lent.pop(node_id, None)
         self._returns.pop(node_id, None)
+        self._leaving.pop(node_id, None)
         for pair in [pair for pair in self._awaiting if pair[0] == node_id]:
             self._forget_await(*pair)
         originals = self._objects.originals

@@ -42,6 +42,8 @@ from poolray.protocol.directory import (
     KillKept,
     RegisterActor,
     RestartActor,
+    UnwatchActor,
+    WatchActor,
 )
 from poolray.protocol.node import (
     AskHandle,
@@ -78,6 +80,7 @@ class Hosting:
         "_functions",
         "_local",
         "_objects",
+        "_orphans",
         "_state",
         "_tasks",
         "_wanted",
@@ -105,6 +108,8 @@ class Hosting:
         self.borrowing: Borrowing
         #: Actors that we kept and that died, the last ones.
         self._dead: dict[ActorId, None] = {}
+        #: Detached actors that live here and whose keeper is dead: the head is asked what of them.
+        self._orphans: dict[ActorId, None] = {}
         #: There is a head that other nodes listen to; else it is told of names alone.
         self.is_cluster = is_cluster
         #: actor that another node keeps -> requests of clients here for a handle to it.
@@ -270,6 +275,8 @@ class Hosting:
     def on_place(self, message: ActorAt) -> None:
         """The head says where an actor is, or that it is dead."""
         actor = self._local.actors.get(message.actor_id)
+        if message.actor_id in self._orphans:
+            self._decide_orphan(message, actor)
         if actor is not None and actor.hosted_for is None:
             if message.stage is ActorStage.DEAD and actor.life.state is not DEAD:
                 actor.host = None
@@ -277,6 +284,20 @@ class Hosting:
                 self._local.kill(actor, "", error)
             return
         self._elsewhere.on_place(message)
+
+    def _decide_orphan(self, message: ActorAt, actor: Actor | None) -> None:
+        """The head may not have known that it lives here: then it is made again elsewhere."""
+        del self._orphans[message.actor_id]
+        remote = self._elsewhere.find(message.actor_id)
+        if remote is None or not remote.is_watched:
+            self._state.effects.append(SendHead(UnwatchActor(actor_id=message.actor_id)))
+        is_zombie = actor is not None and actor.hosted_for is not None
+        if actor is not None and is_zombie and message.host != self._state.node_id:
+            self._local.kill(actor, "was given up with the node that kept it")
+
+    def outstanding(self) -> list[WatchActor]:
+        """Questions what of an actor, for a head that has not heard them."""
+        return [WatchActor(actor_id=actor_id) for actor_id in self._orphans]
 
     def on_keep(self, message: KeepActor) -> None:
         """The node that kept a detached actor is dead: now we do."""
@@ -444,6 +465,10 @@ class Hosting:
                 if not actor.message.detached or actor.life.state is not ALIVE:
                     reason = f"died with its owner: node {node_id.hex()[:12]} is dead"
                     self._local.kill(actor, reason)
+                else:
+                    actor_id = actor.message.actor_id
+                    self._orphans[actor_id] = None
+                    self._state.effects.append(SendHead(WatchActor(actor_id=actor_id)))
             elif actor.host == node_id and actor.life.state is ALIVE:
                 actor.life.move(RESTARTING)  # `host` says that the head has to decide
         for actor_id, wanted in list(self._wanted.items()):

@@ -29,6 +29,7 @@ from poolray.node.borrowing import client_of
 from poolray.node.bundles import Bundles
 from poolray.node.cancellation import Cancellation
 from poolray.node.dispatch import Dispatcher
+from poolray.node.draining import Draining
 from poolray.node.effects import Effect, SendHead, Warn
 from poolray.node.functions import Functions
 from poolray.node.groups import Groups
@@ -78,7 +79,9 @@ from poolray.protocol.directory import (
     ActorAt,
     ActorFound,
     ActorsFound,
+    Drain,
     DropActor,
+    JobEnded,
     JobsFound,
     KeepActor,
     KillKept,
@@ -128,6 +131,7 @@ from poolray.protocol.node import (
     SpillDone,
     SpillFailed,
     StreamProgress,
+    TakeObjects,
     TerminateGroup,
     Tick,
     UseSource,
@@ -309,7 +313,7 @@ class Node:
         elsewhere.local, elsewhere.peers, hosting.borrowing = actors, peers, peers.borrowing
         objects.on_handle = elsewhere.on_handle
         objects.on_actor_freed = actors.on_freed
-        objects.on_local = tasks.on_object_local
+        objects.on_local = peers.on_local
         dispatcher.groups, dispatcher.try_forward = groups, peers.try_forward
         dispatcher.peers = peers.views
         tasks.cancellation = cancellation = Cancellation(state, tasks)
@@ -333,6 +337,12 @@ class Node:
         self._store = store
         self._has_head = has_head
         self._inquiries = Inquiries(state)
+        self._draining = draining = Draining(state, tasks)
+        draining.actors, draining.dispatcher, draining.peers = actors, dispatcher, peers
+        peers.draining = draining
+        #: Where other nodes reach this one, and what lists of nodes show; set by the shell.
+        self.address = ""
+        self.info: dict[str, str] = {}
         self._next_heartbeat_s = 0.0
 
     def handle(self, sender: bytes, message: NodeInput, now: float) -> list[Effect]:
@@ -382,6 +392,8 @@ class Node:
             raise InternalError(f"a node cannot take {type(message).__name__}")
         if self._store.attention:
             self._store.make_room()
+        if self._draining.is_draining:
+            self._draining.look()
         self._peers.borrowing.flush()
         effects = state.effects
         if effects:
@@ -553,6 +565,8 @@ class Node:
                 peers.on_items(node_id, message)
             case StreamProgress():
                 self._streams.on_progress(client_of(node_id), message)
+            case TakeObjects():
+                peers.borrowing.on_take(node_id, message.object_ids)
             case EndHosted():
                 self._actors.hosting.on_end_hosted(node_id, message)
             case HostedEnded():
@@ -610,6 +624,10 @@ class Node:
                 | GroupsFound()
             ):
                 self._bundles.on_head(message)
+            case Drain():
+                self._draining.on_drain(message)
+            case JobEnded():
+                pass  # workers are the shell's to end
             case ActorAt():
                 self._actors.hosting.on_place(message)
             case RestartActor():
@@ -632,11 +650,12 @@ class Node:
             node_id=state.node_id,
             total={n: q for n, q in state.resources.total.items() if not is_of_group(n)},
             labels=dict(state.labels),
+            address=self.address,
+            info=self.info,
             is_alone=not self._has_head,
             bundles=self._bundles.kept(),
             watched_groups=self._bundles.watched(),
             actors=self._actors.hosting.entries(),
-            watched=self._actors.elsewhere.watched(),
             peers=self._peers.known(),
             dead_actors=self._actors.hosting.dead(),
         )
@@ -644,7 +663,12 @@ class Node:
     def _on_head_back(self) -> None:
         """The head may be another one: it is told what we have, and asked again what it was."""
         self.state.effects.append(SendHead(self.register()))
-        for question in (*self._actors.outstanding(), *self._inquiries.outstanding()):
+        for question in (
+            *self._actors.elsewhere.outstanding(),
+            *self._actors.hosting.outstanding(),
+            *self._actors.outstanding(),
+            *self._inquiries.outstanding(),
+        ):
             self.state.effects.append(SendHead(question))
 
     def next_deadline(self) -> float | None:

@@ -26,6 +26,7 @@ from poolray.node.store import Store
 from poolray.node.tasks import Tasks
 from poolray.node.transfers import Transfers
 from poolray.objects.directory import ObjectRecord
+from poolray.protocol.directory import NodeStatus
 from poolray.protocol.node import (
     CancelForwarded,
     ForwardedItems,
@@ -53,6 +54,7 @@ from poolray.tasks.lifecycle import FORWARDED, TaskRecord
 if TYPE_CHECKING:
     from poolray.node.actors import Actors
     from poolray.node.cancellation import Cancellation
+    from poolray.node.draining import Draining
     from poolray.node.streams import Streams
 
 #: Dead peers remembered; the first are forgotten when there are more.
@@ -72,6 +74,7 @@ class Peers:
         "borrowing",
         "cancellation",
         "dead",
+        "draining",
         "streams",
         "transfers",
         "views",
@@ -87,6 +90,7 @@ class Peers:
         self.cancellation: Cancellation
         self.streams: Streams
         self.actors: Actors
+        self.draining: Draining
         #: Live peers as the head saw them last, less what was forwarded since.
         self.views: dict[NodeId, NodeView] = {}
         #: Peers that are dead for good; what still comes from them is ignored.
@@ -139,6 +143,8 @@ class Peers:
         best: NodeView | None = None
         best_score = 0
         for view in self.views.values():
+            if view.status is not NodeStatus.ALIVE:
+                continue
             if any(view.available.get(name, 0) < amount for name, amount in demand.items()):
                 continue
             score = sum(view.available.get(name, 0) for name in demand) or 1
@@ -241,7 +247,10 @@ class Peers:
             for definition in message.functions:
                 self._functions.define(client, definition)
             spec = task.spec
-            if spec.task_id not in self._state.tasks and not self.actors.hosting.on_forwarded(
+            if self.draining.is_draining and not task.actor_id:
+                record = self._tasks.record_foreign(client_id, spec, task.attempts)
+                self._tasks.give_back(record)
+            elif spec.task_id not in self._state.tasks and not self.actors.hosting.on_forwarded(
                 node_id, task
             ):
                 self._tasks.submit_foreign(client_id, spec, task.attempts)
@@ -385,6 +394,11 @@ class Peers:
         """Peers that are not known to be dead."""
         clients = [node_of(c) for c in self._state.clients if is_peer(c)]
         return list(dict.fromkeys([*self.views, *clients]))
+
+    def on_local(self, object_id: ObjectId) -> None:
+        """An object that was elsewhere, or was held by somebody, is not any more."""
+        self._tasks.on_object_local(object_id)
+        self.borrowing.on_local(object_id)
 
     def check_invariants(self) -> None:
         """Raise AssertionError when something is awaited from a peer that is dead."""

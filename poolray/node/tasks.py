@@ -875,6 +875,11 @@ class Tasks:
         record.move(FAILED)
         self.end(record)
 
+    def return_unbegun(self, record: TaskRecord) -> None:
+        """Another node's task that has not begun here goes back to it."""
+        self._withdraw(record)
+        self.give_back(record)
+
     def run_again(self, maker: TaskRecord) -> None:
         """An ended task makes its objects once more."""
         maker.attempts += 1

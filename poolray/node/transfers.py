@@ -340,6 +340,7 @@ class Transfers:
         if original is None or original.location() is not None:
             self.pull(object_id)  # that one went at once
             return
+        self.stop(object_id)  # it was asked for anew meanwhile
         self._objects.hold(first)
         record.contained = [*record.contained, first]
         record.value = original.value

@@ -324,6 +324,12 @@ class SourceDone(msgspec.Struct, frozen=True, array_like=True, tag=212, kw_only=
     is_copied: bool  #: I have all of it and serve others; else it was not there
 
 
+class TakeObjects(msgspec.Struct, frozen=True, array_like=True, tag=233, kw_only=True):
+    """I am about to leave: fetch what I keep for you."""
+
+    object_ids: list[ObjectId]  #: under my names for them
+
+
 class EndHosted(msgspec.Struct, frozen=True, array_like=True, tag=213, kw_only=True):
     """An actor that you host for me is not needed any more."""
 
@@ -398,6 +404,7 @@ PeerMessage: TypeAlias = (
     | SourceDone
     | ForwardedItems
     | StreamProgress
+    | TakeObjects
     | EndHosted
     | HostedEnded
     | AskHandle

@@ -117,6 +117,7 @@ class Program:
                 num_returns=0 if kind is CallKind.CREATE else 1,
                 resources={"CPU": cpus * 10_000} if cpus else {},
                 max_retries=retries,
+                max_calls=1 if kind is CallKind.CREATE else 0,
                 method="" if kind is CallKind.CREATE else "m",
             )
             self.tell(DefineClass(task_class=known))
