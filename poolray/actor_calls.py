@@ -9,14 +9,13 @@ does so as it takes the message, which needs no answer.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import msgspec
 
 from poolray.client import Client
-from poolray.ids import ACTOR_ID_BYTES, ActorId, handle_of
+from poolray.ids import ActorId, actor_of, handle_of
 from poolray.objects.object_ref import ObjectRef
 from poolray.protocol.actors import (
     ActorReply,
@@ -59,7 +58,7 @@ def create_actor(
         An argument cannot be serialized.
     """
     task_id = client.task_ids.next_task_id()
-    actor_id = ActorId(hashlib.blake2b(task_id, digest_size=ACTOR_ID_BYTES).digest())
+    actor_id = actor_of(task_id)
     setup = msgspec.structs.replace(setup, actor_id=actor_id)
     client.link.enter()
     try:

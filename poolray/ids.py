@@ -10,6 +10,7 @@ return ids of a task share its 24 first bytes.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from typing import NewType, final
 
@@ -61,6 +62,11 @@ def is_handle(object_id: ObjectId) -> bool:
 def handle_of(actor_id: ActorId) -> ObjectId:
     """The object, without a value, that whoever has a handle to the actor holds."""
     return ObjectId(actor_id + _HANDLE_SUFFIX)
+
+
+def actor_of(task_id: TaskId) -> ActorId:
+    """The actor that a constructor's task makes."""
+    return ActorId(hashlib.blake2b(task_id, digest_size=ACTOR_ID_BYTES).digest())
 
 
 def is_actor_call(task_id: TaskId) -> bool:

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from poolray.local.worker import Function, Worker
 
 
+#: Of what an actor says of itself, those who look on are told so much.
+_REPR_CHARS_MAX = 1000
+
+
 class ActorExit(SystemExit):
     """Raised by `exit_actor()`: the actor ends, politely and for good."""
 
@@ -149,13 +153,16 @@ class ActorHost:
         worker = self._worker
         worker.bind_method = self.bind
         own_repr: object = type(self.instance).__repr__
+        repr_name = ""
         if own_repr is not object.__repr__:
             try:
-                process_state.set_actor_label(repr(self.instance))
+                repr_name = repr(self.instance)
+                process_state.set_actor_label(repr_name)
             except Exception:
                 pass  # lines begin with the name of the class then
         worker.client.api.sync_references()  # what it keeps of its arguments, before these go
-        worker.send(worker.encode(ActorStarted(worker_id=worker.worker_id)))
+        started = ActorStarted(worker_id=worker.worker_id, repr_name=repr_name[:_REPR_CHARS_MAX])
+        worker.send(worker.encode(started))
 
     def _fail(self, error: BaseException) -> None:
         """The constructor raised: the actor is dead, and this worker of no use."""

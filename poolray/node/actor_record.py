@@ -12,11 +12,12 @@ from collections import deque
 from typing import final
 
 from poolray.actors.call_order import CallOrder
-from poolray.actors.lifecycle import ActorLife
+from poolray.actors.lifecycle import ActorLife, ActorState
 from poolray.ids import ClientId, NodeId, ObjectId, TaskId
 from poolray.node.workers import WorkerRecord
 from poolray.protocol.actors import CreateActor
 from poolray.protocol.node import WorkerLost
+from poolray.protocol.state import ActorRow
 from poolray.tasks.lifecycle import TaskRecord
 
 #: Calls that wait in the queue of a worker that runs several at once, beyond those that run.
@@ -27,13 +28,14 @@ _AHEAD_MAX = 64
 class Lane:
     """The calls of one concurrency group of an actor."""
 
-    __slots__ = ("limit", "order", "sent")
+    __slots__ = ("concurrency", "limit", "order", "sent")
 
     def __init__(self, ordered: bool, concurrency: int) -> None:
         #: Those that were not sent.
         self.order: CallOrder[TaskRecord] = CallOrder(ordered)
         #: How many the worker may have, where it runs several at once: it finds the next one at
         #: hand when one has ended.
+        self.concurrency = concurrency
         self.limit = concurrency + min(concurrency, _AHEAD_MAX)
         #: How many it has.
         self.sent = 0
@@ -45,6 +47,7 @@ class Actor:
 
     __slots__ = (
         "calls_by_caller",
+        "cause",
         "creation",
         "death",
         "estimate_s",
@@ -59,6 +62,8 @@ class Actor:
         "packets",
         "pid",
         "pins",
+        "repr_name",
+        "required",
         "sent",
         "unfinished",
         "worker",
@@ -79,6 +84,12 @@ class Actor:
         self.host: NodeId | None = None
         #: The other node that keeps it; None: we do.
         self.hosted_for: NodeId | None = None
+        #: What it says of itself, where its class defines that.
+        self.repr_name = ""
+        #: Why it died (DEAD).
+        self.cause = ""
+        #: What it keeps for its life.
+        self.required: dict[str, int] = {}
         #: The calls that belong to no concurrency group.
         self.lane = Lane(message.ordered, message.concurrency)
         #: concurrency group -> its calls; those of none under the empty name.
@@ -134,6 +145,55 @@ class Actor:
         """The worker has it no more, if it had it."""
         if self.sent.pop(record.task_id, None) is not None:
             self.lane_of(record).sent -= 1
+
+
+_STATE_NAMES = {
+    ActorState.PENDING: "PENDING_CREATION",
+    ActorState.ALIVE: "ALIVE",
+    ActorState.RESTARTING: "RESTARTING",
+    ActorState.DEAD: "DEAD",
+}
+_CAUSE_CHARS_MAX = 4096
+
+
+def row_of(actor: Actor) -> ActorRow:
+    """What those who look on are told of an actor."""
+    message, creation = actor.message, actor.creation
+    state = _STATE_NAMES[actor.life.state]
+    if actor.life.state is ActorState.PENDING and creation is not None and creation.missing:
+        state = "DEPENDENCIES_UNREADY"
+    return ActorRow(
+        actor_id=message.actor_id,
+        class_name=message.class_name,
+        state=state,
+        required=actor.required,
+        name=message.name,
+        namespace=message.namespace,
+        pid=actor.pid,
+        is_detached=message.detached,
+        restarts=0 if creation is None else creation.attempts,
+        death_cause=actor.cause[:_CAUSE_CHARS_MAX],
+        repr_name=actor.repr_name,
+    )
+
+
+def running_calls(actor: Actor) -> list[TaskId]:
+    """Calls that its worker is at, as far as the node knows."""
+    if actor.is_serial:
+        for _, records in actor.packets:
+            for record in records:
+                if actor.sent.get(record.task_id) is record:
+                    return [record.task_id]
+        return []
+    found: list[TaskId] = []
+    free = {name: lane.concurrency for name, lane in actor.lanes.items()}
+    for record in actor.sent.values():
+        name = record.class_queue.task_class.concurrency_group
+        name = name if name in free else ""
+        if free[name]:
+            free[name] -= 1
+            found.append(record.task_id)
+    return found
 
 
 def split_lost(actor: Actor, message: WorkerLost) -> tuple[list[TaskRecord], list[TaskRecord]]:

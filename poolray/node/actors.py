@@ -25,7 +25,14 @@ from poolray.exceptions import (
     PoolrayError,
 )
 from poolray.ids import ActorId, ClientId, ObjectId, TaskId, WorkerId, handle_of, return_id
-from poolray.node.actor_record import Actor, Lane, restarts_text, split_lost
+from poolray.node.actor_record import (
+    Actor,
+    Lane,
+    restarts_text,
+    row_of,
+    running_calls,
+    split_lost,
+)
 from poolray.node.actors_elsewhere import ADOPTER, ActorsElsewhere
 from poolray.node.cancellation import error_of
 from poolray.node.effects import Reply, SendHead, SendWorker, TerminateWorker
@@ -51,6 +58,7 @@ from poolray.protocol.directory import (
     RegisterActor,
 )
 from poolray.protocol.node import ListNames, NamesFound, WorkerLost
+from poolray.protocol.state import ActorRow
 from poolray.protocol.values import CallKind
 from poolray.protocol.worker import (
     ActorExiting,
@@ -67,6 +75,7 @@ if TYPE_CHECKING:
     from poolray.node.groups import Groups
     from poolray.node.hosting import Hosting
     from poolray.node.objects import Objects
+    from poolray.node.observer import Observer
 
 _CREATE = CallKind.CREATE
 _ACTOR = WorkerState.ACTOR
@@ -87,6 +96,7 @@ class Actors:
         "_groups",
         "_next_request",
         "_objects",
+        "_observer",
         "_owned",
         "_state",
         "_tasks",
@@ -103,8 +113,10 @@ class Actors:
         tasks: Tasks,
         dispatcher: Dispatcher,
         groups: Groups,
+        observer: Observer,
     ) -> None:
         self._state = state
+        self._observer = observer
         self._objects = objects
         self._tasks = tasks
         self._dispatcher = dispatcher
@@ -249,6 +261,7 @@ class Actors:
         actor.creation = self._state.tasks.get(task_id)
         if actor.creation is not None:
             actor.creation.attempts = restarts
+            actor.required = actor.creation.class_queue.task_class.resources
 
     def on_started(self, message: ActorStarted) -> None:
         """A constructor has returned, or raised."""
@@ -270,6 +283,7 @@ class Actors:
             self._discard(worker)
             self._tasks.fail_encoded(record, message.error)
         else:
+            actor.repr_name = message.repr_name
             self._move_in(actor, record, worker)
 
     def _discard(self, worker: WorkerRecord) -> None:
@@ -287,6 +301,7 @@ class Actors:
         worker.move(_ACTOR)
         actor.worker = worker
         actor.pid = worker.pid
+        self._observer.on_actor_made(record, worker)
         self._by_worker[worker.worker_id] = actor
         self.end_creation(record)
         self.come_alive(actor, record)
@@ -336,6 +351,8 @@ class Actors:
         """The constructor's call is given up; the caller ends the record."""
         actor = self.by_creation.get(record.task_id)
         if actor is not None:
+            if not actor.cause:
+                actor.cause = "The constructor raised an exception, or one of its arguments is one."
             actor.creation = None
             self.bury(actor, error)
 
@@ -812,6 +829,8 @@ class Actors:
             self.hosting.on_hosted_dead(actor, error, may_restart=may_restart)
             actor.is_freed = True
         self.hosting.tell(actor)
+        if actor.hosted_for is None:  # else its keeper tells of it
+            self._observer.on_actor_died(row_of(actor))
         creation, actor.creation = actor.creation, None
         if creation is not None and creation.state is SUCCEEDED:
             self._tasks.drop_lineage(creation)
@@ -830,6 +849,7 @@ class Actors:
     # ---- errors ----------------------------------------------------------------------------------
 
     def _died(self, actor: Actor, reason: str, pid: int = 0) -> ActorDiedError:
+        actor.cause = f"The actor {reason}."
         return ActorDiedError(
             actor_id=actor.message.actor_id.hex(),
             class_name=actor.message.class_name,
@@ -873,6 +893,17 @@ class Actors:
         for actor in self.actors.values():
             for pins in actor.pins.values():
                 yield from pins
+
+    def rows(self) -> Iterator[ActorRow]:
+        """What those who look on are told of actors that are not dead."""
+        for actor in self.actors.values():
+            if actor.life.state is not DEAD and actor.hosted_for is None:
+                yield row_of(actor)
+
+    def running(self) -> Iterator[TaskId]:
+        """Calls that workers are at."""
+        for actor in self._by_worker.values():
+            yield from running_calls(actor)
 
     def count(self) -> int:
         """Actors that are not dead."""

@@ -298,7 +298,7 @@ class Node:
         dispatcher = Dispatcher(state, tasks)
         groups = Groups(state, tasks, dispatcher, next_worker_id, slots, observer)
         peers = Peers(state, store, objects, tasks, functions)
-        actors = Actors(state, objects, tasks, dispatcher, groups)
+        actors = Actors(state, objects, tasks, dispatcher, groups, observer)
         # The parts know each other: they are one machine, in files of readable size.
         tasks.objects, tasks.dispatcher, tasks.groups, tasks.peers = (
             objects,
@@ -316,6 +316,7 @@ class Node:
         objects.on_local = peers.on_local
         dispatcher.groups, dispatcher.try_forward = groups, peers.try_forward
         dispatcher.peers = peers.views
+        observer.actors = actors
         tasks.cancellation = cancellation = Cancellation(state, tasks)
         tasks.retries = retries = Retries(state, tasks)
         cancellation.dispatcher = retries.dispatcher = dispatcher

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, TypeAlias, final
 
 from poolray.exceptions import InternalError
-from poolray.ids import ActorId, ClientId, ObjectId, TaskId, WorkerId, is_handle
+from poolray.ids import ActorId, ClientId, ObjectId, TaskId, WorkerId, actor_of, is_handle
 from poolray.node.effects import Reply
 from poolray.node.state import NodeState
 from poolray.node.workers import WorkerRecord, WorkerState
 from poolray.objects.directory import READY, ObjectRecord
 from poolray.protocol.node import WorkerLost
 from poolray.protocol.state import (
+    ActorRow,
     NodeRow,
     ObjectRow,
     QueryState,
@@ -33,11 +34,12 @@ from poolray.protocol.state import (
     TaskRow,
     WorkerRow,
 )
-from poolray.protocol.values import Delivery
+from poolray.protocol.values import CallKind, Delivery
 from poolray.tasks.class_queue import ClassQueue
 from poolray.tasks.lifecycle import DELAYED, FORWARDED, QUEUED, RUNNING, WAITING, TaskRecord
 
 if TYPE_CHECKING:
+    from poolray.node.actors import Actors
     from poolray.node.cancellation import Cancellation
     from poolray.node.memory_protection import Kill
 
@@ -54,6 +56,7 @@ _ROWS_MAX = 128
 _TEXT_BYTES_MAX = 32 * 1024
 _MESSAGE_CHARS_MAX = 4096
 _DEAD_WORKERS_MAX = 1000
+_DEAD_ACTORS_MAX = 1000
 
 
 #: The task that submitted a task, and the actor that it calls.
@@ -82,7 +85,16 @@ _LOST = ("WORKER_DIED", "NODE_DIED", "OUT_OF_MEMORY")
 class Observer:
     """The memory of a node, and its voice."""
 
-    __slots__ = ("_dead", "_state", "call_sites", "cancellation", "ended", "lost_since_s")
+    __slots__ = (
+        "_dead",
+        "_dead_actors",
+        "_state",
+        "actors",
+        "call_sites",
+        "cancellation",
+        "ended",
+        "lost_since_s",
+    )
 
     def __init__(self, state: NodeState) -> None:
         self._state = state
@@ -90,6 +102,8 @@ class Observer:
         #: Ended tasks, oldest first; None: they are not remembered. (The tasks' side appends.)
         self.ended: deque[EndedTask] | None = deque(maxlen=limit) if limit else None
         self._dead: deque[WorkerRow] = deque(maxlen=_DEAD_WORKERS_MAX)
+        self._dead_actors: deque[ActorRow] = deque(maxlen=_DEAD_ACTORS_MAX)
+        self.actors: Actors
         self.cancellation: Cancellation
         #: object id -> where its first ref was made.
         self.call_sites: Mapping[ObjectId, str] = {}
@@ -125,6 +139,27 @@ class Observer:
             return None
         return parent or _NO_TASK, record.actor_id
 
+    def on_actor_made(self, record: TaskRecord, worker: WorkerRecord) -> None:
+        """A constructor has returned."""
+        if self.ended is not None:
+            self.ended.append(
+                (
+                    record.task_id,
+                    record.class_queue,
+                    record.attempts,
+                    None,
+                    worker.worker_id,
+                    worker.pid,
+                    self._state.now,
+                    0,
+                    self._family(record),
+                )
+            )
+
+    def on_actor_died(self, row: ActorRow) -> None:
+        """An actor has ended for good."""
+        self._dead_actors.append(row)
+
     def on_worker_lost(
         self, worker: WorkerRecord, message: WorkerLost, was_told: bool, kill: Kill | None
     ) -> None:
@@ -156,7 +191,7 @@ class Observer:
                 stop, size = start, 0
                 while stop < len(rows) and stop - start < _ROWS_MAX and size < _TEXT_BYTES_MAX:
                     row = rows[stop]
-                    size += len(row.error_message) if isinstance(row, TaskRow) else 0
+                    size += _text_size(row)
                     stop += 1
             more = stop < len(rows)
             part = StateRows(request_id=message.request_id, rows=rows[start:stop], more=more)
@@ -175,6 +210,8 @@ class Observer:
                 return self._workers()
             case StateKind.OBJECTS:
                 return self._objects()
+            case StateKind.ACTORS:
+                return chain(self.actors.rows(), reversed(self._dead_actors))
         raise InternalError(f"a node cannot tell of {kind}")
 
     def _node(self) -> NodeRow:
@@ -234,7 +271,7 @@ class Observer:
             pid=worker.pid if worker is not None else 0,
             started_s=running.get(record.task_id, 0.0),
             kind=queue.task_class.kind,
-            actor_id=record.actor_id,
+            actor_id=_actor_of(record.task_id, queue, record.actor_id),
             parent_id=self.cancellation.parents.get(record.root_id, _NO_TASK),
         )
 
@@ -247,6 +284,8 @@ class Observer:
                     if record.state is RUNNING and record.sequence == packet.sequence:
                         found[record.task_id] = packet.sent_s
                         break
+        for task_id in self.actors.running():
+            found[task_id] = 0.0
         return found
 
     # ---- workers and objects ---------------------------------------------------------------------
@@ -295,9 +334,21 @@ def _ended_row(task: EndedTask, started_s: float, ended_s: float) -> TaskRow:
         error_type=error_type,
         error_message=message[:_MESSAGE_CHARS_MAX],
         kind=queue.task_class.kind,
-        actor_id=actor_id,
+        actor_id=_actor_of(task_id, queue, actor_id),
         parent_id=parent_id,
     )
+
+
+def _actor_of(task_id: TaskId, queue: ClassQueue, called: ActorId) -> ActorId:
+    """The actor that a task calls or makes; empty for all others."""
+    return actor_of(task_id) if queue.task_class.kind is CallKind.CREATE else called
+
+
+def _text_size(row: StateRow) -> int:
+    """Characters of those texts in a row that may be long."""
+    if isinstance(row, TaskRow):
+        return len(row.error_message)
+    return len(row.death_cause) + len(row.repr_name) if isinstance(row, ActorRow) else 0
 
 
 def _size_of(record: ObjectRecord) -> int:

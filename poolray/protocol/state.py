@@ -25,6 +25,7 @@ class StateKind(enum.IntEnum):
     TASKS = 1
     WORKERS = 2
     OBJECTS = 3
+    ACTORS = 8
 
 
 class QueryState(msgspec.Struct, frozen=True, array_like=True, tag=118, kw_only=True):
@@ -51,7 +52,7 @@ class TaskRow(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True)
     error_type: str = ""
     error_message: str = ""
     kind: CallKind = CallKind.CALL
-    actor_id: ActorId = ActorId(b"")  #: of an actor's call, the actor's
+    actor_id: ActorId = ActorId(b"")  #: of the actor that it calls or makes
     parent_id: TaskId = TaskId(b"")  #: the task that submitted it; empty for a driver's
 
 
@@ -90,12 +91,28 @@ class NodeRow(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=True)
     labels: dict[str, str]
 
 
-StateRow: TypeAlias = TaskRow | WorkerRow | ObjectRow | NodeRow
+class ActorRow(msgspec.Struct, frozen=True, array_like=True, tag=8, kw_only=True):
+    """One actor, alive or dead for not long."""
+
+    actor_id: ActorId
+    class_name: str
+    state: str
+    required: dict[str, int]
+    name: str = ""
+    namespace: str = ""
+    pid: int = 0  #: 0: not created yet
+    is_detached: bool = False
+    restarts: int = 0
+    death_cause: str = ""
+    repr_name: str = ""  #: what it says of itself, where its class defines that
+
+
+StateRow: TypeAlias = TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow
 
 
 class StateRows(msgspec.Struct, frozen=True, array_like=True, tag=160, kw_only=True):
     """Node to client: the rows, or a part of them; `more` is true for all but the last."""
 
     request_id: int
-    rows: list[TaskRow | WorkerRow | ObjectRow | NodeRow]
+    rows: list[TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow]
     more: bool = False

@@ -266,6 +266,7 @@ class ActorStarted(msgspec.Struct, frozen=True, array_like=True, tag=24, kw_only
 
     worker_id: WorkerId
     error: bytes = b""  #: an `ActorDiedError`; empty when the actor lives
+    repr_name: str = ""  #: what the actor says of itself, where its class defines that
 
 
 class ActorExiting(msgspec.Struct, frozen=True, array_like=True, tag=25, kw_only=True):

@@ -20,11 +20,12 @@ from poolray.cluster_state import ask, wall_clock_offset_s
 from poolray.local import process_state
 from poolray.local import runtime as local_runtime
 from poolray.local.machine import NODE_ADDRESS
-from poolray.protocol.state import NodeRow, ObjectRow, StateKind, TaskRow, WorkerRow
+from poolray.protocol.state import ActorRow, NodeRow, ObjectRow, StateKind, TaskRow, WorkerRow
 from poolray.protocol.values import CallKind
 from poolray.scheduling.resources import from_fixed
 
 __all__ = [
+    "ActorState",
     "ClusterEventState",
     "JobState",
     "NodeState",
@@ -32,11 +33,13 @@ __all__ = [
     "RuntimeEnvState",
     "TaskState",
     "WorkerState",
+    "get_actor",
     "get_job",
     "get_node",
     "get_objects",
     "get_task",
     "get_worker",
+    "list_actors",
     "list_cluster_events",
     "list_jobs",
     "list_nodes",
@@ -44,6 +47,7 @@ __all__ = [
     "list_runtime_envs",
     "list_tasks",
     "list_workers",
+    "summarize_actors",
     "summarize_objects",
     "summarize_tasks",
 ]
@@ -110,6 +114,48 @@ class TaskState(_Row):
     end_time_ms: int | None = None
     error_message: str | None = None
     runtime_env_info: dict[str, Any] | None = None
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActorState(_Row):
+    """An actor, alive or dead for not long.
+
+    Attributes
+    ----------
+    state : str
+        "DEPENDENCIES_UNREADY", "PENDING_CREATION", "ALIVE", "RESTARTING" or "DEAD".
+    name : str
+        Empty if it has none.
+    pid : int
+        Of its process, or of the last one it had; 0: it was never created.
+    required_resources : dict or None
+        What it keeps for its life.
+    death_cause : dict or None
+        `error_message`: why a dead one died.
+    repr_name : str or None
+        What it says of itself, if its class defines `__repr__`; else empty.
+    """
+
+    actor_id: str
+    class_name: str
+    state: str
+    job_id: str
+    name: str | None
+    node_id: str | None
+    pid: int | None
+    ray_namespace: str | None
+    serialized_runtime_env: str | None = None
+    required_resources: dict[str, float] | None = None
+    death_cause: dict[str, Any] | None = None
+    is_detached: bool | None = None
+    placement_group_id: str | None = None
+    repr_name: str | None = None
+    num_restarts: int | None = None
+    num_restarts_due_to_lineage_reconstruction: int | None = None
+    num_restarts_due_to_node_preemption: int | None = None
+    call_site: str | None = None
+    label_selector: dict[str, str] | None = None
 
 
 @final
@@ -208,6 +254,14 @@ class ClusterEventState(_Row):
 #: Columns that only `detail=True` fills.
 _DETAILS = frozenset(
     {
+        "serialized_runtime_env",
+        "death_cause",
+        "is_detached",
+        "num_restarts",
+        "num_restarts_due_to_lineage_reconstruction",
+        "num_restarts_due_to_node_preemption",
+        "label_selector",
+        "repr_name",
         "language",
         "required_resources",
         "placement_group_id",
@@ -229,6 +283,13 @@ _KEPT = {"RuntimeEnvState": frozenset({"runtime_env"})}
 #: Columns that cannot be compared with a value.
 _NOT_FILTERABLE = frozenset(
     {
+        "serialized_runtime_env",
+        "death_cause",
+        "is_detached",
+        "num_restarts",
+        "num_restarts_due_to_lineage_reconstruction",
+        "num_restarts_due_to_node_preemption",
+        "label_selector",
         "required_resources",
         "error_message",
         "exit_detail",
@@ -320,6 +381,60 @@ def _task(row: TaskRow, node_id: str, job_id: str, offset_s: float) -> TaskState
         end_time_ms=_date_ms(row.ended_s, offset_s),
         error_message=row.error_message or None,
         runtime_env_info={},
+    )
+
+
+def list_actors(
+    address: str | None = None,
+    filters: Sequence[Filter] | None = None,
+    limit: int = _LIMIT,
+    timeout: int = 30,
+    detail: bool = False,
+    raise_on_missing_output: bool = True,
+) -> list[ActorState]:
+    """Actors: those that are not dead, then the last that died, newest first; see `list_tasks`.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> from poolray.util.state import list_actors
+    >>> @poolray.remote
+    ... class Seen:
+    ...     def ping(self) -> None: ...
+    >>> seen = Seen.options(name="seen").remote()
+    >>> poolray.get(seen.ping.remote())
+    >>> [actor.state for actor in list_actors(filters=[("name", "=", "seen")])]
+    ['ALIVE']
+    """
+    _check(address, limit)
+    rows = cast("list[ActorRow]", ask(StateKind.ACTORS))
+    node_id, job_id = ids_of_process()
+    return _select(
+        (_actor(row, node_id.hex(), job_id.hex()) for row in rows),
+        ActorState,
+        filters,
+        limit,
+        detail,
+    )
+
+
+def _actor(row: ActorRow, node_id: str, job_id: str) -> ActorState:
+    return ActorState(
+        actor_id=row.actor_id.hex(),
+        class_name=row.class_name,
+        state=row.state,
+        job_id=job_id,
+        name=row.name,
+        node_id=node_id if row.pid else None,
+        pid=row.pid,
+        ray_namespace=row.namespace,
+        required_resources=from_fixed(row.required),
+        death_cause={"error_message": row.death_cause} if row.death_cause else None,
+        is_detached=row.is_detached,
+        repr_name=row.repr_name,
+        num_restarts=row.restarts,
+        num_restarts_due_to_lineage_reconstruction=0,
+        num_restarts_due_to_node_preemption=0,
     )
 
 
@@ -522,6 +637,15 @@ def get_task(
     return _first(list_tasks(address, [("task_id", "=", _hex(id))], detail=True))
 
 
+def get_actor(
+    id: str,
+    address: str | None = None,
+    timeout: int = 30,
+) -> ActorState | None:
+    """The actor with this id, with all columns; None if it is not known (any more)."""
+    return _first(list_actors(address, [("actor_id", "=", _hex(id))], _LIMIT_MAX, detail=True))
+
+
 def get_worker(
     id: str,
     address: str | None = None,
@@ -582,6 +706,28 @@ def summarize_tasks(
             "summary_by": "func_name",
         }
     }
+
+
+def summarize_actors(
+    address: str | None = None, timeout: int = 30, raise_on_missing_output: bool = True
+) -> dict[str, Any]:
+    """Numbers of actors by class and state.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> from poolray.util.state import summarize_actors
+    >>> sorted(summarize_actors()["cluster"])
+    ['summary', 'summary_by', 'total_actors']
+    """
+    _check(address, _LIMIT)
+    rows = cast("list[ActorRow]", ask(StateKind.ACTORS))
+    summary: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        fresh: dict[str, Any] = {"class_name": row.class_name, "state_counts": {}}
+        counts = summary.setdefault(row.class_name, fresh)["state_counts"]
+        counts[row.state] = counts.get(row.state, 0) + 1
+    return {"cluster": {"summary": summary, "total_actors": len(rows), "summary_by": "class"}}
 
 
 def summarize_objects(
