@@ -37,7 +37,7 @@ from poolray.node.actors_elsewhere import ADOPTER, ActorsElsewhere
 from poolray.node.cancellation import error_of
 from poolray.node.effects import Reply, SendHead, SendWorker, TerminateWorker
 from poolray.node.state import NodeState
-from poolray.node.tasks import Tasks
+from poolray.node.tasks import ACTOR_DIED, Tasks
 from poolray.node.workers import Packet, WorkerRecord, WorkerState
 from poolray.objects.directory import ObjectRecord
 from poolray.protocol.actors import (
@@ -68,7 +68,7 @@ from poolray.protocol.worker import (
     TaskCall,
     TasksFinished,
 )
-from poolray.tasks.lifecycle import QUEUED, RUNNING, SUCCEEDED, TaskRecord
+from poolray.tasks.lifecycle import DELAYED, QUEUED, RUNNING, SUCCEEDED, WAITING, TaskRecord
 
 if TYPE_CHECKING:
     from poolray.node.dispatch import Dispatcher
@@ -281,7 +281,7 @@ class Actors:
             self._discard(worker)  # it was killed meanwhile
         elif message.error:
             self._discard(worker)
-            self._tasks.fail_encoded(record, message.error)
+            self._tasks.fail_encoded(record, message.error, message="the constructor raised")
         else:
             actor.repr_name = message.repr_name
             self._move_in(actor, record, worker)
@@ -417,7 +417,7 @@ class Actors:
         if actor.message.counted:
             actor.calls_by_caller[client_id] = actor.calls_by_caller.get(client_id, 0) + 1
         if actor.life.state is DEAD:
-            self._tasks.fail_encoded(record, actor.death)
+            self._tasks.fail_encoded(record, actor.death, ACTOR_DIED, actor.cause)
         elif actor.life.state is RESTARTING and not queue.task_class.max_retries:
             self._tasks.fail(record, self._unavailable(actor))
         else:
@@ -506,6 +506,12 @@ class Actors:
             self._stop(actor)
         elif actor.life.state is DEAD:
             self._forget(actor)
+        elif (
+            actor.hosted_for is None
+            and actor.creation is not None
+            and actor.creation.state in (WAITING, QUEUED, DELAYED)
+        ):
+            self.kill(actor, "went out of scope before it was created")  # it may wait for ever
 
     # ---- packets ---------------------------------------------------------------------------------
 
@@ -836,7 +842,7 @@ class Actors:
             self._tasks.drop_lineage(creation)
         for record in [*actor.sent.values(), *actor.take_all()]:
             if self._state.tasks.get(record.task_id) is record:
-                self._tasks.fail_encoded(record, error)
+                self._tasks.fail_encoded(record, error, ACTOR_DIED, actor.cause)
         if message.detached and actor.hosted_for is None:
             self._objects.release_all([handle_of(message.actor_id)])
             self._objects.release_references(ADOPTER, [handle_of(message.actor_id)])

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, final
 import msgspec
 
 from poolray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
     ActorUnschedulableError,
     CallTimeoutError,
     InternalError,
@@ -93,6 +95,7 @@ _OPEN = GroupState.OPEN
 _FAILED_GROUP = GroupState.FAILED
 
 
+ACTOR_DIED = "ACTOR_DIED"
 #: What those who look on know errors of the node's as; every other one is an exception.
 _ERROR_TYPES: dict[type[PoolrayError], str] = {
     WorkerCrashedError: "WORKER_DIED",
@@ -104,6 +107,8 @@ _ERROR_TYPES: dict[type[PoolrayError], str] = {
     TaskUnschedulableError: "TASK_UNSCHEDULABLE_ERROR",
     ActorUnschedulableError: "ACTOR_UNSCHEDULABLE_ERROR",
     TaskPlacementGroupRemoved: "TASK_PLACEMENT_GROUP_REMOVED",
+    ActorDiedError: ACTOR_DIED,
+    ActorUnavailableError: "ACTOR_UNAVAILABLE",
 }
 _OTHER_ERROR = "TASK_EXECUTION_EXCEPTION"
 
@@ -611,9 +616,15 @@ class Tasks:
         error_type = _ERROR_TYPES.get(type(error), _OTHER_ERROR)
         self._fail(record, self._state.encode_error(error), crashed, error_type, str(error))
 
-    def fail_encoded(self, record: TaskRecord, error: bytes) -> None:
-        """The same, for an error that is serialized already."""
-        self._fail(record, error, False, _OTHER_ERROR, "its workers cannot run it")
+    def fail_encoded(
+        self,
+        record: TaskRecord,
+        error: bytes,
+        error_type: str = _OTHER_ERROR,
+        message: str = "its workers cannot run it",
+    ) -> None:
+        """The same, for an error that is serialized already; who looks on is told the rest."""
+        self._fail(record, error, False, error_type, message)
 
     def _fail(
         self, record: TaskRecord, error: bytes, crashed: bool, error_type: str, message: str

@@ -350,8 +350,20 @@ def test_the_last_handle_ends_an_actor_after_the_calls_before(bench: ActorBench)
     assert bench.node.statistics().actors == 0
 
 
+def test_an_actor_that_nobody_wants_is_not_created(bench: ActorBench) -> None:
+    waiting = bench.create(dependencies=[result_of(bench.submit(bench.task_class()))])
+    bench.let_go(waiting)
+    queued = bench.create(cpus=1000)
+    call = bench.call(queued)
+    bench.let_go(queued)
+    assert bench.node.statistics().actors == 1  # somebody waits for its call
+    bench.cancel(call)
+    assert bench.node.statistics().actors == 0
+
+
 def test_an_actor_that_nobody_wanted_ends_once_it_is_constructed(bench: ActorBench) -> None:
     actor_id = bench.create()
+    bench.start_all()
     bench.let_go(actor_id)
     worker_id = bench.construct()
     assert bench.reads_stop(worker_id)
