@@ -75,6 +75,10 @@ examples: $(STAMP)
 	$(BIN)/python examples/mandelbrot.py --output build/mandelbrot.png
 	$(BIN)/python examples/out_of_core_sort.py --plot build/store.png
 	$(BIN)/python examples/hyperparameter_search.py
+	$(BIN)/python examples/parameter_server.py
+	$(BIN)/python examples/parameter_server.py --asynchronous
+	$(BIN)/python examples/web_crawler.py --pages 1000 --crawlers 4
+	$(BIN)/python examples/rate_limited_fetcher.py --records 500 --per-second 250
 
 # One question per file; files that begin with an underscore are shared by the others.
 BENCH ?= $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))

@@ -416,3 +416,61 @@ def test_too_many_pending_calls_are_refused(tmp_path: Path) -> None:
         release.open()
         get(refs)
         assert get(actor.add.remote()) > 0
+
+
+# --- what a restart leaves ---------------------------------------------------------------------
+
+
+@ray.remote(max_restarts=1, max_task_retries=1)
+class Restarted:
+    def was_restarted(self) -> bool:
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+    def die(self) -> None:
+        os._exit(1)
+
+
+def test_a_restarted_actor_knows_that_it_was() -> None:
+    actor = Restarted.remote()
+    assert get(actor.was_restarted.remote()) is False
+    with pytest.raises(ray.exceptions.RayActorError):
+        get(actor.die.options(max_task_retries=0).remote())
+    assert get(actor.was_restarted.remote()) is True
+
+
+@ray.remote
+def was_restarted() -> bool:
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def test_a_task_was_never_restarted_as_an_actor() -> None:
+    assert get(was_restarted.remote()) is False
+
+
+@ray.remote(max_restarts=-1, max_task_retries=-1)
+class Checkpointed:
+    """Writes down what it has done, and goes on from there after a crash."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: list[int] = []
+        if path.exists():
+            self.done = [int(line) for line in path.read_text().split()]
+
+    def work(self, number: int, crash: bool = False) -> list[int]:
+        if number not in self.done:  # a call that is repeated may have done its work already
+            self.done.append(number)
+            with self.path.open("a") as file:
+                file.write(f"{number}\n")
+            if crash:
+                os._exit(1)
+        return self.done
+
+
+def test_an_actor_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    actor = Checkpointed.remote(tmp_path / "checkpoint")
+    refs = [actor.work.remote(number, crash=number in (3, 7)) for number in range(10)]
+    results = get(refs)
+    assert results[-1] == list(range(10))
+    # (A call that had ended just before the crash may have been repeated, its result being lost.)
+    assert all(number in done for number, done in enumerate(results))

@@ -268,3 +268,68 @@ def test_handles_of_a_runtime_that_has_ended_are_refused() -> None:
     poolray.init(num_cpus=1)
     with pytest.raises(ActorError, match="not known here"):
         get(actor.add.remote())
+
+
+@poolray.remote
+class Leaving:
+    def __init__(self, done: Gate) -> None:
+        self.done = done
+
+    async def leave(self) -> None:
+        poolray.actor.exit_actor()
+
+    async def __ray_shutdown__(self) -> None:
+        import asyncio
+
+        await asyncio.sleep(0)
+        self.done.open()
+
+
+def test_a_coroutine_that_ends_its_actor_awaits_its_hook(started: Gate) -> None:
+    actor = Leaving.remote(started)
+    with pytest.raises(ActorDiedError, match="ended itself"):
+        poolray.get(actor.leave.remote())
+    started.wait()
+
+
+@pytest.mark.parametrize("options", [{}, {"max_concurrency": 2}], ids=["plain", "threads"])
+def test_what_every_actor_has_goes_by_our_name_too(options: dict[str, Any]) -> None:
+    counter = Counter.options(**options).remote(5)
+    assert poolray.get(counter.__poolray_ready__.remote()) is True
+    assert poolray.get(counter.__poolray_call__.remote(lambda actor, n: actor.value + n, 2)) == 7
+    with pytest.raises(ActorDiedError):
+        poolray.get(counter.__poolray_terminate__.remote())
+    with pytest.raises(ActorDiedError):
+        poolray.get(counter.add.remote())
+
+
+@poolray.remote
+class Speaker:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"Speaker({self.name})"
+
+    def say(self, text: str) -> None:
+        print(text)
+
+
+def test_lines_of_an_actor_begin_with_what_it_says_of_itself(
+    script: Callable[..., ScriptResult],
+) -> None:
+    result = script(
+        """
+        import poolray
+        from tests.integration.test_actors import Counter, Speaker
+
+        poolray.init(num_cpus=1)
+        speaker = Speaker.remote("it")
+        poolray.get(speaker.say.remote("hello"))
+        poolray.get(Counter.remote().__poolray_call__.remote(lambda actor: print("plain")))
+        """
+    )
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert any("(Speaker(it) pid=" in line and line.endswith(" hello") for line in lines)
+    assert any("(Counter pid=" in line and line.endswith(" plain") for line in lines)
