@@ -1,19 +1,19 @@
-"""How long does a call of an actor take, one at a time and in bulk? Beside plain tasks and Ray.
+"""How fast are calls of actors, their creation, and what does an idle one cost? Beside Ray.
 
-    python -m benchmarks.actors [--ray PYTHON]
+    python -m benchmarks.actors [--ray-python PYTHON]
 
-What: the same program on poolray and, in an interpreter that has it, on Ray; each in a process of
-its own, in turns. Prints a line of JSON: medians in microseconds, and their ratios.
-Who calls: by hand.
-May touch: processes.
-Invariants: both sides run this very file, so they do the same.
+What: the same program on poolray and on Ray, each in a process of its own, round by round in turn:
+calls one at a time and in bulk, of one actor and of several by several callers, of coroutine
+actors; creation. Then, on poolray alone, a thousand idle actors and the memory of each.
+Who calls: by hand, and `make bench`.
+May touch: processes, the clock.
+Invariants: both sides run this very file, so they do the same; two CPUs on each.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import statistics
 import subprocess
@@ -21,105 +21,260 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-ROUNDS = 5
-ONE_AT_A_TIME = 1000
-BULK = 5000
+if __name__ == "__main__" and __package__ is None:  # as a side's own program
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks._harness import (
+    COMPARISON_HEAD,
+    Comparison,
+    alternate,
+    make_parser,
+    print_table,
+    python_environment,
+    show,
+    write_json,
+)
+
+CPUS = 2
+#: Case -> (calls in a round, the ratio to reach).
+CASES = {
+    "one to one, one at a time": (1000, 10.0),
+    "one to one, in bulk": (4000, 15.0),
+    "n to n, in bulk": (4000, 10.0),
+    "coroutine actor, one at a time": (1000, 10.0),
+    "coroutine actor, in bulk": (4000, 15.0),
+    "threaded actor, in bulk": (4000, 10.0),
+}
+CREATION = "creation"
+CREATION_TARGET = 20.0
+IDLE = 1000
 
 
-def measure(module: str) -> dict[str, float]:
-    """Medians of all rounds, in microseconds per call."""
-    ray: Any = importlib.import_module(module)
-    quiet = {"include_dashboard": False, "logging_level": "error"} if module == "ray" else {}
-    ray.init(num_cpus=2, **quiet)
+# ---- one side ------------------------------------------------------------------------------------
 
-    class Counter:
-        def __init__(self) -> None:
-            self.value = 0
 
-        def add(self) -> int:
-            self.value += 1
-            return self.value
+class Counter:
+    """The actor of all cases."""
 
-    class Loop:
-        async def add(self) -> int:
-            return 1
+    def __init__(self) -> None:
+        self.value = 0
 
-    def one() -> int:
+    def add(self) -> int:
+        self.value += 1
+        return self.value
+
+
+class Loop:
+    """The same with a coroutine."""
+
+    async def add(self) -> int:
         return 1
 
+
+class Caller:
+    """Calls others."""
+
+    def __init__(self, module: str, actors: list[Any]) -> None:
+        self.ray: Any = importlib.import_module(module)
+        self.actors = actors
+
+    def call(self, count: int) -> int:
+        refs = [self.actors[n % len(self.actors)].add.remote() for n in range(count)]
+        return len(self.ray.get(refs))
+
+
+def serve(module: str) -> None:
+    """Answer each line `<case>|<count>` with the seconds it took, until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # Ray prints to standard output
+    ray: Any = importlib.import_module(module)
+    quiet: dict[str, Any] = {}
+    if module == "ray":
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    ray.init(num_cpus=CPUS, **quiet)
+    cases = make_cases(ray, module)
+    print(ray.__version__, file=answers, flush=True)
+    for line in sys.stdin:
+        name, _, count = line.strip().partition("|")
+        started = time.perf_counter()
+        cases[name](int(count))
+        print(time.perf_counter() - started, file=answers, flush=True)
+    ray.shutdown()
+
+
+def make_cases(ray: Any, module: str) -> dict[str, Callable[[int], None]]:
+    """What is measured, by name."""
     counter = ray.remote(Counter).remote()
     loop = ray.remote(Loop).remote()
-    task = ray.remote(one)
-    calls: dict[str, Callable[[], Any]] = {
-        "actor": counter.add.remote,
-        "async_actor": loop.add.remote,
-        "task": task.remote,
+    threaded = ray.remote(Counter).options(max_concurrency=4).remote()
+    called = [ray.remote(Counter).remote() for _ in range(CPUS)]
+    callers = [ray.remote(Caller).remote(module, called) for _ in range(CPUS)]
+
+    def alone(actor: Any) -> Callable[[int], None]:
+        def run(count: int) -> None:
+            for _ in range(count):
+                ray.get(actor.add.remote())
+
+        return run
+
+    def bulk(actor: Any) -> Callable[[int], None]:
+        return lambda count: ray.get([actor.add.remote() for _ in range(count)])
+
+    def create(count: int) -> None:
+        made = [ray.remote(Counter).remote() for _ in range(count)]
+        ray.get([actor.add.remote() for actor in made])
+        for actor in made:
+            ray.kill(actor)
+
+    return {
+        "one to one, one at a time": alone(counter),
+        "one to one, in bulk": bulk(counter),
+        "n to n, in bulk": lambda count: ray.get([c.call.remote(count // CPUS) for c in callers]),
+        "coroutine actor, one at a time": alone(loop),
+        "coroutine actor, in bulk": bulk(loop),
+        "threaded actor, in bulk": bulk(threaded),
+        CREATION: create,
     }
-    found: dict[str, float] = {}
-    for name, call in calls.items():
-        ray.get([call() for _ in range(100)])
-        found[f"{name}_one_at_a_time"] = median_us(lambda c=call: alone(ray, c), ONE_AT_A_TIME)
-        found[f"{name}_bulk"] = median_us(lambda c=call: together(ray, c), BULK)
-    made = ray.remote(Counter)
-    found["create_and_first_call"] = median_us(lambda: ray.get(made.remote().add.remote()), 1)
-    ray.shutdown()
+
+
+# ---- both sides ----------------------------------------------------------------------------------
+
+
+class Side:
+    """A runtime in a process of its own."""
+
+    def __init__(self, python: str, module: str) -> None:
+        environment = {**python_environment(), "RAY_AUTH_MODE": "disabled"}
+        environment.update(RAY_USAGE_STATS_ENABLED="0")
+        self._process = subprocess.Popen(
+            [python, str(Path(__file__).resolve()), "--side", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self.version = self._read()
+
+    def _read(self) -> str:
+        output: IO[str] = self._process.stdout  # type: ignore[assignment]
+        line = output.readline().strip()
+        if not line:
+            raise SystemExit("a side has not started, or died")
+        return line
+
+    def rate(self, case: str, count: int) -> float:
+        """Calls, or actors, a second."""
+        commands: IO[str] = self._process.stdin  # type: ignore[assignment]
+        commands.write(f"{case}|{count}\n")
+        commands.flush()
+        return count / float(self._read())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def compare(arguments: argparse.Namespace) -> list[Comparison]:
+    """Both sides, case by case, round by round in turn."""
+    ours, theirs = Side(sys.executable, "poolray"), Side(arguments.ray_python, "ray")
+    rival = f"Ray {theirs.version}"
+    cases = {**CASES, CREATION: (arguments.created, CREATION_TARGET)}
+    found = []
+    for name, (count, target) in cases.items():
+        unit = "actors/s" if name == CREATION else "calls/s"
+        rounds = min(arguments.rounds, 2) if name == CREATION else arguments.rounds
+        samples = alternate(
+            rounds,
+            {
+                "ours": lambda name=name, count=count: ours.rate(name, count),
+                "theirs": lambda name=name, count=count: theirs.rate(name, count),
+            },
+            warm_up=name != CREATION,
+        )
+        found.append(Comparison(name, samples["ours"], samples["theirs"], rival, unit, target))
+    ours.close()
+    theirs.close()
     return found
 
 
-def alone(ray: Any, call: Callable[[], Any]) -> None:
-    for _ in range(ONE_AT_A_TIME):
-        ray.get(call())
+def ours_alone(arguments: argparse.Namespace) -> dict[str, float]:
+    """Medians of poolray's figures, where there is no Ray."""
+    side = Side(sys.executable, "poolray")
+    cases = {**CASES, CREATION: (arguments.created, CREATION_TARGET)}
+    found = {}
+    for name, (count, _) in cases.items():
+        side.rate(name, count)
+        found[name] = statistics.median(side.rate(name, count) for _ in range(arguments.rounds))
+    side.close()
+    return found
 
 
-def together(ray: Any, call: Callable[[], Any]) -> None:
-    ray.get([call() for _ in range(BULK)])
+def measure_idle(count: int) -> dict[str, float]:
+    """Many idle actors: seconds to make them, and mean memory of each in MB."""
+    import psutil
+
+    import poolray
+
+    poolray.init(num_cpus=CPUS)
+    actor_class = poolray.remote(Counter)
+    started = time.perf_counter()
+    actors = [actor_class.remote() for _ in range(count)]
+    poolray.get([actor.add.remote() for actor in actors])
+    seconds = time.perf_counter() - started
+    pids = poolray.get([actor.__ray_call__.remote(_pid) for actor in actors])
+    memory = [psutil.Process(pid).memory_full_info() for pid in pids]
+    started = time.perf_counter()
+    poolray.get([actor.add.remote() for actor in actors])
+    again_s = time.perf_counter() - started
+    poolray.shutdown()
+    return {
+        "actors": count,
+        "seconds_to_make": seconds,
+        "uss_mb": statistics.mean(found.uss for found in memory) / 1e6,
+        "pss_mb": statistics.mean(found.pss for found in memory) / 1e6,
+        "rss_mb": statistics.mean(found.rss for found in memory) / 1e6,
+        "seconds_to_call_each": again_s,
+    }
 
 
-def median_us(work: Callable[[], Any], calls: int) -> float:
-    times = []
-    for _ in range(ROUNDS):
-        started = time.perf_counter()
-        work()
-        times.append((time.perf_counter() - started) / calls * 1e6)
-    return round(statistics.median(times), 1)
-
-
-def run(python: str, module: str) -> dict[str, float]:
-    """One side, in a process of its own."""
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        [python, str(Path(__file__).resolve()), "--side", module],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "RAY_AUTH_MODE": "disabled"},
-    )
-    side: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return side
+def _pid(_: Any) -> int:
+    return os.getpid()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ray", metavar="PYTHON", help="an interpreter that has Ray")
+    parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--side", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.side:
-        print(json.dumps(measure(options.side)))
+    parser.add_argument("--created", type=int, default=100, help="actors that are created at once")
+    parser.add_argument("--idle", type=int, default=IDLE, help="idle actors; 0: leave that out")
+    arguments = parser.parse_args()
+    if arguments.side:
+        serve(arguments.side)
         return
-    report: dict[str, Any] = {"poolray": run(sys.executable, "poolray")}
-    ours = report["poolray"]
-    report["to_tasks"] = {
-        kind: round(ours[f"actor_{kind}"] / ours[f"task_{kind}"], 2)
-        for kind in ("one_at_a_time", "bulk")
-    }
-    if options.ray:
-        theirs = report["ray"] = run(options.ray, "ray")
-        report["to_ray"] = {name: round(ours[name] / theirs[name], 3) for name in ours}
-    print(json.dumps(report))
+    figures: dict[str, Any] = {}
+    if arguments.ray_python:
+        comparisons = compare(arguments)
+        print_table(COMPARISON_HEAD, [comparison.row() for comparison in comparisons])
+        figures["beside Ray"] = {each.name: each.as_json() for each in comparisons}
+    else:
+        print("beside Ray: not measured, there is no Ray (see --ray-python)")
+        alone = figures["alone"] = ours_alone(arguments)
+        print_table(["figure", "a second"], [[name, show(rate)] for name, rate in alone.items()])
+    if arguments.idle:
+        idle = figures["idle actors"] = measure_idle(arguments.idle)
+        print_table(["idle actors", ""], [[name, show(value)] for name, value in idle.items()])
+    write_json(arguments.json, "actors", figures)
 
 
 if __name__ == "__main__":
-    main()
+    # A class that comes from `__main__` would go by value, in another way on each side.
+    from benchmarks import actors
+
+    actors.main()

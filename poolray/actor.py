@@ -336,6 +336,8 @@ class ActorClass(Generic[C]):
         ----------
         num_cpus : float, default 0, with num_gpus, resources or accelerator_type 1
             CPUs that the actor keeps for its life.
+        num_gpus : float
+            The same for GPUs: its devices are its own.
         memory, resources
             The same for memory in bytes, and for custom resources.
         name : str

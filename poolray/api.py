@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from poolray.actor import ActorClass
-    from poolray.remote_signature import ActorOptions
+    from poolray.remote_signature import ActorDefinitionOptions
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -545,7 +545,7 @@ def remote(
 
 
 @overload
-def remote(**options: Unpack[ActorOptions]) -> _ActorDecorator: ...
+def remote(**options: Unpack[ActorDefinitionOptions]) -> _ActorDecorator: ...
 
 
 def remote(*args: Any, **options: Any) -> Any:
@@ -559,6 +559,9 @@ def remote(*args: Any, **options: Any) -> Any:
         Calls after which the worker is replaced; 0: never.
     name, namespace, lifetime, max_restarts, max_concurrency, …
         Of a class; see `poolray.actor.ActorClass.options`.
+    concurrency_groups : dict of str to int
+        Of a class: names of groups of its methods (`@poolray.method(concurrency_group=...)`), and
+        how many calls of each run at once.
 
     Returns
     -------

@@ -46,7 +46,14 @@ T6 = TypeVar("T6")
 T7 = TypeVar("T7")
 T8 = TypeVar("T8")
 
-__all__ = ["ActorOptions", "DefinitionOptions", "RemoteCall", "RemoteSignature", "TaskOptions"]
+__all__ = [
+    "ActorDefinitionOptions",
+    "ActorOptions",
+    "DefinitionOptions",
+    "RemoteCall",
+    "RemoteSignature",
+    "TaskOptions",
+]
 
 
 class TaskOptions(TypedDict, total=False):
@@ -84,6 +91,12 @@ class ActorOptions(TypedDict, total=False):
     max_pending_calls: int | None
     max_concurrency: int | None
     allow_out_of_order_execution: bool | None
+
+
+class ActorDefinitionOptions(ActorOptions, total=False):
+    """Options that `@remote(...)` takes on classes."""
+
+    concurrency_groups: dict[str, int] | None
 
 
 class DefinitionOptions(TaskOptions, total=False):

@@ -26,6 +26,7 @@ class Counter:
 
 RemoteCounter = poolray.remote(Counter)
 WithCommonOptions = poolray.remote(num_cpus=1)(Counter)
+WithGroups = poolray.remote(concurrency_groups={"io": 2}, max_concurrency=3)(Counter)
 WithActorOptions = poolray.remote(max_restarts=2, lifetime="detached", name="n")(Counter)
 
 
@@ -41,6 +42,7 @@ def what_classes_give() -> None:
     assert_type(poolray.remote(max_restarts=1)(Plain).remote(), ActorHandle[Plain])
     assert_type(poolray.remote(num_cpus=1)(Plain), ActorClass[Plain])
     assert_type(WithCommonOptions.remote(), ActorHandle[Counter])
+    assert_type(WithGroups.remote(), ActorHandle[Counter])
     assert_type(WithActorOptions.remote(1), ActorHandle[Counter])
 
 
