@@ -10,8 +10,8 @@ Who calls: `node/node.py` with clients' requests, `node/peers.py` with those of 
 `node/tasks.py` as tasks come and go.
 May touch: nothing.
 Invariants: a task in `stopping` is RUNNING or FORWARDED and is not tried again: when it comes back
-in any way without a result, its cancellation is its result. `parents` and `_children` are inverse;
-both ends of each pair have not ended.
+in any way without a result, its cancellation is its result (of a call whose actor dies for good,
+that death). `parents` and `_children` are inverse; both ends of each pair have not ended.
 """
 
 from __future__ import annotations
