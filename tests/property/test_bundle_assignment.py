@@ -69,7 +69,7 @@ def all_assignments(wish: Wish, rooms: list[Room]) -> list[dict[int, NodeId]]:
     ]
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(cases())
 def test_an_assignment_holds_and_is_found_exactly_if_there_is_one(
     case: tuple[Wish, list[Room]],
@@ -85,7 +85,7 @@ def test_an_assignment_holds_and_is_found_exactly_if_there_is_one(
         assert found in possible
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(cases())
 def test_spread_uses_as_many_nodes_as_any_assignment_of_its_own_nodes_can(
     case: tuple[Wish, list[Room]],

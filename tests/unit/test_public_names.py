@@ -179,6 +179,7 @@ PUBLIC_NAMES = {
     ],
     "poolray.actor_options": ["check_actor_options", "method"],
     "poolray.remote_signature": [
+        "ActorDefinitionOptions",
         "ActorOptions",
         "DefinitionOptions",
         "RemoteCall",
