@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, final
 from poolray import actor_calls, binding
 from poolray.actor_methods import (
     NO_OPTIONS,
-    PLAIN_TASKS,
     ActorFace,
     CallOptions,
     Description,
@@ -476,7 +475,7 @@ class ActorClass(Generic[C]):
                 num_returns=0,
                 resources=demand,
                 placed_with=placed_with,
-                group_id=PLAIN_TASKS,
+                group_id=client.tasks_group,
                 max_retries=options.get("max_restarts") or 0,
                 placement=make_placement(
                     options, demand | placed_with, class_name, client.captured

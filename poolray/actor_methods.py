@@ -24,8 +24,6 @@ from poolray.protocol.streams import StreamMode
 from poolray.protocol.values import CallKind, TaskClass
 from poolray.remote_function import retry_spec
 
-PLAIN_TASKS = GroupId(0)
-
 
 class _Parameter(msgspec.Struct, frozen=True, array_like=True):
     """A parameter of a method, as far as a call can be wrong about it."""
@@ -140,12 +138,12 @@ class ActorFace:
         if self.client is not client:
             self.client = client
             self.prepared = {}
-        made = self._make_class(method, options)
+        made = self._make_class(method, options, client.tasks_group)
         client.definitions.define_class(made)
         self.prepared[key] = made
         return made
 
-    def _make_class(self, method: Method, options: CallOptions) -> TaskClass:
+    def _make_class(self, method: Method, options: CallOptions, group_id: GroupId) -> TaskClass:
         retries = options.max_retries if options.max_retries is not None else method.max_retries
         count, mode = method.num_returns, StreamMode(method.stream)
         backpressure = method.backpressure if options.backpressure is None else options.backpressure
@@ -159,7 +157,7 @@ class ActorFace:
             name=options.name or f"{self.description.class_name}.{method.name}",
             kind=CallKind.METHOD,
             num_returns=count,
-            group_id=PLAIN_TASKS,
+            group_id=group_id,
             max_retries=self.description.max_task_retries if retries is None else retries,
             retry_exceptions=options.retry_exceptions or method.retry_exceptions,
             method=method.name,

@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
+from poolray import cluster_connection
 from poolray.client import Client, stale_ref_error
 from poolray.config import Config
 from poolray.exceptions import NotSupportedError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from poolray.actor import ActorClass
+    from poolray.cluster.driver import DriverRuntime
     from poolray.remote_signature import ActorDefinitionOptions
 
 P = ParamSpec("P")
@@ -124,7 +126,9 @@ def init(
     Parameters
     ----------
     address : str, optional
-        None or "local": this machine, no daemon. Clusters are not supported by this version.
+        None or "local": this machine, no daemon. "HOST:PORT", as `poolray start --head` prints it:
+        the cluster there, which has to have a node on this machine. "auto": the cluster that a
+        daemon on this machine belongs to. None takes what `POOLRAY_ADDRESS` says, if it is set.
     num_cpus : int, default: CPUs that this process may run on
         CPUs that tasks may use at once.
     num_gpus : int, default: GPUs that this process may use
@@ -172,7 +176,12 @@ def init(
         The runtime is up already; an unknown keyword.
     ValueError
         A quantity is negative, fractional or too small; `object_store_memory` is more than the
-        machine has; a spill directory cannot be made or written to.
+        machine has; a spill directory cannot be made or written to; a cluster's address together
+        with what only its nodes can be started with.
+    ConnectionError
+        There is no cluster at the address, or it does not answer within seconds.
+    AuthenticationError
+        The cluster has another token than this process.
     NotSupportedError
         An option that this version does not carry out.
 
@@ -189,7 +198,10 @@ def init(
     32
     """
     options = {**_checked_system_config(_system_config), **options}
+    address = cluster_connection.resolve(address)
     _check_init(address, num_cpus, num_gpus, resources, object_store_memory, namespace, options)
+    if address is not None:
+        _check_no_node(labels, object_spilling_directory, _memory, options)
     directories = _spill_directories(object_spilling_directory)
     wishes = Wishes(
         num_gpus=int(num_gpus) if num_gpus is not None else None,
@@ -212,11 +224,32 @@ def init(
             import logging
 
             logging.getLogger("poolray").setLevel(logging_level)
+        if address is not None:
+            _connect(address, namespace, log_to_driver)
+            return _context()
         config = Config.load(
             num_cpus=num_cpus, object_store_memory_bytes=object_store_memory, **options
         )
         _start(config, wishes, namespace, log_to_driver, directories)
         return _context()
+
+
+def _check_no_node(
+    labels: object, spill_directories: object, memory: object, options: dict[str, Any]
+) -> None:
+    """A cluster's nodes are started already: what they are made with cannot be said here."""
+    given = {
+        "labels": labels,
+        "object_spilling_directory": spill_directories,
+        "_memory": memory,
+        **options,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise ValueError(
+            f"When connecting to an existing cluster, {', '.join(names)} must not be provided: "
+            "give it to `poolray start`."
+        )
 
 
 def _check_init(
@@ -231,21 +264,20 @@ def _check_init(
     unknown = [name for name in options if name not in Config.__dataclass_fields__]
     if unknown:
         raise RuntimeError(f"Unknown keyword argument(s): {', '.join(unknown)}")
-    if address not in (None, "local"):
+    if address is not None:
         if num_cpus is not None or num_gpus is not None:
             raise ValueError(
                 "When connecting to an existing cluster, num_cpus and num_gpus must not be "
                 "provided."
             )
-        if address == "auto":
-            raise ConnectionError(
-                "Could not find any running Ray instance. Please specify the one to connect to by "
-                "setting `--address` flag or `RAY_ADDRESS` environment variable."
+        if resources is not None:
+            raise ValueError(
+                "When connecting to an existing cluster, resources must not be provided."
             )
-        raise NotSupportedError(
-            f"address={address!r}: clusters are not supported by this version of poolray; leave "
-            "the address out to run on this machine."
-        )
+        if object_store_memory is not None:
+            raise ValueError(
+                "When connecting to an existing cluster, object_store_memory must not be provided."
+            )
     for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)):
         _check_whole(name, amount)
     _check_custom(resources)
@@ -377,6 +409,16 @@ def _start(
     process_state.install_driver(client)
 
 
+def _connect(address: str, namespace: str | None, log_to_driver: bool) -> None:
+    """Become a driver of a cluster; the caller holds the lock."""
+    global _default_namespace
+    import uuid
+
+    name = namespace or str(uuid.uuid4())
+    cluster_connection.connect(address, name, log_to_driver)
+    _default_namespace = name
+
+
 def _make_default_group(runtime: local_runtime.LocalRuntime, log_to_driver: bool = True) -> None:
     """Make the group of plain tasks; the caller holds the lock."""
     setup = WorkerSetup(
@@ -399,6 +441,19 @@ def _streams_are_replaced() -> bool:
 
 
 def _context() -> RuntimeContextInfo:
+    connection = cluster_connection.runtime()
+    if connection is not None:
+        facts = connection.welcome
+        return RuntimeContextInfo(
+            {
+                "node_id": facts.node_id.hex(),
+                "address": facts.head_address,
+                "gcs_address": facts.head_address,
+                "node_ip_address": facts.node_address,
+                "session_dir": facts.session_folder,
+                "object_store_address": "",
+            }
+        )
     runtime = local_runtime.current()
     setup = process_state.setup()
     node_id = runtime.node_id if runtime is not None else setup.node_id if setup else b""
@@ -433,6 +488,7 @@ def shutdown() -> None:
         return
     with process_state.lock:
         process_state.install_driver(None)
+        cluster_connection.disconnect()
         local_runtime.shutdown()
 
 
@@ -449,7 +505,31 @@ def is_initialized() -> bool:
     client = process_state.client()
     if client is None:
         return False
-    return process_state.is_worker() or local_runtime.current() is not None
+    return _is_up()
+
+
+def _is_up() -> bool:
+    """Whether this process's client is of use."""
+    return (
+        process_state.is_worker()
+        or cluster_connection.runtime() is not None
+        or local_runtime.current() is not None
+    )
+
+
+def runtime_of_driver() -> DriverRuntime | local_runtime.LocalRuntime:
+    """What this driver's client speaks with; the runtime is up."""
+    connection = cluster_connection.runtime()
+    if connection is not None:
+        return connection
+    runtime = local_runtime.current()
+    assert runtime is not None
+    return runtime
+
+
+def cluster_runtime() -> DriverRuntime | None:
+    """The connection of this process to a cluster; None: it has none."""
+    return cluster_connection.runtime()
 
 
 def ids_of_process() -> tuple[bytes, bytes]:
@@ -457,8 +537,7 @@ def ids_of_process() -> tuple[bytes, bytes]:
     setup = process_state.setup()
     if setup is not None:
         return setup.node_id, setup.job_id
-    runtime = local_runtime.current()
-    assert runtime is not None
+    runtime = runtime_of_driver()
     return runtime.node_id, runtime.job_id
 
 
@@ -470,11 +549,15 @@ def namespace_of_driver() -> str:
 def find_client() -> Client:
     """The process's client; starts the runtime if there is none."""
     client = process_state.client()
-    if client is not None and (process_state.is_worker() or local_runtime.current() is not None):
+    if client is not None and _is_up():
         return client
     with process_state.lock:
         if not is_initialized():
-            _start(Config.load(), Wishes(), None, True)
+            address = cluster_connection.resolve(None)
+            if address is not None:
+                _connect(address, None, True)
+            else:
+                _start(Config.load(), Wishes(), None, True)
         client = process_state.client()
         assert client is not None
         return client
@@ -489,7 +572,7 @@ def _client_for(ref: ObjectRef[Any]) -> Client:
         There is none: the ref's runtime has been shut down, or is another process's.
     """
     client = process_state.client()
-    if client is None or not (process_state.is_worker() or local_runtime.current() is not None):
+    if client is None or not _is_up():
         raise stale_ref_error(ref)
     return client
 

@@ -35,8 +35,10 @@ from poolray.exceptions import (
     TaskError,
 )
 from poolray.ids import (
+    PLAIN_TASKS,
     ActorId,
     ClassId,
+    GroupId,
     ObjectId,
     PlacementGroupId,
     TaskId,
@@ -135,8 +137,11 @@ class Client:
         task_ids: TaskIdSource,
         serializer: Serializer,
         is_worker: bool = False,
+        tasks_group: GroupId = PLAIN_TASKS,
     ) -> None:
         self.link = link
+        #: The workers that run plain tasks and actors of this process.
+        self.tasks_group = tasks_group
         #: Handles of the driver, among a worker's inherited globals, are as good as its own.
         self._is_worker = is_worker
         #: Why handles of this client are of no use any more; empty: they are.

@@ -26,6 +26,9 @@ ActorId = NewType("ActorId", bytes)
 GroupId = NewType("GroupId", int)
 PlacementGroupId = NewType("PlacementGroupId", bytes)
 
+#: The workers of plain tasks, where there is one job only.
+PLAIN_TASKS = GroupId(0)
+
 JOB_ID_BYTES = 4
 NODE_ID_BYTES = 28
 WORKER_ID_BYTES = 28

@@ -21,7 +21,7 @@ from poolray import binding
 from poolray.client import Client
 from poolray.exceptions import NotSupportedError
 from poolray.generators import check_backpressure, check_mode, stream_mode, submit_stream
-from poolray.ids import ClassId, FunctionId, GroupId, PlacementGroupId
+from poolray.ids import ClassId, FunctionId, PlacementGroupId
 from poolray.objects.object_ref import ObjectRef
 from poolray.protocol.streams import StreamMode
 from poolray.protocol.values import CallKind, Delivery, TaskClass
@@ -295,7 +295,7 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
             delivery=Delivery.OBJECTS,
             num_returns=count if isinstance(count, int) else 1,
             resources=demand,
-            group_id=GroupId(0),
+            group_id=client.tasks_group,
             max_retries=client.config.max_retries if retries is None else retries,
             retry_exceptions=retry_spec(options.get("retry_exceptions", False)),
             max_calls=options.get("max_calls") or 0,

@@ -11,7 +11,13 @@ from __future__ import annotations
 from typing import Any, final
 
 from poolray.actor import ActorHandle, current_actor
-from poolray.api import find_client, ids_of_process, namespace_of_driver
+from poolray.api import (
+    cluster_runtime,
+    find_client,
+    ids_of_process,
+    namespace_of_driver,
+    runtime_of_driver,
+)
 from poolray.local import process_state
 from poolray.local import runtime as local_runtime
 from poolray.scheduling.resources import from_fixed
@@ -112,6 +118,9 @@ class RuntimeContext:
         setup = process_state.setup()
         if setup is not None:
             return dict(setup.labels)
+        connection = cluster_runtime()
+        if connection is not None:
+            return dict(connection.welcome.labels)
         runtime = local_runtime.current()
         assert runtime is not None  # `get_runtime_context` has started it
         return dict(runtime.node.state.labels)
@@ -145,9 +154,7 @@ class RuntimeContext:
         worker_id = process_state.worker_id()
         if worker_id is not None:
             return worker_id.hex()
-        runtime = local_runtime.current()
-        assert runtime is not None
-        return runtime.driver_id.hex()
+        return runtime_of_driver().driver_id.hex()
 
     def get_task_id(self) -> str | None:
         """The running task's id, 48 hexadecimal digits; None in a driver."""
@@ -226,7 +233,11 @@ class RuntimeContext:
     @property
     def gcs_address(self) -> str:
         """Where the head is: "local" without a cluster."""
-        return "local"
+        setup = process_state.setup()
+        if setup is not None:
+            return setup.head_address or "local"
+        connection = cluster_runtime()
+        return connection.welcome.head_address if connection is not None else "local"
 
     @property
     def runtime_env(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ _WHOLE, _PART = b"\0", b"\1"
 class _Peer:
     """Another process, as far as we speak with it."""
 
-    __slots__ = ("dealer", "link", "parts", "parts_bytes", "peer_id", "route")
+    __slots__ = ("dealer", "heard_s", "link", "parts", "parts_bytes", "peer_id", "route")
 
     def __init__(self, peer_id: bytes, link: PeerLink) -> None:
         self.peer_id = peer_id
@@ -68,6 +68,8 @@ class _Peer:
         #: Parts of a message that is not complete.
         self.parts: list[bytes] = []
         self.parts_bytes = 0
+        #: When it said something last.
+        self.heard_s = float("-inf")
 
 
 @final
@@ -106,6 +108,9 @@ class Switch:
         self.on_restarted: Callable[[bytes], None] = _ignore
         #: Called with the id of a peer that will not speak with us, and why.
         self.on_refused: Callable[[bytes, str], None] = _ignore
+        #: Called with the descriptor of a socket that is to be polled from now on, or no longer.
+        self.on_socket: Callable[[int], None] = _ignore
+        self.on_socket_closed: Callable[[int], None] = _ignore
         #: Answers questions; None: does not answer them.
         self.answer: Callable[[Question], Answer] | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -147,6 +152,9 @@ class Switch:
             router.close()
             raise OSError(error.errno, f"{host}:{port}: {error.strerror}") from error
         self._router = router
+        self.on_socket(int(router.fd))
+        if self._doorman is not None:
+            self.on_socket(int(self._doorman.socket.fd))
         endpoint = router.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
         return int(endpoint.rstrip(b"\0").rpartition(b":")[2])
@@ -174,6 +182,7 @@ class Switch:
         dealer.connect(f"tcp://{_bracketed(host)}:{port}")
         peer.dealer = dealer
         self._dealers[dealer] = peer_id
+        self.on_socket(int(dealer.fd))
 
     def is_reachable(self, peer_id: bytes) -> bool:
         """Whether there is a way to a peer, as far as we know."""
@@ -191,6 +200,7 @@ class Switch:
         self._timed.pop(peer_id, None)
         if peer is not None and peer.dealer is not None:
             del self._dealers[peer.dealer]
+            self.on_socket_closed(int(peer.dealer.fd))
             peer.dealer.close()
 
     def descriptors(self) -> list[int]:
@@ -351,6 +361,7 @@ class Switch:
             return
         if route is not None:
             peer.route = route
+        peer.heard_s = now
         arrival = peer.link.receive(frame, now)
         if arrival.restarted:
             peer.parts, peer.parts_bytes = [], 0
@@ -401,6 +412,11 @@ class Switch:
             peer = self._peers.get(peer_id)
             if peer is not None:
                 self._carry(peer, peer.link.on_tick(now))
+
+    def heard_s(self, peer_id: bytes) -> float:
+        """When a peer said something last, on the caller's clock."""
+        peer = self._peers.get(peer_id)
+        return float("-inf") if peer is None else peer.heard_s
 
     def waiting(self, peer_id: bytes) -> int:
         """Messages for a peer that it has not acknowledged."""

@@ -37,6 +37,7 @@ from poolray.protocol.directory import (
     ListActorEntries,
     ListJobs,
     ListNodes,
+    NodeRow,
     RegisterActor,
     UnwatchActor,
     WatchActor,
@@ -308,6 +309,10 @@ class Head:
         self._state.send(node_id, reply)
 
     # ---- looking in ------------------------------------------------------------------------------
+
+    def nodes(self) -> list[NodeRow]:
+        """Living nodes in the order in which they came, then dead ones."""
+        return self._members.rows()
 
     def statistics(self) -> HeadStatistics:
         """A snapshot of the tables."""

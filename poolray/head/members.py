@@ -265,9 +265,13 @@ class Members:
 
     def on_list(self, sender: NodeId, message: ListNodes) -> None:
         """Somebody wants to see the nodes."""
+        self._state.send(sender, NodesFound(request_id=message.request_id, nodes=self.rows()))
+
+    def rows(self) -> list[NodeRow]:
+        """Nodes: living ones in the order in which they came, then dead ones."""
         rows = [_row_of(member.view) for member in self._state.members.values()]
         rows.extend(self.dead.values())
-        self._state.send(sender, NodesFound(request_id=message.request_id, nodes=rows))
+        return rows
 
     def roomiest(self, demand: Mapping[str, int]) -> NodeId | None:
         """A member that has room for this now, or could have; None: no node lives."""

@@ -31,7 +31,7 @@ from typing import Any, NoReturn, final
 import msgspec
 
 from poolray.config import Config
-from poolray.ids import WorkerId
+from poolray.ids import PLAIN_TASKS, GroupId, WorkerId
 from poolray.local.channel import make_channel, receive_descriptors
 from poolray.objects.serialization import descriptor_reducers, dumps_function
 from poolray.objects.shared_memory import Arena
@@ -83,6 +83,10 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
     #: Send what is written to `sys.stdout` and `sys.stderr` to the driver's, which are not the
     #: process's own descriptors (a notebook, a captured stream).
     forward_output: bool = False
+    #: With `forward_output`: say which task or actor wrote it, in which process, for which job.
+    label_output: bool = False
+    #: The workers that run the plain tasks which this group's workers submit.
+    tasks_group: GroupId = PLAIN_TASKS
     shared_globals: str | None = None
     #: Log what the initializer raised to `concurrent.futures`, as the standard executor does,
     #: instead of printing it.
@@ -91,6 +95,7 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
     job_id: bytes = b""
     namespace: str = ""
     labels: dict[str, str] = {}  #: of the node
+    head_address: str = ""  #: of the cluster; empty without one
     #: Resource name -> the variable that makes devices of it visible; empty where none does.
     accelerators: dict[str, str] = {}
 

@@ -60,8 +60,14 @@ def memory_bytes() -> int:
         return 4 << 30
 
 
-def describe(config: Config, wishes: Wishes, store_bytes: int) -> Machine:
-    """What this machine offers.
+def describe(
+    config: Config,
+    wishes: Wishes,
+    store_bytes: int,
+    address: str = NODE_ADDRESS,
+    is_head: bool = True,
+) -> Machine:
+    """What this machine offers, at its address; with or without what only the head's node has.
 
     Raises
     ------
@@ -83,8 +89,8 @@ def describe(config: Config, wishes: Wishes, store_bytes: int) -> Machine:
         **{f"accelerator_type:{d.type_name}": 1 for d in found if d.type_name},
         "memory": memory if memory is not None else max(0, memory_bytes() - store_bytes),
         "object_store_memory": store_bytes,
-        f"node:{NODE_ADDRESS}": 1,
-        HEAD_RESOURCE: 1,
+        f"node:{address}": 1,
+        HEAD_RESOURCE: int(is_head),
     }
     return Machine(
         total={name: to_fixed(name, amount) for name, amount in amounts.items() if amount},

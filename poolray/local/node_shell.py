@@ -28,7 +28,15 @@ import msgspec
 
 from poolray.config import Config
 from poolray.exceptions import WorkerStartError
-from poolray.ids import NODE_ID_BYTES, WORKER_ID_BYTES, ClientId, GroupId, NodeId, WorkerId
+from poolray.ids import (
+    NODE_ID_BYTES,
+    PLAIN_TASKS,
+    WORKER_ID_BYTES,
+    ClientId,
+    GroupId,
+    NodeId,
+    WorkerId,
+)
 from poolray.local.fork_server import WorkerSetup
 from poolray.local.machine import Machine, memory_bytes, usable_cpus
 from poolray.local.memory_monitor import MemoryMonitor, is_supported
@@ -89,8 +97,6 @@ if TYPE_CHECKING:
 
 #: Who the machine is told by when it is not a client.
 SHELL = b""
-#: The group whose workers run plain tasks.
-PLAIN_TASKS = GroupId(0)
 _ARENA_SHARE = 0.3
 _ARENA_MIN_BYTES = 64 << 20
 #: How often a leader looks at calls that wait for room (results make it look at once).
@@ -140,6 +146,7 @@ class NodeShell:
         spill_directories: Sequence[str],
         local_client: ClientId,
         job_id: bytes,
+        has_head: bool = False,
     ) -> None:
         self.config = config
         self.machine = machine
@@ -163,6 +170,7 @@ class NodeShell:
             ),
             local_client=local_client,
             slots=SLOTS,
+            has_head=has_head,
             watches_memory=is_supported(),
         )
         #: Made at the first look.
@@ -524,8 +532,9 @@ class NodeShell:
         out_of_band_all: bool = False,
         is_default: bool = False,
         watch: GroupWatch | None = None,
+        group_id: GroupId | None = None,
     ) -> GroupHandle:
-        """Start a fork server for a new group of workers.
+        """Start a fork server for a new group of workers, with the id given, or a new one.
 
         Raises
         ------
@@ -534,11 +543,12 @@ class NodeShell:
         OSError
             No process can be made.
         """
-        group_id = PLAIN_TASKS if is_default else GroupId(next(self._group_ids))
+        if group_id is None:
+            group_id = PLAIN_TASKS if is_default else GroupId(next(self._group_ids))
         setup = msgspec.structs.replace(
             setup,
             node_id=self.node_id,
-            job_id=self.job_id,
+            job_id=setup.job_id or self.job_id,
             config=self.config,
             labels=dict(self.node.state.labels),
             accelerators=self.machine.variables,

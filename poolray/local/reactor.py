@@ -343,6 +343,8 @@ class Reactor:
         #: file descriptor -> (channel or None for a server's channel, host).
         self._watched: dict[int, tuple[socket.socket | None, Any]] = {}
         self._background: threading.Thread | None = None
+        #: One caller waits for as long as there is anything to do: no background thread is needed.
+        self.is_always_led = False
         #: Wakes the background thread; it sleeps on this and, while parked, on servers' news.
         self._park = Doorbell()
         self._parked = False
@@ -638,7 +640,7 @@ class Reactor:
         if self._parked:
             self._parked = False
             self._park.ring()
-        elif self._background is None and not self._stopped:
+        elif self._background is None and not self._stopped and not self.is_always_led:
             thread = threading.Thread(
                 target=self._run_background, name="poolray-reactor", daemon=True
             )

@@ -30,11 +30,11 @@ from poolray.client import Client
 from poolray.config import Config
 from poolray.exceptions import InternalError, PoolrayError
 from poolray.head.head import Head
-from poolray.ids import WORKER_ID_BYTES, ClientId, ObjectId, TaskId, TaskIdSource
+from poolray.ids import PLAIN_TASKS, WORKER_ID_BYTES, ClientId, ObjectId, TaskId, TaskIdSource
 from poolray.local import inspection, news, process_state
 from poolray.local.callbacks import CallbackThread
 from poolray.local.machine import Machine, Wishes, describe, usable_cpus
-from poolray.local.node_shell import PLAIN_TASKS, GroupHandle, NodeShell, store_bytes
+from poolray.local.node_shell import GroupHandle, NodeShell, store_bytes
 from poolray.local.reactor import Interrupts, Waitable
 from poolray.node.effects import (
     GroupDrained,

@@ -549,6 +549,7 @@ class WorkerClient:
             TaskIdSource(os.urandom(16)),
             self._object_serializer,
             is_worker=True,
+            tasks_group=setup.tasks_group,
         )
         self.api.current_task = process_state.current_task_id
         self.link.let_go = self.api.unview

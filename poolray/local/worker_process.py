@@ -108,8 +108,9 @@ def _set_streams(setup: WorkerSetup, reports: socket.socket) -> None:
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         return
     if setup.forward_output:
-        sys.stdout = _ForwardedStream(1, reports)
-        sys.stderr = _ForwardedStream(2, reports)
+        job_id = setup.job_id if setup.label_output else b""
+        sys.stdout = _ForwardedStream(1, reports, job_id)
+        sys.stderr = _ForwardedStream(2, reports, job_id)
         return
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -125,9 +126,11 @@ def _set_streams(setup: WorkerSetup, reports: socket.socket) -> None:
 class _ForwardedStream(io.TextIOBase):
     """Text that belongs to the driver's stream object, line by line."""
 
-    def __init__(self, number: int, reports: socket.socket) -> None:
+    def __init__(self, number: int, reports: socket.socket, job_id: bytes) -> None:
         self._number = number
         self._reports = reports
+        #: Whose worker this is, where whoever shows the text has to be told; else empty.
+        self._job_id = job_id
         self._pending = ""
         self._encode = msgspec.msgpack.Encoder().encode
 
@@ -141,6 +144,9 @@ class _ForwardedStream(io.TextIOBase):
     def flush(self) -> None:
         """Send what there is."""
         text, self._pending = self._pending, ""
+        if not text:
+            return
+        label = self._label() if self._job_id else ""
         for start in range(0, len(text), _OUTPUT_PART):
             end = start + _OUTPUT_PART
             part = WorkerOutput(
@@ -148,11 +154,19 @@ class _ForwardedStream(io.TextIOBase):
                 text=text[start:end],
                 source=threading.get_native_id(),
                 unfinished=end < len(text),
+                label=label,
+                pid=os.getpid() if self._job_id else 0,
+                job_id=self._job_id,
             )
             try:
                 self._reports.send(self._encode(part))
             except OSError:
                 return  # the driver is gone: nobody reads
+
+    def _label(self) -> str:
+        from poolray.local import process_state
+
+        return process_state.output_label()
 
     def writable(self) -> bool:
         """Yes."""

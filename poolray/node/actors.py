@@ -24,7 +24,7 @@ from poolray.exceptions import (
     InternalError,
     PoolrayError,
 )
-from poolray.ids import ActorId, ClientId, ObjectId, TaskId, WorkerId, handle_of, return_id
+from poolray.ids import ActorId, ClientId, GroupId, ObjectId, TaskId, WorkerId, handle_of, return_id
 from poolray.node.actor_record import (
     Actor,
     Lane,
@@ -879,6 +879,15 @@ class Actors:
         )
 
     # ---- looking in ------------------------------------------------------------------------------
+
+    def has_detached(self, group_id: GroupId) -> bool:
+        """Whether a detached actor that is not dead belongs to these workers."""
+        for actor in self.actors.values():
+            if actor.message.detached and actor.life.state is not DEAD:
+                queue = self._state.classes.get(actor.message.task.class_id)
+                if queue is not None and queue.task_class.group_id == group_id:
+                    return True
+        return False
 
     def kept_creations(self) -> Iterator[TaskRecord]:
         """Constructors' calls that are over and kept with the actors that they made."""

@@ -22,7 +22,7 @@ import msgspec
 
 from poolray.config import Config
 from poolray.exceptions import InternalError, PoolrayError
-from poolray.ids import ClientId, NodeId, TaskId, WorkerId
+from poolray.ids import ClientId, GroupId, NodeId, TaskId, WorkerId
 from poolray.node.actors import Actors
 from poolray.node.actors_elsewhere import ActorsElsewhere
 from poolray.node.borrowing import client_of
@@ -554,6 +554,8 @@ class Node:
                 peers.on_forwarded(node_id, message)
             case ForwardedResults():
                 peers.on_results(node_id, message)
+                if not all(item.returned for item in message.results):
+                    self._dispatch_all()  # what waited may follow where there is room again
             case PeerReleases():
                 peers.borrowing.on_releases(node_id, message.object_ids)
             case CancelForwarded():
@@ -605,9 +607,7 @@ class Node:
         match message:
             case ClusterView():
                 self._peers.on_view(message.nodes)
-                for group in list(self.state.groups.values()):
-                    if group.ready:
-                        self._dispatcher.dispatch(group)
+                self._dispatch_all()
             case NodeDied():
                 self._peers.on_node_died(message.node_id)
             case Refused():
@@ -641,6 +641,12 @@ class Node:
                 self._actors.hosting.on_drop(message)
             case _:
                 raise InternalError(f"a node does not ask for {type(message).__name__}")
+
+    def _dispatch_all(self) -> None:
+        """There may be room elsewhere for what waits."""
+        for group in list(self.state.groups.values()):
+            if group.ready:
+                self._dispatcher.dispatch(group)
 
     # ---- time ------------------------------------------------------------------------------------
 
@@ -718,6 +724,10 @@ class Node:
         """The name of a task's state, or None when it has ended or is unknown."""
         record = self.state.tasks.get(task_id)
         return record.state.name if record is not None else None
+
+    def has_detached(self, group_id: GroupId) -> bool:
+        """Whether a detached actor that is not dead belongs to a group's workers."""
+        return self._actors.has_detached(group_id)
 
     def statistics(self) -> NodeStatistics:
         """A snapshot of the tables."""

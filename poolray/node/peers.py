@@ -66,6 +66,7 @@ class Peers:
     """The side of a node that faces other nodes."""
 
     __slots__ = (
+        "_charged",
         "_functions",
         "_objects",
         "_state",
@@ -93,6 +94,8 @@ class Peers:
         self.draining: Draining
         #: Live peers as the head saw them last, less what was forwarded since.
         self.views: dict[NodeId, NodeView] = {}
+        #: peer -> forwarded tasks by which its view is less than what was reported last.
+        self._charged: dict[NodeId, dict[TaskId, dict[str, int]]] = {}
         #: Peers that are dead for good; what still comes from them is ignored.
         self.dead: dict[NodeId, None] = {}
         self.transfers = Transfers(state, store, objects)
@@ -115,6 +118,7 @@ class Peers:
             return False
         queue.queue.popleft()
         queue.queued_calls -= 1
+        self._charged.setdefault(target, {})[record.task_id] = queue.task_class.resources
         self._tasks.forward(record, target)
         self._send(record, target, functions)
         self.streams.on_forwarded(record, target)
@@ -155,12 +159,7 @@ class Peers:
         available = dict(best.available)
         for name, amount in demand.items():
             available[name] = available.get(name, 0) - amount
-        self.views[best.node_id] = NodeView(
-            node_id=best.node_id,
-            total=best.total,
-            available=available,
-            queued_tasks=best.queued_tasks,
-        )
+        self.views[best.node_id] = msgspec.structs.replace(best, available=available)
         return best.node_id
 
     def _send(
@@ -222,6 +221,21 @@ class Peers:
             else:
                 self._tasks.finish(record, item.result, writer)
             self._objects.release_all(fresh)  # the values hold them now
+            # (Afterwards: a task that came back does not go there again at once.)
+            self._refund(node_id, item.task_id)
+
+    def _refund(self, node_id: NodeId, task_id: TaskId) -> None:
+        """A peer is done with a task: what it took there is free again.
+
+        The head would not say so: it tells of changes, and between two reports there was none.
+        """
+        demand = self._charged.get(node_id, {}).pop(task_id, None)
+        view = self.views.get(node_id)
+        if demand and view is not None:
+            available = dict(view.available)
+            for name, amount in demand.items():
+                available[name] = available.get(name, 0) + amount
+            self.views[node_id] = msgspec.structs.replace(view, available=available)
 
     def on_items(self, node_id: NodeId, message: ForwardedItems) -> None:
         """What a generator that we gave away has yielded there."""
@@ -359,6 +373,7 @@ class Peers:
         for view in views:
             if view.node_id != self._state.node_id and view.node_id not in self.dead:
                 self.views[view.node_id] = view
+                self._charged.pop(view.node_id, None)
 
     def on_node_died(self, node_id: NodeId) -> None:
         """A peer is dead: its tasks and objects are decided again."""
@@ -370,6 +385,7 @@ class Peers:
         self.views.pop(node_id, None)
         self.actors.hosting.on_node_died(node_id)
         stopped = self.transfers.on_node_died(node_id)
+        self._charged.pop(node_id, None)
         client_id = client_of(node_id)
         self._tasks.cancel(
             [

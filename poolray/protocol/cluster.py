@@ -16,6 +16,7 @@ from typing import TypeAlias
 import msgspec
 
 from poolray.ids import GroupId, NodeId
+from poolray.protocol.directory import NodeRow
 
 
 class FrameKind(enum.IntEnum):
@@ -51,7 +52,7 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=502, kw_only=Tru
     client_id: bytes
     arena_bytes: int
     #: Fields of the daemon's `Config` that differ from the defaults.
-    config: dict[str, float]
+    config: dict[str, int | float]
     labels: dict[str, str]
     head_address: str  #: HOST:PORT
     node_address: str  #: the node's host
@@ -100,13 +101,7 @@ class JobStarted(msgspec.Struct, frozen=True, array_like=True, tag=521, kw_only=
     log_to_driver: bool = True
 
 
-class JobEnded(msgspec.Struct, frozen=True, array_like=True, tag=522, kw_only=True):
-    """The job's driver is gone: so are its workers, save those of detached actors."""
-
-    job_id: bytes
-
-
-DaemonMessage: TypeAlias = JobStarted | JobEnded | Output
+DaemonMessage: TypeAlias = JobStarted | Output
 
 
 # ---- questions -----------------------------------------------------------------------------------
@@ -131,35 +126,10 @@ class Who(msgspec.Struct, frozen=True, array_like=True, tag=551, kw_only=True):
     session_folder: str = ""
 
 
-class NodeFacts(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """A node as its daemon describes it to the head's daemon."""
-
-    node_id: NodeId
-    host: str  #: where peers reach it
-    port: int
-    hostname: str
-    machine: str  #: the same for all processes of one machine
-    pid: int
-    socket_path: str  #: where drivers on the same machine sign on
-    is_head: bool = False
-
-
-class NodeStatus(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """A node as the head sees it."""
-
-    facts: NodeFacts
-    is_alive: bool
-    total: dict[str, int]
-    available: dict[str, int]
-    labels: dict[str, str] = {}
-    queued_tasks: int = 0
-    demands: list[tuple[dict[str, int], int]] = []  #: what waits: demand of a task, and how many
-
-
 class Nodes(msgspec.Struct, frozen=True, array_like=True, tag=552, kw_only=True):
     """The cluster, as the head sees it."""
 
-    nodes: list[NodeStatus]
+    nodes: list[NodeRow]
     jobs: int
     session_folder: str
 
@@ -168,13 +138,6 @@ class NotUnderstood(msgspec.Struct, frozen=True, array_like=True, tag=553, kw_on
     """This daemon does not answer such questions."""
 
     reason: str
-
-
-class SetOut(msgspec.Struct, frozen=True, array_like=True, tag=561, kw_only=True):
-    """A node's daemon tells the head's where it is; goes before its registration."""
-
-    facts: NodeFacts
-    labels: dict[str, str] = {}
 
 
 Question: TypeAlias = AskWho | AskNodes

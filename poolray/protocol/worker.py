@@ -192,6 +192,10 @@ class WorkerOutput(msgspec.Struct, frozen=True, array_like=True, tag=19, kw_only
     source: int
     #: The rest follows: one write arrives whole, not mixed with what others print.
     unfinished: bool = False
+    # In a cluster, where whoever shows it knows nothing of the worker:
+    label: str = ""  #: of the task or actor
+    pid: int = 0
+    job_id: bytes = b""
 
 
 class NoteTopic(enum.IntEnum):

@@ -67,6 +67,10 @@ PUBLIC_NAMES = {
         "PARENT_CLASS_NODE_KEY",
         "PREV_CLASS_METHOD_CALL_KEY",
     ],
+    "poolray.cluster_utils": [
+        "Cluster",
+        "ClusterNode",
+    ],
     "poolray.cluster_state": [
         "available_resources",
         "cluster_resources",

@@ -1,0 +1,461 @@
+"""A driver of a cluster: its requests go to its node's daemon, whose machine decides.
+
+      API ──requests──▶ DriverRuntime ══Unix socket══▶ node's daemon
+       ▲                     │ Reactor: the thread that waits is the one that reads
+       └── values ◀── arena, mapped; replies, what workers print ◀══╝
+
+What: the driver's side of the conversation that `cluster/sessions.py` leads.
+Who calls: `api.py`, when it is given an address; its client, through `Link`.
+May touch: a socket, threads, standard streams.
+Invariants: replies are read by one thread at a time; when the daemon is gone, everybody who waits
+is told so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, final
+
+import msgspec
+
+from poolray.client import Client
+from poolray.cluster import places
+from poolray.cluster.output import OutputFilter
+from poolray.cluster.stream import FRAME_BYTES_MAX, FrameReader, frame
+from poolray.config import Config
+from poolray.exceptions import ClusterConnectionError
+from poolray.ids import WORKER_ID_BYTES, NodeId, ObjectId, TaskIdSource
+from poolray.local import process_state
+from poolray.local.reactor import Guard, Interrupts, Reactor, Waitable
+from poolray.objects.serialization import Serializer
+from poolray.objects.shared_memory import Arena
+from poolray.protocol.client import (
+    AllocateRange,
+    CancelRequest,
+    ClientReply,
+    GetObjects,
+    ObjectValues,
+    RangeGranted,
+    ReturnRange,
+    UnpinObjects,
+    WaitObjects,
+)
+from poolray.protocol.cluster import Farewell, Hello, Output, UserError, UserNotice, Welcome
+from poolray.protocol.state import QueryState, StateKind, StateRow, StateRows
+from poolray.protocol.values import InArena
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(ClientReply | Farewell | Output | UserNotice | UserError).decode
+_decode_welcome = msgspec.msgpack.Decoder(Welcome | Farewell).decode
+
+_SIGN_ON_S = 10.0
+
+
+@final
+class _Request(Waitable):
+    """A request of a thread of this process."""
+
+    __slots__ = ("call", "parts")
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: The reply; a large one comes in parts. Nothing once done: the daemon is gone.
+        self.parts: list[Any] = []
+        #: Called with the reply instead of waking a thread.
+        self.call: Callable[[Any], None] | None = None
+
+
+def sign_on(name: str, hello: Hello) -> tuple[socket.socket, Welcome, int]:
+    """Begin a conversation with a daemon on this machine.
+
+    Returns
+    -------
+    channel : socket
+    welcome : Welcome
+    descriptor : int
+        Of the arena.
+
+    Raises
+    ------
+    ClusterConnectionError
+        It is not there, or will not speak with us.
+    """
+    try:
+        channel = places.connect(name, _SIGN_ON_S)
+    except OSError as error:
+        raise ClusterConnectionError(f"The node's daemon cannot be reached: {error}.") from error
+    descriptors: list[int] = []
+    try:
+        channel.sendall(frame(_encode(hello)))
+        data, descriptors, _, _ = socket.recv_fds(channel, 1 << 20, 1)
+        while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "little"):
+            more = channel.recv(1 << 20)
+            if not more:
+                raise ClusterConnectionError("The node's daemon does not take this driver in.")
+            data += more
+        welcome = _decode_welcome(data[4:])
+        if isinstance(welcome, Farewell):
+            raise ClusterConnectionError(f"The node's daemon refuses: {welcome.reason}.")
+        channel.settimeout(None)
+        return channel, welcome, descriptors[0]
+    except (OSError, IndexError, msgspec.MsgspecError) as error:
+        raise ClusterConnectionError(
+            f"The node's daemon does not take this driver in: {error}."
+        ) from error
+    except BaseException:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        channel.close()
+        raise
+
+
+@final
+class DriverRuntime:
+    """This process as a driver of a cluster."""
+
+    def __init__(self, name: str, hello: Hello) -> None:
+        channel, welcome, descriptor = sign_on(name, hello)
+        self._channel = channel
+        self.welcome = welcome
+        self.pid = os.getpid()
+        self.node_id = NodeId(welcome.node_id)
+        self.job_id = welcome.job_id
+        self.driver_id = os.urandom(WORKER_ID_BYTES)
+        fields = Config.__dataclass_fields__
+        known = {k: v for k, v in welcome.config.items() if k in fields}
+        self.config = Config(**{k: type(getattr(Config(), k))(v) for k, v in known.items()})
+        self.guard = Guard()
+        self.reactor = Reactor(self, self.guard, self.config.spin_s, self.config.takeover_s)
+        self.interrupts = Interrupts(self.guard)
+        self.ended = ""
+        self._closed = False
+        self._reader = FrameReader(channel)
+        #: Keeps frames of several threads apart, in the order in which they were begun.
+        self._sending = threading.Lock()
+        self._request_ids = itertools.count(1)
+        self._requests: dict[int, _Request] = {}
+        self._deliveries: deque[Any] = deque()
+        self._output = OutputFilter(welcome.node_address)
+        #: Why the daemon is gone; empty: it is there.
+        self._lost = ""
+        self.arena = Arena(descriptor, welcome.arena_bytes)
+        task_ids = TaskIdSource(os.urandom(16))
+        # The daemon's workers have nothing of our `__main__`, nor of modules of ours that they
+        # cannot import: these go by value.
+        serializer = Serializer(
+            main_definitions={}, out_of_band_all=True, modules=frozenset(sys.builtin_module_names)
+        )
+        self.client = Client(
+            self,
+            self.arena,
+            self.config,
+            task_ids,
+            serializer,
+            tasks_group=welcome.group_id,
+        )
+        self.client.ring_when_dropped(self.reactor.ring_if_parked)
+        self.reactor.watch_other(channel, self)
+        self.reactor.ensure_background()
+        process_state.on_fork_in_child(self._abandon)
+
+    # ---- what the reactor drives (`Pumped`) ------------------------------------------------------
+
+    def on_packet(self, host: Any, packet: bytes) -> None:
+        """Workers are the daemon's: none reports here."""
+
+    def on_server_news(self, host: Any) -> None:
+        """The daemon says something, or is gone."""
+        if self._closed:
+            return
+        frames = self._reader.read()
+        if frames is None:
+            self._lose("its daemon has ended or was killed")
+            return
+        for body in frames:
+            self._take(_decode(body))
+
+    def _take(self, message: Any) -> None:
+        kind = type(message)
+        if kind is Farewell:
+            self._lose(message.reason)
+        elif kind is Output or kind is UserNotice or kind is UserError:
+            self._deliveries.append(message)
+        else:
+            request = self._requests.get(message.request_id)
+            if request is None:
+                return
+            request.parts.append(message)
+            if isinstance(message, (ObjectValues, StateRows)) and message.more:
+                return
+            self._requests.pop(message.request_id, None)
+            if request.call is not None:
+                self._deliveries.append(request)
+            request.finish()
+            self.reactor.wake_if_other()
+
+    def _lose(self, reason: str) -> None:
+        """Nobody answers any more."""
+        if self._lost or self._closed:
+            return
+        self._lost = reason
+        self.reactor.unwatch_other(self._channel)
+        for request in list(self._requests.values()):
+            request.finish()
+        self._requests.clear()
+        self.reactor.wake_if_other()
+
+    def _lost_error(self) -> ClusterConnectionError:
+        return ClusterConnectionError(
+            f"The connection to the cluster at {self.welcome.head_address} is gone: {self._lost}. "
+            "Call shutdown(), then init() to connect again; objects and actors of this job are "
+            "lost."
+        )
+
+    def settle(self) -> None:
+        """Hand over what is for users."""
+        deliveries = self._deliveries
+        while deliveries:
+            try:
+                item = deliveries.popleft()
+            except IndexError:
+                break
+            self._hand_over(item)
+        self._output.flush_due()
+        if self.client.dropped and not self._lost:
+            self.client.sync_references()
+
+    def _hand_over(self, item: Any) -> None:
+        kind = type(item)
+        if kind is _Request:
+            item.call(_joined(item.parts))
+        elif kind is Output:
+            self._output.show(item)
+        elif kind is UserNotice and item.is_warning:
+            import warnings
+
+            warnings.warn(item.text, RuntimeWarning, stacklevel=2)
+        elif kind is UserNotice:
+            self._output.say(f"poolray: {item.text}\n")
+        elif kind is UserError and not self.config.ignore_unhandled_errors and not self._closed:
+            error = self.client.load_error(item.value)
+            self._output.say(
+                f"Unhandled error (suppress with POOLRAY_IGNORE_UNHANDLED_ERRORS=1): {error}\n"
+            )
+
+    def is_unsettled(self) -> bool:
+        """Whether something waits to be handed over."""
+        return bool(self._deliveries)
+
+    def next_timeout(self) -> float | None:
+        """Seconds until repeated lines are due."""
+        return self._output.next_timeout()
+
+    def tick(self) -> None:
+        """Time has passed: `settle` looks."""
+
+    def is_crowded(self) -> bool:
+        """Of who runs on this machine's cores the daemon knows: we poll briefly."""
+        return True
+
+    def has_work(self) -> bool:
+        """Whether the daemon will answer something."""
+        return bool(self._requests or self._deliveries)
+
+    # ---- `Link` ----------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Hold Ctrl-C back until `leave`."""
+        self.guard.enter()
+
+    def leave(self) -> None:
+        """The end of `enter`."""
+        self.guard.leave()
+
+    def send(self, message: Any) -> None:
+        """Tell the node something."""
+        body = _encode(message)
+        if len(body) > FRAME_BYTES_MAX:
+            raise ValueError(f"a request of {len(body) >> 20} MiB is too large: use put()")
+        self.guard.enter()
+        try:
+            if self._lost:
+                raise self._lost_error()
+            with self._sending:
+                # (The daemon always reads, so this waits for a moment at the most.)
+                self._channel.sendall(frame(body))
+        except OSError as error:
+            self._lose("its daemon has ended or was killed")
+            raise self._lost_error() from error
+        finally:
+            self.guard.leave()
+
+    def _open(self) -> tuple[_Request, int]:
+        request, request_id = _Request(), next(self._request_ids)
+        self._requests[request_id] = request
+        return request, request_id
+
+    def _ask(
+        self, request: _Request, request_id: int, message: Any, timeout_s: float | None
+    ) -> Any:
+        try:
+            self.send(message)
+            if not self.reactor.wait(request, timeout_s):
+                # Answered with what there is, unless the answer is on its way already.
+                self.send(CancelRequest(request_id=request_id))
+                self.reactor.wait(request, None)
+        except BaseException:
+            self._forget(request_id)
+            raise
+        if not request.parts:
+            raise self._lost_error()
+        return _joined(request.parts)
+
+    def _forget(self, request_id: int) -> None:
+        """Nobody waits for it any more."""
+        if self._requests.pop(request_id, None) is not None and not self._lost:
+            self.send(CancelRequest(request_id=request_id))
+
+    def get(self, object_ids: list[ObjectId], timeout_s: float | None) -> ObjectValues | None:
+        """Values once all are ready or one has failed; None when the time is up."""
+        request, request_id = self._open()
+        message = GetObjects(request_id=request_id, object_ids=object_ids)
+        try:
+            reply: ObjectValues = self._ask(request, request_id, message, timeout_s)
+        except BaseException:
+            if request.parts and not self._lost:  # nobody will look at these
+                values = zip(object_ids, _joined(request.parts).values)
+                near = [o for o, v in values if type(v) is InArena and not v.node_id]
+                self.send(UnpinObjects(object_ids=near))
+            raise
+        return reply if reply.values else None
+
+    def wait(self, object_ids: list[ObjectId], count: int, timeout_s: float | None) -> list[int]:
+        """Indexes of the ready ones, once there are `count` or the time is up."""
+        request, request_id = self._open()
+        message = WaitObjects(request_id=request_id, object_ids=object_ids, count=count)
+        ready: list[int] = self._ask(request, request_id, message, timeout_s).ready
+        return ready
+
+    def allocate(self, object_id: ObjectId, size_bytes: int) -> RangeGranted:
+        """Where to write an object; waits while the node makes room."""
+        request, request_id = self._open()
+        message = AllocateRange(request_id=request_id, object_id=object_id, size_bytes=size_bytes)
+        try:
+            self.send(message)
+            # The caller holds Ctrl-C back for the sake of what it writes; nothing is written yet.
+            self.guard.sleep(self.reactor.wait, request, None)
+        except BaseException:
+            if not self._lost:
+                self._forget(request_id)
+                self.send(ReturnRange(object_id=object_id))  # if it was granted meanwhile
+            raise
+        if not request.parts:
+            raise self._lost_error()
+        granted: RangeGranted = request.parts[0]
+        return granted
+
+    def ask(self, make: Callable[[int], Any]) -> Any:
+        """Send the request that `make` makes of its number; gives the answer."""
+        request, request_id = self._open()
+        return self._ask(request, request_id, make(request_id), None)
+
+    def query(self, kind: StateKind) -> list[StateRow]:
+        """What the node tells of its tasks, workers, objects or itself."""
+        reply: StateRows = self.ask(lambda request_id: QueryState(request_id=request_id, kind=kind))
+        return reply.rows
+
+    def when_ready(
+        self, object_id: ObjectId, call: Callable[[ObjectValues], None]
+    ) -> Callable[[], None]:
+        """Call back once with the object's value; what it gives takes that back."""
+        return self._when_answered(
+            lambda number: GetObjects(request_id=number, object_ids=[object_id]), call
+        )
+
+    def when_there(self, object_id: ObjectId, call: Callable[[], None]) -> Callable[[], None]:
+        """The same for an object of which only the arrival matters."""
+        return self._when_answered(
+            lambda number: WaitObjects(request_id=number, object_ids=[object_id], count=1),
+            lambda reply: call(),
+        )
+
+    def _when_answered(
+        self, make: Callable[[int], Any], call: Callable[[Any], None]
+    ) -> Callable[[], None]:
+        request, request_id = self._open()
+        request.call = call
+        self.send(make(request_id))
+        self.reactor.ensure_background()
+        return lambda: self._forget(request_id)
+
+    # ---- the end ---------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was shut down."""
+        return self._closed
+
+    def shutdown(self) -> None:
+        """Leave the cluster: the job ends, and all that it holds."""
+        if self._closed or self.pid != os.getpid():
+            return
+        self._drain_output()
+        self._closed = True
+        self.ended = "has been shut down"
+        self.client.ended = "belongs to a runtime that has been shut down"
+        if not self._lost:
+            self.reactor.unwatch_other(self._channel)
+        for request in list(self._requests.values()):
+            request.finish()
+        self._requests.clear()
+        self.reactor.stop()
+        self.reactor.wait_for_callers(self.config.stop_timeout_s)
+        self._output.flush_all()
+        self.interrupts.restore()
+        process_state.off_fork_in_child(self._abandon)
+        self._channel.close()
+        self.reactor.close()
+        self.arena.close()
+
+    def _drain_output(self) -> None:
+        """Show what workers printed before their results were sent: it came before these."""
+        self.reactor.pump()  # unless somebody reads already
+        self.guard.enter()
+        try:
+            self.settle()
+        finally:
+            self.guard.leave()
+
+    def _abandon(self) -> None:
+        """In a forked child: close the parent's channel here, touch nothing else."""
+        self._closed = True
+        self.ended = self.client.ended = "belongs to the parent process of this fork"
+        self.guard.reset()
+        self.interrupts.restore()
+        self._channel.close()
+        self.reactor.close()
+        self.arena.forget_parent()
+
+
+def _joined(parts: list[Any]) -> Any:
+    """The parts of a reply as one."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, StateRows):
+        return msgspec.structs.replace(first, rows=[r for p in parts for r in p.rows], more=False)
+    values: list[Any] = []
+    errors: list[int] = []
+    for part in parts:
+        errors.extend(len(values) + index for index in part.errors)
+        values.extend(part.values)
+    return ObjectValues(request_id=first.request_id, values=values, errors=errors)
+
+
+__all__ = ["DriverRuntime", "sign_on"]

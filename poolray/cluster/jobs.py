@@ -1,0 +1,170 @@
+"""The jobs that a node's daemon knows: who their workers are, and who hears what they print.
+
+What: makes the workers of a job when it comes, ends them with it, finds the way to its driver.
+Who calls: the node's daemon.
+May touch: nothing by itself.
+Invariants: a job's workers are there before its first task is; they end with the job, unless a
+detached actor lives among them, and then with that.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol, final
+
+import msgspec
+
+from poolray.cluster.sessions import DriverSession
+from poolray.ids import GroupId, NodeId
+from poolray.protocol.cluster import JobStarted, Output
+from poolray.protocol.node import RegisterJob
+
+_logger = logging.getLogger(__name__)
+
+#: Numbers of jobs' groups begin here: those of an id are found from the other.
+_FIRST_GROUP = 1 << 40
+#: Ended jobs remembered: what comes late for them makes no workers.
+_ENDED_MAX = 4_096
+
+
+def group_of(job_id: bytes) -> GroupId:
+    """The workers of a job."""
+    return GroupId(_FIRST_GROUP + int.from_bytes(job_id, "big"))
+
+
+def job_of(group_id: GroupId) -> bytes:
+    """The job of these workers."""
+    return (group_id - _FIRST_GROUP).to_bytes(4, "big")
+
+
+@final
+class Job(msgspec.Struct):
+    """A job that has tasks here."""
+
+    facts: JobStarted
+    #: Its driver's session, if that is here; else the node that told of it, if one did.
+    session: Any = None
+    node_id: NodeId = NodeId(b"")
+    #: Nodes that know of it.
+    announced: dict[NodeId, None] = {}
+
+
+class Host(Protocol):
+    """What jobs need of the daemon."""
+
+    node_id: NodeId
+
+    def make_group(self, job: JobStarted) -> None:
+        """Workers for a job, unless it has some."""
+
+    def drop_group(self, group_id: GroupId) -> None:
+        """The workers of a job end."""
+
+    def has_detached(self, group_id: GroupId) -> bool:
+        """Whether a detached actor lives, or is to live, among these workers."""
+
+    def send_peer(self, node_id: NodeId, message: Any) -> None:
+        """Send a message to another node's daemon."""
+
+    def register_job(self, message: RegisterJob) -> None:
+        """Tell the head of a job that it may have forgotten."""
+
+
+@final
+class Jobs:
+    """The jobs of one node."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._jobs: dict[bytes, Job] = {}
+        self._ended: dict[bytes, None] = {}
+
+    def begin(self, job: Job) -> None:
+        """A job has come to this node."""
+        job_id = job.facts.job_id
+        if job_id in self._ended:
+            return
+        known = self._jobs.get(job_id)
+        if known is None:
+            self._jobs[job_id] = job
+        elif known.session is None and not known.node_id:
+            known.facts, known.node_id = job.facts, job.node_id
+        self._host.make_group(job.facts)
+
+    def ensure(self, group_id: GroupId) -> None:
+        """Tasks for these workers are coming."""
+        job_id = job_of(group_id)
+        if job_id not in self._jobs:
+            # A detached actor that outlived its job, or an ended one's late task: whose result
+            # nobody waits for, but somebody has to say so.
+            facts = JobStarted(job_id=job_id, group_id=group_id, namespace="")
+            self._jobs[job_id] = Job(facts)
+        self._host.make_group(self._jobs[job_id].facts)
+
+    def announce(self, group_id: GroupId, node_id: NodeId) -> None:
+        """A peer is about to be sent tasks for these workers."""
+        job = self._jobs.get(job_of(group_id))
+        if job is not None and node_id not in job.announced and node_id != job.node_id:
+            job.announced[node_id] = None
+            self._host.send_peer(node_id, job.facts)
+
+    def on_output(self, output: Output) -> None:
+        """A worker of a job has printed something."""
+        job = self._jobs.get(output.job_id)
+        if job is None or not job.facts.log_to_driver:
+            return
+        session: DriverSession | None = job.session
+        if session is not None:
+            session.send(output)
+        elif job.node_id and job.node_id != self._host.node_id:
+            self._host.send_peer(job.node_id, output)
+
+    def on_group_failed(self, group_id: GroupId) -> None:
+        """A job's fork server was killed: the next task makes another one."""
+        self._host.drop_group(group_id)
+
+    def end(self, job_id: bytes) -> None:
+        """A job's driver is gone."""
+        job = self._jobs.get(job_id)
+        self._ended[job_id] = None
+        if len(self._ended) > _ENDED_MAX:
+            del self._ended[next(iter(self._ended))]
+        if job is None:
+            return
+        job.session, job.node_id = None, NodeId(b"")
+        self._drop(job)
+
+    def _drop(self, job: Job) -> None:
+        group_id = job.facts.group_id
+        if self._host.has_detached(group_id):
+            return
+        self._jobs.pop(job.facts.job_id, None)
+        self._host.drop_group(group_id)
+
+    def look_after_ended(self) -> None:
+        """The last detached actor of a job that has ended may have gone."""
+        for job_id, job in list(self._jobs.items()):
+            if job_id in self._ended:
+                self._drop(job)
+
+    def on_node_died(self, node_id: NodeId) -> None:
+        """Another node is dead, and with it the drivers that spoke with it."""
+        for job_id, job in list(self._jobs.items()):
+            job.announced.pop(node_id, None)
+            if job.node_id == node_id:
+                self.end(job_id)
+
+    def register_again(self) -> None:
+        """The head was started again."""
+        for job in self._jobs.values():
+            session: DriverSession | None = job.session
+            if session is not None and session.hello is not None:
+                self._host.register_job(
+                    RegisterJob(
+                        job_id=job.facts.job_id,
+                        node_id=self._host.node_id,
+                        entrypoint=session.hello.entrypoint,
+                        namespace=session.hello.namespace,
+                        info={"pid": str(session.hello.pid)},
+                    )
+                )

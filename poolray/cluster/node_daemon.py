@@ -1,0 +1,641 @@
+"""The node's daemon: a Node machine with workers, drivers on its machine, peers and a head.
+
+    drivers ══Unix sockets══▶ DriverSession ─┐                   ┌─▶ workers (`local/workers.py`)
+    peers   ══ZeroMQ, CURVE══▶ Switch ───────┼─▶ NodeShell, Node ┼─▶ Switch ══▶ peers, head
+    head    ══ZeroMQ, CURVE══▶   "   ────────┘                   └─▶ DriverSession ══▶ drivers
+
+What: carries messages to and from one Node machine, keeps the workers of each job apart.
+Who calls: `poolray start` starts it as a process of its own.
+May touch: processes, sockets, the clock, files.
+Invariants: one thread does everything; the workers of a job run nobody else's tasks and end with
+it; when this process ends, however it does, its workers end at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import platform
+import socket
+import sys
+import time
+from typing import Any, final
+
+import msgspec
+
+from poolray._version import __version__
+from poolray.cluster import daemon, places
+from poolray.cluster.auth import Credentials
+from poolray.cluster.head_daemon import HEAD_ID
+from poolray.cluster.jobs import Job, Jobs, group_of
+from poolray.cluster.options import NodeOptions, Ready
+from poolray.cluster.sessions import DriverSession, Reception
+from poolray.cluster.switch import Switch, split_address
+from poolray.cluster.transfer import ChunkStore
+from poolray.config import Config
+from poolray.exceptions import InternalError
+from poolray.ids import ClientId, GroupId, NodeId
+from poolray.local import process_state
+from poolray.local.fork_server import WorkerSetup
+from poolray.local.machine import Wishes, describe
+from poolray.local.node_shell import SHELL, NodeShell, store_bytes
+from poolray.local.reactor import Waitable
+from poolray.local.workers import WorkerHost
+from poolray.node.effects import (
+    GroupDrained,
+    GroupFailed,
+    Notice,
+    Reply,
+    SealFile,
+    SendChunk,
+    SendHead,
+    SendPeer,
+    UnhandledError,
+    Warn,
+    WriteChunk,
+)
+from poolray.protocol import PROTOCOL_VERSION
+from poolray.protocol.client import RangeGranted
+from poolray.protocol.cluster import (
+    Answer,
+    AskWho,
+    Hello,
+    JobStarted,
+    NotUnderstood,
+    Output,
+    Question,
+    UserError,
+    UserNotice,
+    Welcome,
+    Who,
+)
+from poolray.protocol.directory import JobEnded, LeaveCluster
+from poolray.protocol.node import (
+    ChunkData,
+    ClientLeft,
+    ClusterView,
+    FinishJob,
+    HeadMessage,
+    NodeDied,
+    PeerMessage,
+    Refused,
+    RegisterJob,
+)
+from poolray.protocol.worker import WorkerExited, WorkerOutput
+
+_logger = logging.getLogger(__name__)
+
+_DAEMON = ClientId(b"daemon")
+#: The head has been silent for this long: whoever started it has forgotten us.
+_HEAD_SILENCE_MAX_S = 60.0
+#: A driver's or worker's channel that was full is tried again after this long.
+_FLUSH_AGAIN_S = 0.001
+
+
+@final
+class _Channel:
+    """A ZeroMQ socket's descriptor among what the reactor polls."""
+
+    def __init__(self, descriptor: int, daemon_: NodeDaemon) -> None:
+        self._descriptor = descriptor
+        self._daemon = daemon_
+
+    def fileno(self) -> int:
+        """What to poll."""
+        return self._descriptor
+
+    def answer(self) -> None:
+        """It may have something: `settle` looks."""
+        self._daemon.is_switch_due = True
+
+
+@final
+class _Owner:
+    """Whoever started this daemon, and whose end is its end."""
+
+    def __init__(self, pid: int, daemon_: NodeDaemon) -> None:
+        self._descriptor = daemon.pidfd(pid)
+        self._daemon = daemon_
+        if self._descriptor >= 0:
+            daemon_.reactor.watch_other(self, self)  # type: ignore[arg-type]
+
+    def fileno(self) -> int:
+        """What to poll."""
+        return self._descriptor
+
+    def answer(self) -> None:
+        """It has ended."""
+        _logger.info("whoever started this daemon is gone: it ends")
+        self._daemon.reactor.unwatch_other(self)  # type: ignore[arg-type]
+        self._daemon.stop()
+
+
+@final
+class NodeDaemon(NodeShell):
+    """One node of a cluster."""
+
+    def __init__(self, options: NodeOptions) -> None:
+        config = Config.load(None, **options.config)
+        machine = describe(
+            config,
+            Wishes(
+                num_gpus=options.num_gpus,
+                memory_bytes=options.memory_bytes,
+                resources=options.resources,
+                labels=options.labels,
+            ),
+            store_bytes(config),
+            options.host,
+            options.is_head,
+        )
+        super().__init__(
+            config, machine, options.spill_directories, _DAEMON, bytes(4), has_head=True
+        )
+        self.reactor.is_always_led = True
+        self._options = options
+        self.jobs = Jobs(self)
+        self._sessions: dict[ClientId, DriverSession] = {}
+        self._addresses: dict[NodeId, tuple[str, int]] = {}
+        self._stop = Waitable()
+        self.is_rejoining = False
+        #: The switch has or may have something to read.
+        self.is_switch_due = True
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode_peer = msgspec.msgpack.Decoder(PeerMessage | JobStarted | Output).decode
+        self._decode_head = msgspec.msgpack.Decoder(HeadMessage).decode
+        self._chunks = ChunkStore(self.arena, self._path_of)
+        self._act.update(
+            {
+                SendChunk: self._act_send_chunk,
+                WriteChunk: self._act_write_chunk,
+                SealFile: self._act_seal_file,
+            }
+        )
+        self._switch = Switch(
+            own_id=self.node_id,
+            session=time.time_ns(),
+            credentials=Credentials.of(options.token) if options.token else None,
+            resend_after_s=config.resend_after_s,
+            on_message=self._on_message,
+        )
+        self._switch.answer = self._answer_question
+        self._switch.on_restarted = self._on_restarted
+        self._switch.on_refused = self._on_refused
+        self._switch.on_socket = self._watch_socket
+        self._switch.on_socket_closed = self._unwatch_socket
+        self._channels: dict[int, _Channel] = {}
+        port = self._switch.listen(options.host, options.port)
+        self.address = f"{options.host}:{port}"
+        self._reception = Reception(
+            self, places.socket_name("node", options.temp_dir, options.head_address)
+        )
+        self._owner = _Owner(options.owner_pid, self) if options.owner_pid else None
+        process_state.on_fork_in_child(self._abandon)
+        self._switch.connect(HEAD_ID, *split_address(options.head_address))
+        self._head_heard_s = time.monotonic()
+        self._register()
+
+    def ready(self) -> Ready:
+        """What to tell who started us."""
+        return Ready(
+            pid=os.getpid(),
+            address=self.address,
+            socket_name=self._reception.name,
+            node_id=self.node_id.hex(),
+        )
+
+    # ---- life ------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until stopped."""
+        _logger.info("node=%s listens at %s", self.node_id.hex()[:12], self.address)
+        self.reactor.wait(self._stop, None)
+        self._shut_down()
+        _logger.info("node=%s has ended", self.node_id.hex()[:12])
+
+    def stop(self) -> None:
+        """End; safe in a signal handler."""
+        self._stop.finish()
+        self.reactor.wake()
+
+    def _shut_down(self) -> None:
+        if not self.is_rejoining:
+            self._send_head(LeaveCluster(node_id=self.node_id, reason="it was stopped"))
+        reason = "its node has left the cluster" if self.is_rejoining else "the cluster was stopped"
+        self._reception.close()
+        for session in list(self._sessions.values()):
+            session.dismiss(reason)
+        self._end_groups()
+        self._closed = True
+        self.reactor.stop()
+        self._spill_threads.stop()
+        now = time.monotonic()
+        self._switch.service(now)
+        self._switch.close(linger_s=0.2)
+        self._close_shell()
+
+    def _abandon(self) -> None:
+        """In a forked child (a fork server): let go of what is the daemon's."""
+        self._abandon_shell()
+        self._switch.abandon()
+        _close_network_sockets()
+
+    def _end_groups(self) -> None:
+        for handle in list(self._groups.values()):
+            self.terminate_group(handle)
+        deadline = time.monotonic() + self.config.stop_timeout_s
+        for handle in list(self._groups.values()):
+            self.reactor.wait(handle, max(0.0, deadline - time.monotonic()))
+            self._end_group(handle.group_id)
+
+    # ---- the reactor's side ----------------------------------------------------------------------
+
+    def watch(self, channel: socket.socket, owner: Any) -> None:
+        """Call the owner's `answer` when the channel can be read."""
+        self.reactor.watch_other(channel, owner)
+
+    def unwatch(self, channel: socket.socket) -> None:
+        """Do not, any more."""
+        self.reactor.unwatch_other(channel)
+
+    def _watch_socket(self, descriptor: int) -> None:
+        channel = self._channels[descriptor] = _Channel(descriptor, self)
+        self.reactor.watch_other(channel, channel)  # type: ignore[arg-type]
+        self.is_switch_due = True
+
+    def _unwatch_socket(self, descriptor: int) -> None:
+        channel = self._channels.pop(descriptor, None)
+        if channel is not None:
+            self.reactor.unwatch_other(channel)  # type: ignore[arg-type]
+
+    def on_server_news(self, host: Any) -> None:
+        """A channel has something: a fork server's, a driver's, or the network's."""
+        if isinstance(host, (DriverSession, Reception, _Channel, _Owner)):
+            host.answer()
+        else:
+            super().on_server_news(host)
+
+    def on_packet(self, host: Any, packet: bytes) -> None:
+        """A worker's report."""
+        try:
+            super().on_packet(host, packet)
+        except InternalError:
+            # A report that came too late, or a bug: one job may suffer, the others must not.
+            _logger.exception("a worker's report cannot be taken")
+
+    def feed(self, sender: bytes, message: Any) -> None:
+        """Give the machine a message and do what it says."""
+        super().feed(sender, message)
+        self.is_switch_due = True  # what was sent may have swallowed the news of what came
+
+    def is_unsettled(self) -> bool:
+        """Whether something waits to be read or handed over."""
+        return self.is_switch_due or bool(self._deliveries)
+
+    def settle(self) -> None:
+        """Read the network; hand over what is for users."""
+        if self.is_switch_due:
+            self.is_switch_due = False
+            self.is_switch_due = self._switch.service(time.monotonic()) or self.is_switch_due
+        while self._deliveries:
+            self._hand_over(self._deliveries.popleft())
+
+    def next_timeout(self) -> float | None:
+        """Seconds until `tick` is due."""
+        timeout = super().next_timeout()
+        deadline = self._switch.next_deadline()
+        if any(session.waits for session in self._sessions.values()):
+            deadline = time.monotonic() + _FLUSH_AGAIN_S
+        if deadline is None:
+            return timeout
+        left = deadline - time.monotonic()
+        return left if timeout is None else min(timeout, left)
+
+    def tick(self) -> None:
+        """Time has passed."""
+        for session in list(self._sessions.values()):
+            session.flush()
+        now = time.monotonic()
+        self._switch.tick(now)
+        self.is_switch_due = True
+        super().tick()
+        heard = self._switch.heard_s(HEAD_ID)
+        if now - max(heard, self._head_heard_s) > _HEAD_SILENCE_MAX_S:
+            _logger.error("the head has been silent for %.0f s: this node ends", now - heard)
+            self.stop()
+
+    # ---- effects ---------------------------------------------------------------------------------
+
+    def _act_reply(self, effect: Reply) -> None:
+        session = self._sessions.get(effect.client_id)
+        if session is None:
+            super()._act_reply(effect)
+            return
+        message = effect.message
+        if type(message) is RangeGranted and message.offset < 0:
+            message = self._with_path(message)
+        session.send(message)
+
+    def _act_send_head(self, effect: SendHead) -> None:
+        self._send_head(effect.message)
+
+    def _send_head(self, message: Any) -> None:
+        self._switch.send(HEAD_ID, self._encode(message), time.monotonic())
+        self.is_switch_due = True
+
+    def _act_send_peer(self, effect: SendPeer) -> None:
+        for group_id in groups_in(effect.message):
+            self.jobs.announce(group_id, effect.node_id)
+        self.send_peer(effect.node_id, effect.message)
+
+    def send_peer(self, node_id: NodeId, message: Any) -> None:
+        """Send a message to another node's daemon."""
+        if not self._switch.is_reachable(node_id):
+            address = self._addresses.get(node_id)
+            if address is None:
+                _logger.warning("node=%s is nowhere", node_id.hex()[:12])
+                return
+            self._switch.connect(node_id, *address)
+        self._switch.send(node_id, self._encode(message), time.monotonic())
+        self.is_switch_due = True
+
+    def _act_send_chunk(self, effect: SendChunk) -> None:
+        data = self._chunks.read(effect.place, effect.offset, effect.size_bytes)
+        chunk = ChunkData(
+            object_id=effect.object_id,
+            offset=effect.offset,
+            data=b"" if data is None else data,  # type: ignore[arg-type]
+            missing=data is None,
+        )
+        self.send_peer(effect.node_id, chunk)
+
+    def _act_write_chunk(self, effect: WriteChunk) -> None:
+        self._chunks.write(effect.offset, effect.file_number, effect.data)
+
+    def _act_seal_file(self, effect: SealFile) -> None:
+        self._echoes.append(
+            self._chunks.seal(effect.file_number, effect.object_id, effect.size_bytes)
+        )
+
+    def _path_of(self, file_number: int) -> str:
+        granted = RangeGranted(request_id=0, offset=-1, file_number=file_number)
+        named = self._with_path(granted)
+        if named.refusal:
+            raise OSError(named.refusal)
+        return named.path
+
+    # ---- what is for users -----------------------------------------------------------------------
+
+    def _hand_over(self, item: Any) -> None:
+        kind = type(item)
+        if kind is WorkerOutput:
+            self.jobs.on_output(
+                Output(
+                    job_id=item.job_id,
+                    stream=item.stream,
+                    text=item.text,
+                    label=item.label,
+                    pid=item.pid,
+                    address=self._options.host,
+                )
+            )
+        elif kind is GroupDrained:
+            self._end_group(item.group_id)
+        elif kind is GroupFailed:
+            _logger.error("the workers of group %d do not start", item.group_id)
+            self.jobs.on_group_failed(item.group_id)
+        elif kind is Notice or kind is Warn:
+            _logger.warning("%s", item.text)
+            notice = UserNotice(text=item.text, is_warning=kind is Warn)
+            for session in list(self._sessions.values()):
+                session.send(notice)
+        elif kind is UnhandledError:
+            value = item.value
+            data: bytes | memoryview | None = value if isinstance(value, bytes) else None
+            if not isinstance(value, bytes):
+                data = self._chunks.read(value, 0, value.size_bytes)
+            if data is not None:
+                error = UserError(value=bytes(data))
+                for session in list(self._sessions.values()):
+                    session.send(error)
+
+    # ---- drivers ---------------------------------------------------------------------------------
+
+    def arena_descriptor(self) -> int:
+        """What drivers map."""
+        return self.arena.descriptor
+
+    def welcome(self, session: DriverSession, hello: Hello) -> Welcome:
+        """A driver has signed on: its job begins."""
+        job_id = os.urandom(4)
+        group_id = group_of(job_id)
+        session.job_id = job_id
+        self._sessions[session.client_id] = session
+        job = JobStarted(
+            job_id=job_id,
+            group_id=group_id,
+            namespace=hello.namespace,
+            log_to_driver=hello.log_to_driver,
+        )
+        self.jobs.begin(Job(job, session=session))
+        self._send_head(
+            RegisterJob(
+                job_id=job_id,
+                node_id=self.node_id,
+                entrypoint=hello.entrypoint,
+                namespace=hello.namespace,
+                info={"pid": str(hello.pid)},
+            )
+        )
+        _logger.info("job=%s begins: pid %d, %s", job_id.hex(), hello.pid, hello.entrypoint)
+        return Welcome(
+            node_id=self.node_id,
+            job_id=job_id,
+            group_id=group_id,
+            client_id=session.client_id,
+            arena_bytes=self.arena.capacity_bytes,
+            config=dataclasses.asdict(self.config),
+            labels=dict(self.node.state.labels),
+            head_address=self._options.head_address,
+            node_address=self._options.host,
+            session_folder=self._options.session_folder,
+        )
+
+    def on_request(self, session: DriverSession, message: Any) -> None:
+        """A driver wants something."""
+        try:
+            with self.guard:
+                self.feed(session.client_id, message)
+        except InternalError:
+            _logger.exception("a driver's request cannot be taken")
+
+    def on_left(self, session: DriverSession) -> None:
+        """A driver is gone: what it held is let go, and its job ends everywhere."""
+        self._sessions.pop(session.client_id, None)
+        _logger.info("job=%s ends", session.job_id.hex())
+        with self.guard:
+            self.feed(SHELL, ClientLeft(client_id=session.client_id))
+        self._send_head(FinishJob(job_id=session.job_id))
+        self.jobs.end(session.job_id)
+
+    def make_group(self, job: JobStarted) -> None:
+        """Workers for a job, unless it has some."""
+        if job.group_id in self._groups or self._closed:
+            return
+        setup = WorkerSetup(
+            config=self.config,
+            namespace=job.namespace,
+            job_id=job.job_id,
+            forward_output=True,
+            label_output=True,
+            tasks_group=job.group_id,
+            head_address=self._options.head_address,
+        )
+        self.create_group(
+            size=0, start_now=False, setup=setup, out_of_band_all=True, group_id=job.group_id
+        )
+
+    def drop_group(self, group_id: GroupId) -> None:
+        """The workers of a job end."""
+        handle = self._groups.get(group_id)
+        if handle is not None:
+            self.terminate_group(handle)
+
+    def has_detached(self, group_id: GroupId) -> bool:
+        """Whether a detached actor lives, or is to live, among these workers."""
+        return self.node.has_detached(group_id)
+
+    def _on_worker_exited(self, host: WorkerHost, message: WorkerExited) -> None:
+        super()._on_worker_exited(host, message)
+        self.jobs.look_after_ended()
+
+    # ---- peers and the head ----------------------------------------------------------------------
+
+    def _register(self) -> None:
+        host, _, _ = self.address.rpartition(":")
+        info = {
+            "host": host,
+            "hostname": socket.gethostname(),
+            "machine": places.machine_id(),
+            "pid": str(os.getpid()),
+            "socket": self._reception.name,
+            "is_head": "1" if self._options.is_head else "",
+            "session_folder": self._options.session_folder,
+        }
+        with self.guard:
+            message = self.node.register()
+        self._send_head(msgspec.structs.replace(message, address=self.address, info=info))
+
+    def _on_restarted(self, peer: bytes) -> None:
+        if peer == HEAD_ID:
+            _logger.warning("the head was started again")
+            self._register()
+            self.jobs.register_again()
+
+    def _on_refused(self, peer: bytes, reason: str) -> None:
+        _logger.error("peer=%s refuses us: %s", peer.hex()[:12], reason)
+        if peer == HEAD_ID:
+            self.stop()
+
+    def register_job(self, message: RegisterJob) -> None:
+        """Tell the head of a job that it may have forgotten."""
+        self._send_head(message)
+
+    def _on_message(self, peer: bytes, payload: bytes) -> None:
+        if peer == HEAD_ID:
+            self._on_head(self._decode_head(payload))
+            return
+        message = self._decode_peer(payload)
+        if isinstance(message, JobStarted):
+            self.jobs.begin(Job(message, node_id=NodeId(peer)))
+        elif isinstance(message, Output):
+            self.jobs.on_output(message)
+        else:
+            self._feed_remote(peer, message)
+
+    def _on_head(self, message: HeadMessage) -> None:
+        if isinstance(message, ClusterView):
+            for view in message.nodes:
+                if view.address and view.node_id != self.node_id:
+                    self._addresses[view.node_id] = split_address(view.address)
+        elif isinstance(message, Refused):
+            if self._stop.done:
+                return  # it has heard that we leave
+            _logger.error("the head refuses this node: %s", message.reason)
+            self.is_rejoining = message.is_dead
+            self.stop()
+            return
+        self._feed_remote(HEAD_ID, message)
+        if isinstance(message, NodeDied):
+            _logger.warning("node=%s %s", message.node_id.hex()[:12], message.reason)
+            self._switch.forget(message.node_id)
+            self._addresses.pop(message.node_id, None)
+            self.jobs.on_node_died(message.node_id)
+        elif isinstance(message, JobEnded):
+            self.jobs.end(message.job_id)
+
+    def _feed_remote(self, peer: bytes, message: Any) -> None:
+        for group_id in groups_in(message):
+            self.jobs.ensure(group_id)
+        try:
+            with self.guard:
+                self.feed(peer, message)
+        except InternalError as error:
+            _logger.warning("%s of %s: %s", type(message).__name__, peer.hex()[:12], error)
+
+    def _answer_question(self, question: Question) -> Answer:
+        if isinstance(question, AskWho):
+            return Who(
+                role="node",
+                pid=os.getpid(),
+                version=__version__,
+                python=platform.python_version(),
+                protocol_version=PROTOCOL_VERSION,
+                session_folder=self._options.session_folder,
+            )
+        return NotUnderstood(reason="a node knows itself only: ask the head")
+
+
+def groups_in(message: Any) -> list[GroupId]:
+    """Groups of workers that a message of a peer or of the head counts on."""
+    found = [task_class.group_id for task_class in getattr(message, "classes", ())]
+    single = getattr(message, "task_class", None)
+    if single is not None:
+        found.append(single.group_id)
+    creation = getattr(getattr(message, "entry", None), "creation", None) or getattr(
+        message, "creation", None
+    )
+    if creation is not None:
+        found.append(creation.task_class.group_id)
+    return [group_id for group_id in dict.fromkeys(found) if group_id]
+
+
+def _close_network_sockets() -> None:
+    """A fork server must not keep connections of the daemon open: peers see its end by theirs."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            duplicate = socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            continue  # no socket, or gone: it was the listing's own
+        with duplicate:
+            if duplicate.family in (socket.AF_INET, socket.AF_INET6):
+                os.close(int(name))
+
+
+def main() -> int:
+    """The whole life of a node's daemon; gives its exit code."""
+    pipe = int(sys.argv[2])
+    options = daemon.read_options(NodeOptions)
+    daemon.detach(options.session_folder, f"node-{os.getpid()}")
+    try:
+        node = NodeDaemon(options)
+    except BaseException as error:
+        daemon.report_failure(pipe, error)
+        return 1
+    daemon.on_stop(node.stop)
+    daemon.report(pipe, node.ready())
+    node.run()
+    if node.is_rejoining:
+        daemon.start_again(options)
+    return 0

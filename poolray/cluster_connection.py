@@ -1,0 +1,97 @@
+"""This process's connection to a cluster, if it has one.
+
+What: finds the cluster that an address means, signs on, and lets go of it.
+Who calls: `api.py`.
+May touch: nothing by itself; ZeroMQ is imported with the first address.
+Invariants: a process has one connection at a time, and it is not that of the process it was forked
+from.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from poolray.exceptions import ClusterConnectionError, NotSupportedError
+from poolray.local import process_state
+
+if TYPE_CHECKING:
+    from poolray.cluster.driver import DriverRuntime
+
+ADDRESS_VARIABLE = "POOLRAY_ADDRESS"
+_REMOTE = "poolray://"
+_current: DriverRuntime | None = None
+
+
+def runtime() -> DriverRuntime | None:
+    """The connection of this process; None: it has none."""
+    if _current is None or _current.closed or _current.pid != os.getpid():
+        return None
+    return _current
+
+
+def resolve(address: str | None) -> str | None:
+    """The address to use: the one given, or that of `POOLRAY_ADDRESS`; None: this machine alone."""
+    if address is None:
+        address = os.environ.get(ADDRESS_VARIABLE) or None
+    return None if address == "local" else address
+
+
+def connect(address: str, namespace: str, log_to_driver: bool) -> DriverRuntime:
+    """Sign on as a driver; the caller holds the lock of `process_state`.
+
+    Raises
+    ------
+    ConnectionError
+        There is no cluster, or it does not answer; the message names the address.
+    AuthenticationError
+        It does not know our token.
+    """
+    global _current
+    from poolray.cluster import launch
+    from poolray.cluster.driver import DriverRuntime
+    from poolray.protocol import PROTOCOL_VERSION
+    from poolray.protocol.cluster import Hello
+
+    if address.startswith((_REMOTE, "ray://")):
+        raise NotSupportedError(
+            f"address={address!r}: drivers outside of the cluster are not supported by this "
+            "version of poolray. Start a node on this machine (`poolray start --address=…`) and "
+            "give its cluster's address."
+        )
+    if address == "auto":
+        found = launch.find_head()
+        if found is None:
+            raise ClusterConnectionError(
+                "Could not find any running Ray instance. Please specify the one to connect to by "
+                f"setting `--address` flag or `{ADDRESS_VARIABLE}` environment variable, or start "
+                "one with `poolray start --head`."
+            )
+        address = found
+    row = launch.find_node(address, launch.credentials_for(address))
+    hello = Hello(
+        protocol_version=PROTOCOL_VERSION,
+        pid=os.getpid(),
+        namespace=namespace,
+        entrypoint=" ".join(sys.argv)[:1000],
+        log_to_driver=log_to_driver,
+    )
+    made = DriverRuntime(row.info["socket"], hello)
+    made.client.install()
+    process_state.install_driver(made.client)
+    _current = made
+    return made
+
+
+def disconnect() -> None:
+    """Let go of the connection, if there is one."""
+    global _current
+    found, _current = runtime(), None
+    if found is not None:
+        found.shutdown()
+
+
+# Before the interpreter's end has taken modules apart: what workers printed is shown.
+atexit.register(disconnect)
