@@ -1,4 +1,4 @@
-"""The command line: `poolray memory`, or `python -m poolray memory`.
+"""The command line: `poolray start`, `poolray memory` and so on, or `python -m poolray …`.
 
 What: parses options, asks drivers, prints.
 Who calls: users, in a terminal.
@@ -28,9 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="poolray", description="Look at running programs.")
+    parser = argparse.ArgumentParser(
+        prog="poolray",
+        description="Clusters: start, join, look, stop. Running programs: look into their memory.",
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
+    from poolray.cluster.commands import add_commands
+
+    add_commands(commands)
     memory = commands.add_parser(
         "memory",
         help="objects of running drivers: sizes, places, and who holds them",

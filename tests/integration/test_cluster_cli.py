@@ -1,0 +1,188 @@
+"""The command line of clusters: start, join, look, stop; what is left, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.support import wait_until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons need Linux")
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix="poolray-cli-"))
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture
+def poolray_command(folder: Path) -> Iterator[Run]:
+    """The command with folders, a home and daemons of its own."""
+    variables = {**os.environ, "HOME": str(folder), "POOLRAY_TMPDIR": str(folder / "runs")}
+    for name in ("POOLRAY_ADDRESS", "POOLRAY_AUTH_TOKEN", "POOLRAY_AUTH_TOKEN_PATH"):
+        variables.pop(name, None)
+
+    def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "poolray", *arguments],
+            env={**variables, **more},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    yield run
+    run("stop", "--force", "--temp-dir", str(folder / "runs"))
+
+
+def start_head(run: Run, *arguments: str, **variables: str) -> str:
+    done = run("start", "--head", "--port=0", "--num-cpus=1", *arguments, **variables)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"poolray start --address=(\S+)", done.stdout)
+    assert found, done.stdout
+    return found[1]
+
+
+def daemons(folder: Path) -> list[str]:
+    """Processes that the folder's daemons are, and their workers."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            continue
+        if state != "Z" and f"HOME={folder}\0".encode() in environment:
+            found.append(pid)
+    return found
+
+
+def test_a_cluster_is_started_joined_used_looked_at_and_stopped(
+    folder: Path, poolray_command: Run
+) -> None:
+    run = poolray_command
+    address = start_head(run)
+    token = folder / ".poolray" / "auth_token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    joined = run("start", f"--address={address}", "--num-cpus=2", '--resources={"disk": 3}')
+    assert joined.returncode == 0, joined.stderr
+    code = """
+import poolray
+poolray.init(address="auto")
+task = poolray.remote(lambda: poolray.get_runtime_context().get_node_id())
+print(len({poolray.get(task.remote()), poolray.get(task.options(num_cpus=2).remote())}))
+"""
+    program = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HOME": str(folder), "POOLRAY_TMPDIR": str(folder / "runs")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert program.stdout.strip() == "2", program.stderr
+    status = run("status", f"--address={address}")
+    assert status.returncode == 0, status.stderr
+    assert "Nodes: 2" in status.stdout
+    assert "0/3 CPU" in status.stdout
+    assert "0/3 disk" in status.stdout
+    logs = list((folder / "runs").glob("session_2*/logs/*.log"))
+    assert len(logs) == 3
+    stopped = run("stop", "--temp-dir", str(folder / "runs"))
+    assert "Stopped 3 daemon(s)." in stopped.stdout
+    wait_until(lambda: daemons(folder) == [], "the end of all processes", 10)
+    assert "No daemons" in run("stop", "--temp-dir", str(folder / "runs")).stdout
+
+
+def test_a_node_with_another_token_or_a_wrong_address_is_refused_in_words(
+    folder: Path, poolray_command: Run
+) -> None:
+    run = poolray_command
+    address = start_head(run)
+    refused = run("start", f"--address={address}", POOLRAY_AUTH_TOKEN="not the cluster's token")
+    assert refused.returncode == 1
+    assert address in refused.stderr
+    assert "token" in refused.stderr
+    nobody = run("start", "--address=127.0.0.1:9")
+    assert nobody.returncode == 1
+    assert "127.0.0.1:9" in nobody.stderr
+    nowhere = run("status", "--address=127.0.0.1:9")
+    assert nowhere.returncode == 1
+    assert "127.0.0.1:9" in nowhere.stderr
+
+
+def test_without_a_token_the_cluster_stays_on_this_machine(
+    folder: Path, poolray_command: Run
+) -> None:
+    run = poolray_command
+    off = {"POOLRAY_AUTH_MODE": "disabled"}
+    open_ = run("start", "--head", "--port=0", "--node-ip-address=0.0.0.0", **off)
+    assert open_.returncode == 1
+    assert "0.0.0.0" in open_.stderr
+    address = start_head(run, **off)
+    assert address.startswith("127.0.0.1:")
+    assert not (folder / ".poolray").exists()
+    assert run("status", f"--address={address}", **off).returncode == 0
+
+
+def test_blocking_start_ends_with_its_daemons(folder: Path, poolray_command: Run) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "poolray", "start", "--head", "--port=0", "--block"],
+        env={**os.environ, "HOME": str(folder), "POOLRAY_TMPDIR": str(folder / "runs")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "Ctrl-C" in line:
+            break
+    poolray_command("stop", "--temp-dir", str(folder / "runs"))
+    process.stdout.close()
+    assert process.wait(20) == 0
+    assert daemons(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "--head"),
+        (["--head", "--address=127.0.0.1:1"], "--head"),
+        (["--head", "--include-dashboard=true"], "dashboard"),
+        (["--address=127.0.0.1:1", "--port=5"], "--port"),
+        (["--address=here"], "HOST:PORT"),
+        (["--head", "--resources=many"], "JSON"),
+        (["--head", "--labels=a"], "KEY=VALUE"),
+        (["--head", '--system-config={"no_such_field": 1}'], "no_such_field"),
+        (["--head", "--min-worker-port=1"], "ports"),
+    ],
+)
+def test_what_cannot_be_started_is_refused(
+    poolray_command: Run, folder: Path, arguments: list[str], text: str
+) -> None:
+    done = poolray_command("start", *arguments)
+    assert done.returncode != 0
+    assert text in done.stderr
+    assert daemons(folder) == []
+
+
+def test_the_token_is_printed_when_there_is_one(folder: Path, poolray_command: Run) -> None:
+    run = poolray_command
+    assert run("get-auth-token").returncode == 1
+    made = run("get-auth-token", "--generate")
+    assert re.fullmatch(r"[0-9a-f]{64}\n", made.stdout)
+    assert run("get-auth-token").stdout == made.stdout
