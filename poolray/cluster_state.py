@@ -25,8 +25,16 @@ def ask(kind: StateKind) -> list[StateRow]:
     return find_client().link.query(kind)
 
 
-def _node() -> NodeRow:
-    return cast(NodeRow, ask(StateKind.NODES)[0])
+def _nodes() -> list[NodeRow]:
+    return cast("list[NodeRow]", ask(StateKind.NODES))
+
+
+def _sum(tables: list[dict[str, int]]) -> dict[str, float]:
+    total: dict[str, int] = {}
+    for table in tables:
+        for name, amount in table.items():
+            total[name] = total.get(name, 0) + amount
+    return from_fixed(total)
 
 
 def wall_clock_offset_s() -> float:
@@ -43,7 +51,7 @@ def cluster_resources() -> dict[str, float]:
     >>> poolray.cluster_resources()["CPU"] >= 1
     True
     """
-    return from_fixed(_node().total)
+    return _sum([row.total for row in _nodes() if row.is_alive])
 
 
 def available_resources() -> dict[str, float]:
@@ -55,11 +63,11 @@ def available_resources() -> dict[str, float]:
     >>> poolray.available_resources().keys() <= poolray.cluster_resources().keys()
     True
     """
-    return from_fixed(_node().available)
+    return _sum([row.available for row in _nodes() if row.is_alive])
 
 
 def nodes() -> list[dict[str, Any]]:
-    """The machines: one, until there is a cluster.
+    """The machines: one without a cluster; those that have gone lately are among them.
 
     Returns
     -------
@@ -75,29 +83,33 @@ def nodes() -> list[dict[str, Any]]:
     """
     import socket
 
-    row = _node()
-    return [
-        {
-            "NodeID": row.node_id.hex(),
-            "Alive": True,
-            "NodeManagerAddress": NODE_ADDRESS,
-            "NodeManagerHostname": socket.gethostname(),
-            "NodeManagerPort": 0,
-            "ObjectManagerPort": 0,
-            "ObjectStoreSocketName": "",
-            "RayletSocketName": "",
-            "MetricsExportPort": 0,
-            "MetricsAgentPort": 0,
-            "DashboardAgentListenPort": 0,
-            "NodeName": NODE_ADDRESS,
-            "RuntimeEnvAgentPort": 0,
-            "DeathReason": 0,
-            "DeathReasonMessage": "",
-            "alive": True,
-            "Resources": from_fixed(row.total),
-            "Labels": row.labels,
-        }
-    ]
+    hostname = socket.gethostname()
+    return [_describe(row, hostname) for row in _nodes()]
+
+
+def _describe(row: NodeRow, hostname: str) -> dict[str, Any]:
+    host, _, port = row.address.rpartition(":")
+    address = host.strip("[]") or NODE_ADDRESS
+    return {
+        "NodeID": row.node_id.hex(),
+        "Alive": row.is_alive,
+        "NodeManagerAddress": address,
+        "NodeManagerHostname": row.info.get("hostname", hostname),
+        "NodeManagerPort": int(port or 0),
+        "ObjectManagerPort": int(port or 0),
+        "ObjectStoreSocketName": "",
+        "RayletSocketName": row.info.get("socket", ""),
+        "MetricsExportPort": 0,
+        "MetricsAgentPort": 0,
+        "DashboardAgentListenPort": 0,
+        "NodeName": address,
+        "RuntimeEnvAgentPort": 0,
+        "DeathReason": 0,
+        "DeathReasonMessage": "",
+        "alive": row.is_alive,
+        "Resources": from_fixed(row.total) if row.is_alive else {},
+        "Labels": row.labels,
+    }
 
 
 def get_gpu_ids() -> list[int] | list[str]:

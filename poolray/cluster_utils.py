@@ -318,10 +318,10 @@ class Cluster:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise TimeoutError(f"Timed out while waiting for {what} of the cluster to join.")
-            rows = ask(self.address, AskNodes(), Nodes, credentials, left_s).nodes
-            if holds(rows):
+            asked = [self.address, *(node.address for node in self.list_all_nodes())]
+            if all(holds(ask(a, AskNodes(), Nodes, credentials, left_s).nodes) for a in asked):
                 return
-            time.sleep(0.01)
+            time.sleep(0.005)
 
     # ---- the head --------------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ from poolray.protocol.cluster import (
     AskWho,
     Hello,
     JobStarted,
-    NotUnderstood,
+    Nodes,
     Output,
     Question,
     UserError,
@@ -70,7 +70,7 @@ from poolray.protocol.cluster import (
     Welcome,
     Who,
 )
-from poolray.protocol.directory import JobEnded, LeaveCluster
+from poolray.protocol.directory import JobEnded, LeaveCluster, NodeRow
 from poolray.protocol.node import (
     ChunkData,
     ClientLeft,
@@ -78,6 +78,7 @@ from poolray.protocol.node import (
     FinishJob,
     HeadMessage,
     NodeDied,
+    NodeView,
     PeerMessage,
     Refused,
     RegisterJob,
@@ -157,6 +158,8 @@ class NodeDaemon(NodeShell):
         self.jobs = Jobs(self)
         self._sessions: dict[ClientId, DriverSession] = {}
         self._addresses: dict[NodeId, tuple[str, int]] = {}
+        #: Living nodes as the head told of them last, this one among them.
+        self._views: dict[NodeId, NodeView] = {}
         self._stop = Waitable()
         self.is_rejoining = False
         #: The switch has or may have something to read.
@@ -557,6 +560,7 @@ class NodeDaemon(NodeShell):
     def _on_head(self, message: HeadMessage) -> None:
         if isinstance(message, ClusterView):
             for view in message.nodes:
+                self._views[view.node_id] = view
                 if view.address and view.node_id != self.node_id:
                     self._addresses[view.node_id] = split_address(view.address)
         elif isinstance(message, Refused):
@@ -571,6 +575,7 @@ class NodeDaemon(NodeShell):
             _logger.warning("node=%s %s", message.node_id.hex()[:12], message.reason)
             self._switch.forget(message.node_id)
             self._addresses.pop(message.node_id, None)
+            self._views.pop(message.node_id, None)
             self.jobs.on_node_died(message.node_id)
         elif isinstance(message, JobEnded):
             self.jobs.end(message.job_id)
@@ -594,7 +599,22 @@ class NodeDaemon(NodeShell):
                 protocol_version=PROTOCOL_VERSION,
                 session_folder=self._options.session_folder,
             )
-        return NotUnderstood(reason="a node knows itself only: ask the head")
+        folder = self._options.session_folder
+        return Nodes(nodes=self._known_nodes(), jobs=0, session_folder=folder)
+
+    def _known_nodes(self) -> list[NodeRow]:
+        return [
+            NodeRow(
+                node_id=view.node_id,
+                status=view.status,
+                total=view.total,
+                available=view.available,
+                labels=view.labels,
+                address=view.address,
+                info=view.info,
+            )
+            for view in self._views.values()
+        ]
 
 
 def groups_in(message: Any) -> list[GroupId]:

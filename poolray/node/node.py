@@ -298,6 +298,7 @@ class Node:
         dispatcher = Dispatcher(state, tasks)
         groups = Groups(state, tasks, dispatcher, next_worker_id, slots, observer)
         peers = Peers(state, store, objects, tasks, functions)
+        observer.peers = peers
         actors = Actors(state, objects, tasks, dispatcher, groups, observer)
         # The parts know each other: they are one machine, in files of readable size.
         tasks.objects, tasks.dispatcher, tasks.groups, tasks.peers = (

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from poolray.node.actors import Actors
     from poolray.node.cancellation import Cancellation
     from poolray.node.memory_protection import Kill
+    from poolray.node.peers import Peers
 
 #: What users know the states of living tasks as.
 _STATE_NAMES = {
@@ -94,6 +95,7 @@ class Observer:
         "cancellation",
         "ended",
         "lost_since_s",
+        "peers",
     )
 
     def __init__(self, state: NodeState) -> None:
@@ -105,6 +107,7 @@ class Observer:
         self._dead_actors: deque[ActorRow] = deque(maxlen=_DEAD_ACTORS_MAX)
         self.actors: Actors
         self.cancellation: Cancellation
+        self.peers: Peers
         #: object id -> where its first ref was made.
         self.call_sites: Mapping[ObjectId, str] = {}
         #: While tasks of a lost worker are given up: when their packet was sent; else 0.
@@ -203,7 +206,7 @@ class Observer:
     def _rows(self, kind: StateKind) -> Iterator[StateRow]:
         match kind:
             case StateKind.NODES:
-                return iter([self._node()])
+                return self._nodes()
             case StateKind.TASKS:
                 return self._tasks()
             case StateKind.WORKERS:
@@ -214,15 +217,29 @@ class Observer:
                 return chain(self.actors.rows(), reversed(self._dead_actors))
         raise InternalError(f"a node cannot tell of {kind}")
 
-    def _node(self) -> NodeRow:
-        state = self._state
-        return NodeRow(
+    def _nodes(self) -> Iterator[NodeRow]:
+        state, peers = self._state, self.peers
+        own = peers.own
+        yield NodeRow(
             node_id=state.node_id,
             total=dict(state.resources.total),
             # Overdrawn for a moment is used up.
             available={name: max(0, free) for name, free in state.resources.available.items()},
             labels=dict(state.labels),
+            address=own.address if own is not None else "",
+            info=own.info if own is not None else {},
         )
+        for is_alive, views in ((True, peers.views), (False, peers.gone)):
+            for view in views.values():
+                yield NodeRow(
+                    node_id=view.node_id,
+                    total=view.total,
+                    available=view.available if is_alive else {},
+                    labels=view.labels,
+                    is_alive=is_alive,
+                    address=view.address,
+                    info=view.info,
+                )
 
     # ---- tasks -----------------------------------------------------------------------------------
 

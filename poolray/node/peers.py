@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 
 #: Dead peers remembered; the first are forgotten when there are more.
 _DEAD_MAX = 4096
+#: Of those, the ones that are still shown to who looks on.
+_GONE_MAX = 100
 
 
 @final
@@ -76,6 +78,8 @@ class Peers:
         "cancellation",
         "dead",
         "draining",
+        "gone",
+        "own",
         "streams",
         "transfers",
         "views",
@@ -96,6 +100,10 @@ class Peers:
         self.views: dict[NodeId, NodeView] = {}
         #: peer -> forwarded tasks by which its view is less than what was reported last.
         self._charged: dict[NodeId, dict[TaskId, dict[str, int]]] = {}
+        #: This node as the head sees it, once it has said so.
+        self.own: NodeView | None = None
+        #: Peers that died or left, as they were last; for those who look on.
+        self.gone: dict[NodeId, NodeView] = {}
         #: Peers that are dead for good; what still comes from them is ignored.
         self.dead: dict[NodeId, None] = {}
         self.transfers = Transfers(state, store, objects)
@@ -371,7 +379,9 @@ class Peers:
     def on_view(self, views: list[NodeView]) -> None:
         """Nodes that joined or whose free resources changed."""
         for view in views:
-            if view.node_id != self._state.node_id and view.node_id not in self.dead:
+            if view.node_id == self._state.node_id:
+                self.own = view
+            elif view.node_id not in self.dead:
                 self.views[view.node_id] = view
                 self._charged.pop(view.node_id, None)
 
@@ -382,7 +392,11 @@ class Peers:
         self.dead[node_id] = None
         if len(self.dead) > _DEAD_MAX:
             del self.dead[next(iter(self.dead))]
-        self.views.pop(node_id, None)
+        view = self.views.pop(node_id, None)
+        if view is not None:
+            self.gone[node_id] = view
+            if len(self.gone) > _GONE_MAX:
+                del self.gone[next(iter(self.gone))]
         self.actors.hosting.on_node_died(node_id)
         stopped = self.transfers.on_node_died(node_id)
         self._charged.pop(node_id, None)

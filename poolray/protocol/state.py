@@ -83,12 +83,15 @@ class ObjectRow(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only=Tru
 
 
 class NodeRow(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=True):
-    """The node itself."""
+    """A node: first the one that answers, then the others that it knows."""
 
     node_id: NodeId
     total: dict[str, int]
     available: dict[str, int]
     labels: dict[str, str]
+    is_alive: bool = True
+    address: str = ""  #: HOST:PORT where other nodes reach it; empty without a cluster
+    info: dict[str, str] = {}  #: what its daemon says of itself
 
 
 class ActorRow(msgspec.Struct, frozen=True, array_like=True, tag=8, kw_only=True):

@@ -522,12 +522,13 @@ def list_nodes(
 
 
 def _node(row: NodeRow) -> NodeState:
+    address = row.address.rpartition(":")[0].strip("[]") or NODE_ADDRESS
     return NodeState(
         node_id=row.node_id.hex(),
-        node_ip=NODE_ADDRESS,
-        is_head_node=True,
-        state="ALIVE",
-        node_name=NODE_ADDRESS,
+        node_ip=address,
+        is_head_node=not row.address or bool(row.info.get("is_head")),
+        state="ALIVE" if row.is_alive else "DEAD",
+        node_name=address,
         resources_total=from_fixed(row.total),
         labels=row.labels,
     )
