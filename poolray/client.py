@@ -759,7 +759,7 @@ class Client:
         future.set_running_or_notify_cancel()
 
         def settle(reply: ObjectValues) -> None:
-            error, value = self._read_reply(reply, ref)
+            error, value = self.read_reply(reply, ref)
             if error is not None:
                 future.set_exception(error)
             else:
@@ -769,14 +769,14 @@ class Client:
         self.link.when_ready(ref._id, settle)
         return future
 
-    def _read_reply(
-        self, reply: ObjectValues, ref: ObjectRef[Any]
+    def read_reply(
+        self, reply: ObjectValues, ref: ObjectRef[Any], writable: bool = False
     ) -> tuple[BaseException | None, Any]:
         """The error to raise for an object, or None and its value."""
         try:
             if reply.errors:
                 return self.load_error(_named(reply.values[0], ref._id)), None
-            return None, self._load_as(reply.values[0], ref._id, False)
+            return None, self._load_as(reply.values[0], ref._id, writable)
         except Exception as error:
             return error, None
 
@@ -813,7 +813,7 @@ class Client:
                 self._let_go([(arrival.result().values[0], ref)])
             raise
         # Read in the loop's thread: unpickling runs user code.
-        error, value = self._read_reply(reply, ref)
+        error, value = self.read_reply(reply, ref)
         if error is not None:
             raise error
         return value

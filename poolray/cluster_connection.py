@@ -39,6 +39,27 @@ def resolve(address: str | None) -> str | None:
     return None if address == "local" else address
 
 
+def pool_address(address: str | None) -> str | None:
+    """The same for a Pool or an Executor: those of tasks stay where they are, unless told."""
+    return None if address is None and process_state.is_worker() else resolve(address)
+
+
+def check_address(address: str) -> None:
+    """Refuse the addresses of a later version.
+
+    Raises
+    ------
+    NotSupportedError
+        It is one for drivers outside of the cluster.
+    """
+    if address.startswith((_REMOTE, "ray://")):
+        raise NotSupportedError(
+            f"address={address!r}: drivers outside of the cluster are not supported by this "
+            "version of poolray. Start a node on this machine (`poolray start --address=…`) and "
+            "give its cluster's address."
+        )
+
+
 def connect(address: str, namespace: str, log_to_driver: bool) -> DriverRuntime:
     """Sign on as a driver; the caller holds the lock of `process_state`.
 
@@ -55,12 +76,7 @@ def connect(address: str, namespace: str, log_to_driver: bool) -> DriverRuntime:
     from poolray.protocol import PROTOCOL_VERSION
     from poolray.protocol.cluster import Hello
 
-    if address.startswith((_REMOTE, "ray://")):
-        raise NotSupportedError(
-            f"address={address!r}: drivers outside of the cluster are not supported by this "
-            "version of poolray. Start a node on this machine (`poolray start --address=…`) and "
-            "give its cluster's address."
-        )
+    check_address(address)
     if address == "auto":
         found = launch.find_head()
         if found is None:

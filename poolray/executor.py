@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor as StandardExecutor
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, final
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, final
 
+from poolray import cluster_connection
 from poolray.exceptions import (
     NotSupportedError,
     OutOfMemoryError,
@@ -240,7 +241,9 @@ class _Core:
         max_tasks: int,
         max_retries: int | None,
         break_on_death: bool,
+        address: str | None,
     ) -> None:
+        self._address = address
         self._max_workers = max_workers
         self._context = context
         self._setup = setup
@@ -258,7 +261,9 @@ class _Core:
         self._group_closed = False
 
     def start(self) -> CallGroup:
-        """Fork the group's server, at the first call."""
+        """Fork the group's server, or start actors on a cluster, at the first call."""
+        if self._address is not None:
+            return self._start_on_cluster(self._address)
         runtime = local_runtime.ensure()
         method = start_method(self._context)
         setup = WorkerSetup(
@@ -284,6 +289,23 @@ class _Core:
         handle.on_failed = self._on_group_failed
         _cores.add(self)
         return self.group
+
+    def _start_on_cluster(self, address: str) -> CallGroup:
+        from poolray.cluster_calls import make_calls
+
+        calls = make_calls(
+            address=address,
+            processes=self._max_workers,
+            initializer=self._setup["initializer"],
+            initargs=self._setup["initargs"],
+            max_retries=0 if self._break_on_death else self._max_retries,
+            name=f"executor-{id(self)}",
+            cancellable=True,
+        )
+        # (They have what this class uses of their local counterparts.)
+        self.runtime, self.group = cast("Any", calls.runtime), cast("Any", calls)
+        _cores.add(self)
+        return cast("CallGroup", calls)
 
     def _on_group_failed(self, error: bytes) -> None:
         """The workers cannot be used: all that is under way fails, and all that comes."""
@@ -377,7 +399,8 @@ class Executor(StandardExecutor):
     break_on_worker_death : bool, default False
         As in the standard library, let a worker's death break the whole executor.
     address : str, optional
-        For clusters; not supported by this version.
+        A cluster's, as `init` takes it: the workers are spread over its nodes, one per CPU by
+        default. None takes what `POOLRAY_ADDRESS` says, if it is set; "local" is this machine.
 
     Raises
     ------
@@ -409,11 +432,16 @@ class Executor(StandardExecutor):
         address: str | None = None,
     ) -> None:
         self._core: _Core | None = None
-        if address is not None:
+        address = cluster_connection.pool_address(address)
+        if address is not None and (mp_context is not None or max_tasks_per_child is not None):
             raise NotSupportedError(
-                f"address={address!r}: clusters are not supported by this version of poolray; "
-                "leave the address out to run on this machine."
+                "An Executor with an address cannot have mp_context or max_tasks_per_child in this "
+                "version of poolray."
             )
+        if max_workers is None and address is not None:
+            from poolray.cluster_calls import cluster_size
+
+            max_workers = cluster_size(address)
         if max_workers is None:
             max_workers = local_runtime.usable_cpus()
         elif max_workers <= 0:
@@ -442,6 +470,7 @@ class Executor(StandardExecutor):
             max_tasks_per_child or 0,
             max_retries,
             break_on_worker_death,
+            address,
         )
         _executors.add(self)
 

@@ -18,8 +18,9 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar, cast
 
+from poolray import cluster_connection
 from poolray.exceptions import NotSupportedError, PoolrayError
 from poolray.local import runtime as local_runtime
 from poolray.local.calls import CallGroup, CallStream, check_timeout, split_error
@@ -93,7 +94,10 @@ class Pool:
     insights : bool, default False
         Measure what workers do with their time, for `insights()`.
     address : str, optional
-        For clusters; not supported by this version.
+        A cluster's, as `init` takes it: the workers are spread over its nodes, one per CPU by
+        default. None takes what `POOLRAY_ADDRESS` says, if it is set; "local" is this machine.
+        Functions go by value; `maxtasksperchild`, `context`, what workers tell of themselves and
+        `timeout=` of calls are refused.
 
     Raises
     ------
@@ -134,11 +138,11 @@ class Pool:
         insights: bool = False,
         address: str | None = None,
     ) -> None:
-        if address is not None:
-            raise NotSupportedError(
-                f"address={address!r}: clusters are not supported by this version of poolray; "
-                "leave the address out to run on this machine."
-            )
+        address = cluster_connection.pool_address(address)
+        if address is not None and processes is None:
+            from poolray.cluster_calls import cluster_size
+
+            processes = cluster_size(address)
         if processes is None:
             processes = local_runtime.usable_cpus()
         if not isinstance(processes, int):
@@ -165,7 +169,38 @@ class Pool:
         self._ctx = context or multiprocessing.get_context()
         #: id -> result or iterator that has not ended.
         self._cache: dict[int, Any] = {}
-        self._start(start_method(context), max_retries)
+        if address is not None:
+            unsupported = {
+                "maxtasksperchild": maxtasksperchild,
+                "context": context,
+                "worker_state, worker_init, worker_exit or insights": self._extras,
+            }
+            self._start_on_cluster(address, unsupported, max_retries)
+        else:
+            self._start(start_method(context), max_retries)
+
+    def _start_on_cluster(
+        self, address: str, unsupported: dict[str, Any], max_retries: int | None
+    ) -> None:
+        from poolray.cluster_calls import make_calls
+
+        for name, given in unsupported.items():
+            if given is not None:
+                raise NotSupportedError(
+                    f"A Pool with an address cannot have {name} in this version of poolray."
+                )
+        calls = make_calls(
+            address=address,
+            processes=self._processes,
+            initializer=self._initializer,
+            initargs=self._initargs,
+            max_retries=max_retries,
+            name=f"pool-{id(self)}",
+        )
+        # (They have what this class uses of their local counterparts.)
+        self._group, self._handle = cast("Any", calls), cast("Any", calls.handle)
+        self._runtime = cast("Any", calls.runtime)
+        self._state = _RUN
 
     def _start(self, method: str, max_retries: int | None) -> None:
         runtime = local_runtime.ensure()

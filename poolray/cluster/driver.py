@@ -32,6 +32,7 @@ from poolray.config import Config
 from poolray.exceptions import ClusterConnectionError
 from poolray.ids import WORKER_ID_BYTES, NodeId, ObjectId, TaskIdSource
 from poolray.local import process_state
+from poolray.local.callbacks import CallbackThread
 from poolray.local.reactor import Guard, Interrupts, Reactor, Waitable
 from poolray.objects.serialization import Serializer
 from poolray.objects.shared_memory import Arena
@@ -141,6 +142,8 @@ class DriverRuntime:
         self._request_ids = itertools.count(1)
         self._requests: dict[int, _Request] = {}
         self._deliveries: deque[Any] = deque()
+        #: What finalizers of faces want done (they may only append).
+        self.later: deque[Callable[[], object]] = deque()
         self._output = OutputFilter(welcome.node_address)
         #: Why the daemon is gone; empty: it is there.
         self._lost = ""
@@ -159,6 +162,8 @@ class DriverRuntime:
             serializer,
             tasks_group=welcome.group_id,
         )
+        #: Runs users' callbacks, of Pools and Executors.
+        self.callbacks = CallbackThread()
         self.client.ring_when_dropped(self.reactor.ring_if_parked)
         self.reactor.watch_other(channel, self)
         self.reactor.ensure_background()
@@ -227,6 +232,12 @@ class DriverRuntime:
                 break
             self._hand_over(item)
         self._output.flush_due()
+        while self.later:
+            try:
+                call = self.later.popleft()
+            except IndexError:
+                break
+            call()
         if self.client.dropped and not self._lost:
             self.client.sync_references()
 
@@ -250,7 +261,7 @@ class DriverRuntime:
 
     def is_unsettled(self) -> bool:
         """Whether something waits to be handed over."""
-        return bool(self._deliveries)
+        return bool(self._deliveries) or bool(self.later)
 
     def next_timeout(self) -> float | None:
         """Seconds until repeated lines are due."""
@@ -416,6 +427,7 @@ class DriverRuntime:
         self._requests.clear()
         self.reactor.stop()
         self.reactor.wait_for_callers(self.config.stop_timeout_s)
+        self.callbacks.stop()
         self._output.flush_all()
         self.interrupts.restore()
         process_state.off_fork_in_child(self._abandon)

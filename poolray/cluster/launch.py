@@ -152,10 +152,10 @@ def credentials_for(address: str, path: str | None = None) -> Credentials | None
     found = find_token(path)
     if found is None:
         raise exceptions.AuthenticationError(
-            "There is no token for the cluster: put the one that `poolray get-auth-token` prints "
-            "on the head's machine into POOLRAY_AUTH_TOKEN, or into a file named by "
-            "--auth-token-file or POOLRAY_AUTH_TOKEN_PATH (with POOLRAY_AUTH_MODE=disabled a "
-            "cluster of this machine alone needs none)."
+            f"There is no token for the cluster at {address}: put the one that `poolray "
+            "get-auth-token` prints on the head's machine into POOLRAY_AUTH_TOKEN, or into a file "
+            "named by --auth-token-file or POOLRAY_AUTH_TOKEN_PATH (with POOLRAY_AUTH_MODE="
+            "disabled a cluster of this machine alone needs none)."
         )
     return Credentials.of(found[0])
 

@@ -68,7 +68,7 @@ FLOORS = (
             "multiprocessing",
             "backends",
             "experimental",
-            "cluster_utils",
+            *("cluster_utils", "cluster_calls"),
         ),
         open_plan=True,
     ),
@@ -81,6 +81,7 @@ HEIGHT_BY_ROOM = {room: height for height, floor in enumerate(FLOORS) for room i
 SIDEWAYS_LINES = {
     ("cluster", "local"): {
         *("workers", "channel", "reactor", "node_shell", "fork_server", "machine", "process_state"),
+        "callbacks",
     }
 }
 
