@@ -212,7 +212,8 @@ class Cluster:
             write_token(self.auth_token_path, self._token)
             self._session = places.make_session_folder(self._folder)
         Config.load(None, **config)  # what is wrong with it is said here
-        self._config = config
+        # (On one machine views of what is free may go around more often.)
+        self._config = config = {"heartbeat_interval_s": 0.1, **config}
         self._head_options = HeadOptions(
             token=self._token,
             host="127.0.0.1",

@@ -77,11 +77,14 @@ from poolray.protocol.node import (
     ClusterView,
     FinishJob,
     HeadMessage,
+    HeadRequest,
+    Heartbeat,
     NodeDied,
     NodeView,
     PeerMessage,
     Refused,
     RegisterJob,
+    RegisterNode,
 )
 from poolray.protocol.worker import WorkerExited, WorkerOutput
 
@@ -166,6 +169,7 @@ class NodeDaemon(NodeShell):
         self.is_switch_due = True
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode_peer = msgspec.msgpack.Decoder(PeerMessage | JobStarted | Output).decode
+        self._decode_request = msgspec.msgpack.Decoder(HeadRequest).decode
         self._decode_head = msgspec.msgpack.Decoder(HeadMessage).decode
         self._chunks = ChunkStore(self.arena, self._path_of)
         self._act.update(
@@ -530,11 +534,19 @@ class NodeDaemon(NodeShell):
             message = self.node.register()
         self._send_head(msgspec.structs.replace(message, address=self.address, info=info))
 
-    def _on_restarted(self, peer: bytes) -> None:
-        if peer == HEAD_ID:
-            _logger.warning("the head was started again")
-            self._register()
-            self.jobs.register_again()
+    def _on_restarted(self, peer: bytes, lost: list[bytes]) -> None:
+        if peer != HEAD_ID:
+            return
+        _logger.warning("the head was started again; %d message(s) go to it again", len(lost))
+        self._register()
+        self.jobs.register_again()
+        for payload in lost:
+            try:
+                message = self._decode_request(payload)
+            except msgspec.MsgspecError:
+                continue  # its first part had arrived before
+            if not isinstance(message, (RegisterNode, Heartbeat)):
+                self._send_head(message)
 
     def _on_refused(self, peer: bytes, reason: str) -> None:
         _logger.error("peer=%s refuses us: %s", peer.hex()[:12], reason)

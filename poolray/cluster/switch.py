@@ -104,8 +104,9 @@ class Switch:
         self._credentials = credentials
         self._resend_after_s = resend_after_s
         self._on_message = on_message
-        #: Called with the id of a peer that was started again: what was under way is lost.
-        self.on_restarted: Callable[[bytes], None] = _ignore
+        #: Called with the id of a peer that was started again, and with the messages under way to
+        #: it: whether these arrived nobody can tell.
+        self.on_restarted: Callable[[bytes, list[bytes]], None] = _ignore
         #: Called with the id of a peer that will not speak with us, and why.
         self.on_refused: Callable[[bytes, str], None] = _ignore
         #: Called with the descriptor of a socket that is to be polled from now on, or no longer.
@@ -365,7 +366,7 @@ class Switch:
         arrival = peer.link.receive(frame, now)
         if arrival.restarted:
             peer.parts, peer.parts_bytes = [], 0
-            self.on_restarted(sender)
+            self.on_restarted(sender, _whole(arrival.lost))
         # Acknowledged before it is dealt with: while both ends live nothing is lost.
         self._carry(peer, arrival.frames)
         if peer.link.next_deadline() is not None:
@@ -422,6 +423,18 @@ class Switch:
         """Messages for a peer that it has not acknowledged."""
         peer = self._peers.get(peer_id)
         return 0 if peer is None else peer.link.waiting
+
+
+def _whole(payloads: list[bytes]) -> list[bytes]:
+    """Messages of their parts; one that misses its first is left out."""
+    found: list[bytes] = []
+    parts: list[bytes] = []
+    for payload in payloads:
+        parts.append(payload[1:])
+        if payload[:1] == _WHOLE:
+            found.append(b"".join(parts))
+            parts = []
+    return found
 
 
 def _ignore(*_: Any) -> None:

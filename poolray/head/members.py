@@ -44,8 +44,6 @@ from poolray.protocol.node import (
 #: Dead nodes remembered, so that they are refused and listed; the first are forgotten when there
 #: are more.
 _DEAD_MAX = 10_000
-#: Views of nodes that join are sent after this long: many that join at once are told of together.
-_JOIN_DELAY_S = 0.02
 
 _TABLE = "nodes"
 _decode_row = msgspec.msgpack.Decoder(NodeRow).decode
@@ -148,8 +146,6 @@ class Members:
         for peer in message.peers:  # an earlier head may have had no time to say so
             if peer not in state.members:
                 state.send(node_id, NodeDied(node_id=peer, reason="is no member"))
-        # What waits for a node to come need not wait for the next round of views as well.
-        self._next_view_s = min(self._next_view_s, state.now + _JOIN_DELAY_S)
         self.send_views()
         return True
 

@@ -46,8 +46,10 @@ class Arrival(msgspec.Struct, frozen=True, gc=False):
 
     payloads: list[bytes]  #: messages that are due now, in order
     frames: list[LinkFrame]  #: what to send back
-    #: The peer is not the process that it was: what was on its way to that one is lost.
+    #: The peer is not the process that it was: what was on its way to that one is lost …
     restarted: bool = False
+    #: … namely this, if it did not arrive, which nobody can tell.
+    lost: list[bytes] = []
 
 
 @final
@@ -124,22 +126,25 @@ class PeerLink:
         if frame.session < self._peer_session or self._state is LinkState.BROKEN:
             return Arrival([], [])  # from before the restart, and late
         restarted = False
+        lost: list[bytes] = []
         frames: list[LinkFrame] = []
         if frame.session > self._peer_session:
             restarted = self._peer_session != 0
+            if restarted:
+                lost = [*self._unacked.values(), *self._backlog]
             self._meet(frame.session, restarted)
         if frame.peer_session != self._session:
             # It speaks to an earlier life of ours, or does not know us: say who we are.
             frames.append(self._frame())
             frames.extend(self._fill_window(now))
-            return Arrival([], frames, restarted)
+            return Arrival([], frames, restarted, lost)
         self._on_ack(frame.ack, now)
         payloads: list[bytes] = []
         if frame.sequence:
             payloads = self._take(frame)
             frames.append(self._frame())
         frames.extend(self._fill_window(now))
-        return Arrival(payloads, frames, restarted)
+        return Arrival(payloads, frames, restarted, lost)
 
     def on_tick(self, now: float) -> list[LinkFrame]:
         """Repeat what is overdue."""

@@ -1,0 +1,138 @@
+"""Clusters that lose parts: the head, nodes, drivers; and actors that live through it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import poolray
+from poolray.cluster_utils import Cluster
+from poolray.exceptions import ActorDiedError, ObjectLostError
+from tests.integration.support import wait_until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons need Linux")
+
+FAST = {"heartbeat_interval_s": 0.1, "heartbeat_timeout_s": 1.5}
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": FAST})
+    try:
+        poolray.init(address=made.address, namespace="tests")
+        yield made
+    finally:
+        poolray.shutdown()
+        made.shutdown()
+
+
+@poolray.remote(resources={"spot": 1}, num_cpus=0)
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self) -> int:
+        self.count += 1
+        return self.count
+
+    def where(self) -> tuple[int, str]:
+        return os.getpid(), poolray.get_runtime_context().get_node_id()
+
+
+def test_a_head_that_is_killed_and_started_again_knows_what_it_knew(cluster: Cluster) -> None:
+    cluster.add_node(num_cpus=1, resources={"spot": 1})
+    actor = Counter.options(name="keeper", lifetime="detached").remote()
+    assert poolray.get(actor.add.remote()) == 1
+    running = poolray.remote(lambda: time.sleep(1) or "never noticed").remote()  # type: ignore[func-returns-value]
+    cluster.kill_head()
+    assert poolray.get(actor.add.remote(), timeout=10) == 2
+    cluster.restart_head()
+    cluster.wait_for_nodes()
+    assert poolray.get(running, timeout=20) == "never noticed"
+    assert poolray.get(poolray.get_actor("keeper").add.remote(), timeout=20) == 3
+    assert len([node for node in poolray.nodes() if node["Alive"]]) == 2
+    poolray.kill(actor)
+
+
+def test_an_actor_is_restarted_on_another_node_when_its_own_is_killed(cluster: Cluster) -> None:
+    first = cluster.add_node(num_cpus=1, resources={"spot": 1})
+    actor = Counter.options(max_restarts=1, max_task_retries=2).remote()
+    _, node_id = poolray.get(actor.where.remote())
+    assert node_id == first.node_id
+    spare = cluster.add_node(num_cpus=1, resources={"spot": 1})
+    cluster.remove_node(first, allow_graceful=False)
+    assert poolray.get(actor.where.remote(), timeout=30)[1] == spare.node_id
+    assert poolray.get(actor.add.remote()) == 1
+
+
+def test_an_actor_without_restarts_dies_with_its_node(cluster: Cluster) -> None:
+    node = cluster.add_node(num_cpus=1, resources={"spot": 1})
+    actor = Counter.remote()
+    assert poolray.get(actor.add.remote()) == 1
+    cluster.remove_node(node, allow_graceful=False)
+    with pytest.raises(ActorDiedError):
+        poolray.get(actor.add.remote(), timeout=30)
+
+
+def test_a_lost_object_is_made_again_and_one_that_cannot_be_is_an_error(cluster: Cluster) -> None:
+    node = cluster.add_node(num_cpus=1, resources={"spot": 1})
+
+    @poolray.remote(resources={"spot": 1}, num_cpus=0)
+    def make() -> Any:
+        return np.ones(300_000)
+
+    again, lost = make.remote(), make.options(max_retries=0).remote()
+    poolray.wait([again, lost], num_returns=2, timeout=20)
+    cluster.add_node(num_cpus=1, resources={"spot": 1})
+    cluster.remove_node(node, allow_graceful=False)
+    assert poolray.get(again, timeout=30).sum() == 300_000
+    with pytest.raises(ObjectLostError):
+        poolray.get(lost, timeout=30)
+
+
+def test_a_detached_actor_outlives_its_driver_and_its_name_is_found(cluster: Cluster) -> None:
+    cluster.add_node(num_cpus=1, resources={"spot": 1})
+    actor = Counter.options(name="stays", lifetime="detached").remote()
+    assert poolray.get(actor.add.remote()) == 1
+    poolray.shutdown()
+    poolray.init(address=cluster.address, namespace="tests")
+    found = poolray.get_actor("stays")
+    assert poolray.get(found.add.remote(), timeout=20) == 2
+    poolray.kill(found)
+
+
+def test_a_node_that_was_taken_for_dead_joins_afresh(cluster: Cluster) -> None:
+    node = cluster.add_node(num_cpus=1, resources={"spot": 1})
+    actor = Counter.options(max_restarts=0).remote()
+    _, node_id = poolray.get(actor.where.remote())
+    os.kill(node.pid, signal.SIGSTOP)
+    wait_until(
+        lambda: any(not n["Alive"] for n in poolray.nodes()), "the end of the silent node", 20
+    )
+    os.kill(node.pid, signal.SIGCONT)
+    wait_until(lambda: len([n for n in poolray.nodes() if n["Alive"]]) == 2, "its return", 20)
+    fresh = Counter.remote()
+    assert poolray.get(fresh.where.remote(), timeout=20)[1] != node_id
+
+
+def test_work_goes_on_while_workers_and_nodes_are_killed(cluster: Cluster) -> None:
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+
+    @poolray.remote(max_retries=-1)
+    def square(number: int) -> int:
+        time.sleep(0.02)
+        return number * number
+
+    refs = [square.remote(number) for number in range(150)]
+    for node in nodes:
+        poolray.wait(refs, num_returns=20, timeout=20)
+        cluster.remove_node(node, allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+    assert poolray.get(refs, timeout=40) == [number * number for number in range(150)]
