@@ -8,12 +8,13 @@ Invariants: a process has one client; in a worker it is the worker's, and `init`
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
 import types
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, final, overload
 
 from poolray import cluster_connection
 from poolray.client import Client, stale_ref_error
@@ -847,9 +848,50 @@ def wait(
         find_client()
         return [], []
     ready = _client_for(ray_waitables[0]).wait(ray_waitables, num_returns, timeout)[:num_returns]
-    chosen = dict.fromkeys(ready)
-    rest = [ref for index, ref in enumerate(ray_waitables) if index not in chosen]
-    return [ray_waitables[index] for index in ready], rest
+    return [ray_waitables[index] for index in ready], _without(ray_waitables, ready)
+
+
+@final
+class _Rest(list[Any]):
+    """What `wait` leaves: different refs, which it need not look at again while nobody changes it.
+
+    Who takes thousands of refs one by one would else have each of them checked thousands of times.
+    """
+
+    __slots__ = ("is_checked",)
+    is_checked: bool
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)
+
+
+def _changes(name: str) -> Any:
+    change = getattr(list, name)
+
+    @functools.wraps(change)
+    def changed(self: _Rest, *args: Any, **kwargs: Any) -> Any:
+        self.is_checked = False
+        return change(self, *args, **kwargs)
+
+    return changed
+
+
+for _name in ("__setitem__", "__delitem__", "__iadd__", "__imul__", "append", "extend", "insert"):
+    setattr(_Rest, _name, _changes(_name))
+
+
+def _without(refs: list[ObjectRef[R]], indexes: list[int]) -> list[ObjectRef[R]]:
+    """The other refs, in order."""
+    rest: _Rest
+    if len(indexes) < 8:
+        rest = _Rest(refs)
+        for index in reversed(indexes):
+            list.__delitem__(rest, index)
+    else:
+        chosen = dict.fromkeys(indexes)
+        rest = _Rest(ref for index, ref in enumerate(refs) if index not in chosen)
+    rest.is_checked = True
+    return rest
 
 
 def _check_wait(refs: Any, num_returns: Any, timeout: Any) -> None:
@@ -864,7 +906,8 @@ def _check_wait(refs: Any, num_returns: Any, timeout: Any) -> None:
         )
     if timeout is not None and timeout < 0:
         raise ValueError(f"The 'timeout' argument must be nonnegative. Received {timeout}")
-    for ref in refs:
+    is_known = type(refs) is _Rest and refs.is_checked
+    for ref in () if is_known else refs:
         if not isinstance(ref, (ObjectRef, ObjectRefGenerator)):
             raise TypeError(
                 "wait() expected a list of ray.ObjectRef or ray.ObjectRefGenerator, got list "
@@ -872,7 +915,7 @@ def _check_wait(refs: Any, num_returns: Any, timeout: Any) -> None:
             )
     if not refs:
         return
-    if len({ref._id for ref in refs}) != len(refs):
+    if not is_known and len({ref._id for ref in refs}) != len(refs):
         raise ValueError("Wait requires a list of unique ray_waitables.")
     if num_returns <= 0:
         raise ValueError(f"Invalid number of objects to return {num_returns}.")

@@ -219,7 +219,8 @@ class PlacementGroups:
     def _register(self, node_id: NodeId, spec: GroupSpec) -> str:
         """A new group; gives why it is refused, or nothing."""
         key = (spec.namespace, spec.name)
-        if spec.group_id in self._groups:
+        if spec.group_id in self._groups or spec.group_id in self._removed:
+            self._watch(node_id, spec.group_id)
             return ""  # the request came twice
         if spec.name and key in self._by_name:
             return (
@@ -386,7 +387,13 @@ class PlacementGroups:
     def _on_prepared(self, node_id: NodeId, message: BundlesPrepared) -> None:
         group = self._groups.get(message.group_id)
         attempt = None if group is None else group.attempt
-        if group is None or attempt is None or attempt.number != message.attempt:
+        if (
+            group is None
+            or attempt is None
+            or attempt.number != message.attempt
+            # (An earlier life of the head may have used the same number for another node.)
+            or node_id not in attempt.bundles
+        ):
             if message.done:  # too late: it was told so, or will be
                 self._return(node_id, message.group_id, message.attempt)
             return
@@ -472,6 +479,7 @@ class PlacementGroups:
                     self._pending = {group.spec.group_id: None, **self._pending}
                 self._tell(group)
             if attempt is not None and node_id in attempt.bundles:
+                del attempt.bundles[node_id]
                 attempt.open.pop(node_id, None)
                 attempt.prepared.pop(node_id, None)
                 self._settle(group, attempt, True)

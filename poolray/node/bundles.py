@@ -18,7 +18,7 @@ them lives; who waits for a group is told of its end.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, TypeAlias, final
 
 from poolray.exceptions import TaskPlacementGroupRemoved
 from poolray.ids import ClientId, ObjectId, PlacementGroupId, WorkerId
@@ -49,7 +49,6 @@ from poolray.protocol.placement import (
     ReturnBundles,
     WatchGroup,
 )
-from poolray.protocol.values import CallKind
 from poolray.scheduling.group_resources import Reservation, demand_in_group
 from poolray.scheduling.resources import from_fixed
 from poolray.tasks.class_queue import ClassQueue, Obstacle
@@ -63,6 +62,8 @@ if TYPE_CHECKING:
 
 _CREATED, _REMOVED = GroupState.CREATED, GroupState.REMOVED
 _ACTOR, _STOPPING = WorkerState.ACTOR, WorkerState.STOPPING
+
+_Question: TypeAlias = RegisterGroup | DropGroup | FindGroups
 
 #: Packets that calls were sent while an order waited, before it gets what comes free first.
 _PASSED_OVER_MAX = 64
@@ -130,8 +131,8 @@ class Bundles:
         #: Reservations that wait for room, in order.
         self.orders: dict[tuple[PlacementGroupId, int], _Order] = {}
         self._known: dict[PlacementGroupId, _Known] = {}
-        #: Request id at the head -> who asked for what.
-        self._asked: dict[int, tuple[ClientId, PlacementRequest]] = {}
+        #: Request id at the head -> who asked for what, and the question.
+        self._asked: dict[int, tuple[ClientId, PlacementRequest, _Question]] = {}
         self._next_request = 0
 
     # ---- clients ---------------------------------------------------------------------------------
@@ -142,8 +143,7 @@ class Bundles:
             self._await(client_id, message)
             return
         self._next_request = number = self._next_request + 1
-        self._asked[number] = (client_id, message)
-        question: RegisterGroup | DropGroup | FindGroups
+        question: _Question
         if isinstance(message, CreatePlacementGroup):
             spec = message.spec
             self._learn(GroupRow(spec=spec, state=GroupState.PENDING, nodes=[]))
@@ -158,7 +158,12 @@ class Bundles:
                 namespace=message.namespace,
                 start=message.start,
             )
+        self._asked[number] = (client_id, message, question)
         self._state.effects.append(SendHead(question))
+
+    def outstanding(self) -> list[_Question]:
+        """Questions without an answer, in order: a head that was started again is asked again."""
+        return [question for _, _, question in self._asked.values()]
 
     def _await(self, client_id: ClientId, message: AwaitPlacementGroup) -> None:
         """An object that is there once the group is."""
@@ -187,7 +192,7 @@ class Bundles:
         asked = self._asked.pop(message.request_id, None)
         if asked is None:
             return
-        client_id, request = asked
+        client_id, request, _ = asked
         assert not isinstance(request, AwaitPlacementGroup)
         if isinstance(request, CreatePlacementGroup) and message.refusal:
             self._known.pop(request.spec.group_id, None)
@@ -264,7 +269,7 @@ class Bundles:
         if row.is_infeasible and not known.is_told:
             known.is_told = True
             self._state.effects.append(Notice(f"{_named(row)} waits for {_wanted(row)}"))
-        self.peers.learn_bundles(row)
+        self.peers.placing.learn_bundles(row)
         self._look_at(known)
         self._settle_awaited(known)
         self._forget_if_unused(known)
@@ -302,9 +307,6 @@ class Bundles:
             return Obstacle(f"{_named(row)} was removed", is_final=True)
         if self._state.resources.fits_ever(queue.demand):
             return None
-        if row.state == _CREATED and queue.task_class.kind is CallKind.CREATE:
-            text = "lies on other nodes, and actors live where they are made"
-            return Obstacle(f"{_named(row)} {text}", is_final=True)
         return Obstacle(f"{_named(row)}, which waits for {_wanted(row)}", is_final=False)
 
     def _look_at(self, known: _Known) -> None:
@@ -358,6 +360,12 @@ class Bundles:
         why = f"{_named(known.row)} was removed"
         used = [w for w in self._state.workers.values() if w.runs in known.queues]
         actors = [worker.worker_id for worker in used if worker.state is _ACTOR]
+        # First of all: what fails below may make others ready that ask for the same bundles.
+        for queue in known.queues:
+            queue.obstacle = self._obstacle(known, queue)
+        for worker in used:
+            if worker.state is not _ACTOR:
+                self._terminate(worker)
         if actors:
             self.actors.end_in(actors, f"died: its {why}")
         if any(queue.tasks for queue in known.queues):
@@ -368,14 +376,15 @@ class Bundles:
             for record in list(self._state.tasks.values()):
                 if record.class_queue in errors and record.task_id in self._state.tasks:
                     self._tasks.give_up(record, errors[record.class_queue])
-        return {worker.worker_id: None for worker in used if self._terminate(worker)}
+        for worker in used:  # (those of actors: the others are on their way out)
+            self._terminate(worker)
+        return {w.worker_id: None for w in used if w.worker_id in self._state.workers}
 
-    def _terminate(self, worker: WorkerRecord) -> bool:
+    def _terminate(self, worker: WorkerRecord) -> None:
         self.dispatcher.release_lease(worker)
         if worker.state is not _STOPPING:
             worker.move(_STOPPING)
             self._state.effects.append(TerminateWorker(worker.worker_id))
-        return worker.worker_id in self._state.workers
 
     def on_worker_lost(self, worker_id: WorkerId) -> None:
         """A worker's process has ended."""
@@ -434,8 +443,10 @@ class Bundles:
         return reserved + opened
 
     def watched(self) -> list[PlacementGroupId]:
-        """Groups of which this node wants to hear."""
-        return list(self._known)
+        """Groups of which this node wants to hear, and of which the head must know."""
+        questions = self.outstanding()
+        new = {q.spec.group_id for q in questions if isinstance(q, RegisterGroup)}
+        return [group_id for group_id in self._known if group_id not in new]
 
     # ---- looking in ------------------------------------------------------------------------------
 

@@ -84,8 +84,10 @@ class Dispatcher:
         "bundles",
         "deadline_s",
         "groups",
+        "is_hopeless",
         "orders",
         "peers",
+        "place_elsewhere",
         "timeouts",
         "try_forward",
     )
@@ -99,14 +101,18 @@ class Dispatcher:
         #: Groups with calls that wait for resources, or for a worker's place: also another group's
         #: worker can free these.
         self._short: dict[GroupId, Group] = {}
-        #: (when to say so, class) of demands that no node meets.
-        self._notices: list[tuple[float, ClassQueue]] = []
+        #: (when to say so, class, what is missing) of demands that no node meets.
+        self._notices: list[tuple[float, ClassQueue, Obstacle]] = []
         #: Such demands of which the user was told, or will be.
         self._told: dict[str, None] = {}
         #: No worker's deadline is before this; None: nobody is watched.
         self.deadline_s: float | None = None
         #: Offers the head of a queue that cannot run here to other nodes; True when one took it.
         self.try_forward: Callable[[ClassQueue], bool] = lambda queue: False
+        #: Offers it to nodes that may be better for it than this one; True when one took it.
+        self.place_elsewhere: Callable[[ClassQueue], bool] = lambda queue: False
+        #: Whether the only node that may run a class is gone.
+        self.is_hopeless: Callable[[ClassQueue], bool] = lambda queue: False
         #: The nodes that it may offer them to.
         self.peers: Sized = ()
         self.bundles: Bundles
@@ -120,11 +126,11 @@ class Dispatcher:
         self._short.pop(group.group_id, None)
         ready = group.ready
         if len(ready) == 1:
-            queue = next(iter(ready.values()))
+            class_id, queue = next(iter(ready.items()))
             while queue.queued_calls and self._send_next(group, queue, None):
                 pass
-            if not queue.queued_calls:
-                ready.clear()
+            if not queue.queued_calls:  # (calls that failed may have made others ready meanwhile)
+                ready.pop(class_id, None)
             return
         #: The first class that waits for resources: the others may use what it cannot.
         ahead: ClassQueue | None = None
@@ -135,7 +141,7 @@ class Dispatcher:
                 if not queue.queued_calls:
                     ready.pop(class_id, None)
                 elif self._send_next(group, queue, ahead):
-                    del ready[class_id]  # behind the others, if there is more
+                    ready.pop(class_id, None)  # behind the others, if there is more
                     if queue.queued_calls:
                         ready[class_id] = queue
                         again.append((class_id, queue))
@@ -164,6 +170,8 @@ class Dispatcher:
         queue.stuck = False
         if queue.obstacle is not None:
             return self._meet_obstacle(group, queue, queue.obstacle)
+        if self.peers and self._may_leave(group, queue) and self.place_elsewhere(queue):
+            return True
         if group.idle:
             worker = next(reversed(group.idle.values()))
             if (queue.uses_devices or group.device_workers) and not worker.suits(queue):
@@ -199,6 +207,12 @@ class Dispatcher:
         queue.stuck = not self.peers
         return group.size == 0 and self.try_forward(queue)
 
+    def _may_leave(self, group: Group, queue: ClassQueue) -> bool:
+        """Whether calls are offered to other nodes before this one: short ones stay together."""
+        if not queue.roams or group.size:
+            return False
+        return _spreads(queue) or not queue.may_prefetch(self._state.config)
+
     def _send_to_suitable(self, group: Group, queue: ClassQueue, ahead: ClassQueue | None) -> bool:
         """The same when the idle worker that was used last is not for such calls."""
         suitable = next((w for w in reversed(group.idle.values()) if w.suits(queue)), None)
@@ -226,25 +240,28 @@ class Dispatcher:
             return False
         if group.size == 0 and self.try_forward(queue):
             return True
+        if self.is_hopeless(queue):
+            self._tasks.give_up_unschedulable(queue, obstacle.text)
+            return False
         if obstacle.text not in self._told and len(self._told) < _TOLD_MAX:
             self._told[obstacle.text] = None
             deadline_s = self._state.now + self._state.config.infeasible_notice_after_s
-            self._notices.append((deadline_s, queue))
+            self._notices.append((deadline_s, queue, obstacle))
             self.watch_time(deadline_s)
         return False
 
     def tell_obstacles(self, now: float) -> None:
         """Say of which calls nothing will come, if they still wait; note when to look again."""
-        for deadline_s, queue in self._notices:
-            if deadline_s > now or queue.obstacle is None:
+        for deadline_s, queue, obstacle in self._notices:
+            if deadline_s > now:
                 continue
-            if queue.queued_calls:
-                text = f"Task {queue.task_class.name} waits for {queue.obstacle.text}"
+            if queue.queued_calls and queue.obstacle is obstacle:
+                text = f"Task {queue.task_class.name} waits for {obstacle.text}"
                 self._state.effects.append(Notice(text))
             else:
-                del self._told[queue.obstacle.text]  # the next one that waits for it says so
+                self._told.pop(obstacle.text, None)  # the next one that waits for it says so
         self._notices = [notice for notice in self._notices if notice[0] > now]
-        for deadline_s, _ in self._notices:
+        for deadline_s, _, _ in self._notices:
             self.watch_time(deadline_s)
 
     def _may_pass(self, queue: ClassQueue, ahead: ClassQueue) -> bool:
@@ -274,6 +291,7 @@ class Dispatcher:
     def _send_packet(self, group: Group, worker: WorkerRecord, queue: ClassQueue) -> None:
         """Fill a packet from a queue and send it."""
         state = self._state
+        queue.own_turn = False
         worker.sequence = sequence = worker.sequence + 1
         packet = Packet(sequence, queue, state.now)
         task_class = queue.task_class
@@ -286,7 +304,9 @@ class Dispatcher:
             index, news = self._introduce(worker, packet, task_class)
         else:
             news = None
-        limit = 1 if queue.queued_calls == 1 else self._calls_allowed(group, worker, queue)
+        limit = 1
+        if queue.queued_calls > 1 and not (self.peers and self._may_leave(group, queue)):
+            limit = self._calls_allowed(group, worker, queue)
         calls = self._fill_packet(worker, packet, queue, limit, index)
         worker.packets.append(packet)
         worker.calls_sent += packet.calls
@@ -526,6 +546,7 @@ class Dispatcher:
             and len(group.ready) == 1
             and (not self._short or (len(self._short) == 1 and group.group_id in self._short))
             and not self.orders
+            and not (self.peers and self._may_leave(group, queue))
             and not self._state.resources.is_overdrawn(queue.demand)
         ):
             self._send_packet(group, worker, queue)  # the lease lasts while there is work for it
@@ -842,6 +863,11 @@ class Dispatcher:
         for packet in worker.packets:
             assert packet.calls >= 0
             assert packet.sequence <= worker.sequence
+
+
+def _spreads(queue: ClassQueue) -> bool:
+    placement = queue.task_class.placement
+    return placement is not None and placement.spread
 
 
 def _is_in(record: TaskRecord, worker: WorkerRecord, sequence: int) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, final
 
 from poolray.ids import ClientId, FunctionId, GroupId, ObjectId
-from poolray.node.placement import find_obstacle
+from poolray.node.placement import find_obstacle, may_roam
 from poolray.node.state import NodeState
 from poolray.objects.directory import ClientRecord
 from poolray.protocol.values import FunctionDefinition, TaskClass
@@ -55,8 +55,11 @@ class Functions:
             state = self._state
             obstacle = None
             if task_class.placement is None or not task_class.placement.group:
-                obstacle = find_obstacle(task_class, state.node_id, state.labels, state.resources)
+                obstacle = find_obstacle(
+                    task_class, state.node_id, state.labels, state.resources, state.has_head
+                )
             queue = ClassQueue(task_class, obstacle)
+            queue.roams = may_roam(task_class, state.node_id)
             queue.uses_devices = any(
                 amount and name in state.resources.pools
                 for name, amount in task_class.resources.items()

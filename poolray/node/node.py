@@ -316,6 +316,8 @@ class Node:
         objects.on_actor_freed = actors.on_freed
         objects.on_local = peers.on_local
         dispatcher.groups, dispatcher.try_forward = groups, peers.try_forward
+        dispatcher.place_elsewhere = peers.place_elsewhere
+        dispatcher.is_hopeless = peers.placing.never
         dispatcher.peers = peers.views
         observer.actors = actors
         tasks.cancellation = cancellation = Cancellation(state, tasks)
@@ -337,7 +339,7 @@ class Node:
         self._functions, self._tasks, self._objects = functions, tasks, objects
         self._dispatcher, self._groups, self._peers = dispatcher, groups, peers
         self._store = store
-        self._has_head = has_head
+        self._has_head = state.has_head = has_head
         self._inquiries = Inquiries(state)
         self._draining = draining = Draining(state, tasks)
         draining.actors, draining.dispatcher, draining.peers = actors, dispatcher, peers
@@ -611,6 +613,7 @@ class Node:
                 self._dispatch_all()
             case NodeDied():
                 self._peers.on_node_died(message.node_id)
+                self._dispatch_all()
             case Refused():
                 text = f"The cluster's head refuses this node: {message.reason}"
                 self.state.effects.append(Warn(text))
@@ -676,6 +679,7 @@ class Node:
             *self._actors.hosting.outstanding(),
             *self._actors.outstanding(),
             *self._inquiries.outstanding(),
+            *self._bundles.outstanding(),
         ):
             self.state.effects.append(SendHead(question))
 

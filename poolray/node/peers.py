@@ -11,7 +11,7 @@ another node's arena is kept there, for this node as a client, until the record 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, final
 
 import msgspec
@@ -21,12 +21,12 @@ from poolray.node.borrowing import Borrowing, client_of, is_peer, node_of
 from poolray.node.effects import SendPeer
 from poolray.node.functions import Functions
 from poolray.node.objects import Objects
+from poolray.node.placing import Placing
 from poolray.node.state import NodeState
 from poolray.node.store import Store
 from poolray.node.tasks import Tasks
 from poolray.node.transfers import Transfers
-from poolray.objects.directory import ObjectRecord
-from poolray.protocol.directory import NodeStatus
+from poolray.objects.directory import READY, ObjectRecord
 from poolray.protocol.node import (
     CancelForwarded,
     ForwardedItems,
@@ -36,7 +36,6 @@ from poolray.protocol.node import (
     ForwardTasks,
     NodeView,
 )
-from poolray.protocol.placement import GroupRow
 from poolray.protocol.streams import Yielded
 from poolray.protocol.values import (
     CallKind,
@@ -47,7 +46,6 @@ from poolray.protocol.values import (
     TaskSpec,
     Value,
 )
-from poolray.scheduling.group_resources import resources_of
 from poolray.tasks.class_queue import ClassQueue
 from poolray.tasks.lifecycle import FORWARDED, TaskRecord
 
@@ -68,7 +66,6 @@ class Peers:
     """The side of a node that faces other nodes."""
 
     __slots__ = (
-        "_charged",
         "_functions",
         "_objects",
         "_state",
@@ -80,6 +77,7 @@ class Peers:
         "draining",
         "gone",
         "own",
+        "placing",
         "streams",
         "transfers",
         "views",
@@ -98,14 +96,13 @@ class Peers:
         self.draining: Draining
         #: Live peers as the head saw them last, less what was forwarded since.
         self.views: dict[NodeId, NodeView] = {}
-        #: peer -> forwarded tasks by which its view is less than what was reported last.
-        self._charged: dict[NodeId, dict[TaskId, dict[str, int]]] = {}
         #: This node as the head sees it, once it has said so.
         self.own: NodeView | None = None
         #: Peers that died or left, as they were last; for those who look on.
         self.gone: dict[NodeId, NodeView] = {}
         #: Peers that are dead for good; what still comes from them is ignored.
         self.dead: dict[NodeId, None] = {}
+        self.placing = Placing(state, self.views)
         self.transfers = Transfers(state, store, objects)
         self.borrowing = Borrowing(state, store, objects, self.dead)
         self.borrowing.tasks = self.transfers.tasks = tasks
@@ -114,22 +111,59 @@ class Peers:
     # ---- giving tasks away -----------------------------------------------------------------------
 
     def try_forward(self, queue: ClassQueue) -> bool:
-        """Give the first task of a queue to a peer that has room for it now."""
+        """Give the first task of a queue, which cannot run here, to a peer that has room now."""
+        return self._forward(queue, self.placing.in_place_of_here)
+
+    def place_elsewhere(self, queue: ClassQueue) -> bool:
+        """Give the first task of a queue to a peer, if one is better for it than this node."""
+        return self._forward(queue, self.placing.before_here)
+
+    def _forward(self, queue: ClassQueue, choose: Callable[[ClassQueue], NodeId | None]) -> bool:
         if not self.views or not queue.queued_calls:
             return False
         record = queue.first()
         functions = self._definitions(queue)
         if functions is None or not self._may_travel(record):
             return False
-        target = self._choose(queue.demand)
+        target = choose(queue)
         if target is None:
             return False
         queue.queue.popleft()
         queue.queued_calls -= 1
-        self._charged.setdefault(target, {})[record.task_id] = queue.task_class.resources
+        self.give(record, target, functions)
+        return True
+
+    def give(self, record: TaskRecord, target: NodeId, functions: list[FunctionDefinition]) -> None:
+        """A task goes to a peer."""
+        self.placing.charge(target, record.class_queue.demand)
         self._tasks.forward(record, target)
         self._send(record, target, functions)
         self.streams.on_forwarded(record, target)
+
+    def follow_arguments(self, record: TaskRecord) -> bool:
+        """Give a task to the peer that has most bytes of its arguments, rather than fetch them."""
+        queue = record.class_queue
+        if queue.task_class.placement is not None or not self.views:
+            return False
+        held: dict[NodeId, int] = {}
+        here = 0
+        for object_id in record.dependencies:
+            target = self._state.objects[object_id]
+            value = target.value
+            if target.state is not READY or isinstance(value, bytes):
+                continue
+            location = target.location()
+            if location is None:
+                here += value.size_bytes
+            else:
+                held[location] = held.get(location, 0) + value.size_bytes
+        best = max(held, key=lambda node_id: held[node_id], default=None)
+        if best is None or held[best] <= here or not self.placing.has_room(best, queue):
+            return False
+        functions = self._definitions(queue)
+        if functions is None or not self._may_travel(record):
+            return False
+        self.give(record, best, functions)
         return True
 
     def _definitions(self, queue: ClassQueue) -> list[FunctionDefinition] | None:
@@ -142,33 +176,7 @@ class Peers:
 
     def _may_travel(self, record: TaskRecord) -> bool:
         """Whether a task can run elsewhere: all that it needs goes along by value or by place."""
-        placement = record.class_queue.task_class.placement
-        return (
-            record.class_queue.task_class.delivery is Delivery.OBJECTS
-            and not record.is_foreign
-            # Of other nodes' labels nothing is known here.
-            and (placement is None or bool(placement.group))
-        )
-
-    def _choose(self, demand: Mapping[str, int]) -> NodeId | None:
-        """The peer with most room; its view is charged, so that one report is not spent twice."""
-        best: NodeView | None = None
-        best_score = 0
-        for view in self.views.values():
-            if view.status is not NodeStatus.ALIVE:
-                continue
-            if any(view.available.get(name, 0) < amount for name, amount in demand.items()):
-                continue
-            score = sum(view.available.get(name, 0) for name in demand) or 1
-            if score > best_score:
-                best, best_score = view, score
-        if best is None:
-            return None
-        available = dict(best.available)
-        for name, amount in demand.items():
-            available[name] = available.get(name, 0) - amount
-        self.views[best.node_id] = msgspec.structs.replace(best, available=available)
-        return best.node_id
+        return record.class_queue.task_class.delivery is Delivery.OBJECTS and not record.is_foreign
 
     def _send(
         self, record: TaskRecord, node_id: NodeId, functions: list[FunctionDefinition]
@@ -225,25 +233,16 @@ class Peers:
                     for value in item.result.values:
                         self._objects.discard(value, writer)
             elif item.returned:
+                queue = record.class_queue
                 self._tasks.on_returned(record)
+                # (Afterwards: a task that came back does not go there again at once.)
+                self.placing.discharge(node_id, queue.demand)
             else:
+                queue = record.class_queue
                 self._tasks.finish(record, item.result, writer)
+                if queue.task_class.kind is not CallKind.CREATE:  # (An actor keeps what it has.)
+                    self.placing.discharge(node_id, queue.demand)
             self._objects.release_all(fresh)  # the values hold them now
-            # (Afterwards: a task that came back does not go there again at once.)
-            self._refund(node_id, item.task_id)
-
-    def _refund(self, node_id: NodeId, task_id: TaskId) -> None:
-        """A peer is done with a task: what it took there is free again.
-
-        The head would not say so: it tells of changes, and between two reports there was none.
-        """
-        demand = self._charged.get(node_id, {}).pop(task_id, None)
-        view = self.views.get(node_id)
-        if demand and view is not None:
-            available = dict(view.available)
-            for name, amount in demand.items():
-                available[name] = available.get(name, 0) + amount
-            self.views[node_id] = msgspec.structs.replace(view, available=available)
 
     def on_items(self, node_id: NodeId, message: ForwardedItems) -> None:
         """What a generator that we gave away has yielded there."""
@@ -362,28 +361,17 @@ class Peers:
         self.transfers.pull(object_id)
         return True
 
-    def learn_bundles(self, row: GroupRow) -> None:
-        """A group was placed: until its nodes say what is free in it, all of it is."""
-        placed: dict[NodeId, dict[int, dict[str, int]]] = {}
-        for index, node_id in enumerate(row.nodes):
-            if node_id in self.views:
-                placed.setdefault(node_id, {})[index] = row.spec.bundles[index]
-        for node_id, bundles in placed.items():
-            view = self.views[node_id]
-            brought = resources_of(row.spec.group_id, bundles)
-            available = {**brought, **view.available}
-            self.views[node_id] = msgspec.structs.replace(view, available=available)
-
     # ---- the head's word -------------------------------------------------------------------------
 
     def on_view(self, views: list[NodeView]) -> None:
         """Nodes that joined or whose free resources changed."""
+        self.placing.is_informed = True
         for view in views:
             if view.node_id == self._state.node_id:
                 self.own = view
             elif view.node_id not in self.dead:
                 self.views[view.node_id] = view
-                self._charged.pop(view.node_id, None)
+                self.placing.note(view.node_id)
 
     def on_node_died(self, node_id: NodeId) -> None:
         """A peer is dead: its tasks and objects are decided again."""
@@ -398,8 +386,8 @@ class Peers:
             if len(self.gone) > _GONE_MAX:
                 del self.gone[next(iter(self.gone))]
         self.actors.hosting.on_node_died(node_id)
+        self.placing.note(node_id)
         stopped = self.transfers.on_node_died(node_id)
-        self._charged.pop(node_id, None)
         client_id = client_of(node_id)
         self._tasks.cancel(
             [

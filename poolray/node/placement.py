@@ -17,7 +17,7 @@ from poolray.exceptions import (
     TaskUnschedulableError,
 )
 from poolray.ids import NodeId
-from poolray.protocol.values import CallKind, TaskClass
+from poolray.protocol.values import CallKind, Delivery, TaskClass
 from poolray.scheduling.labels import describe, meets_one
 from poolray.scheduling.resources import ResourceAccount, from_fixed
 from poolray.tasks.class_queue import Obstacle
@@ -33,6 +33,7 @@ def find_obstacle(
     node_id: NodeId,
     labels: Mapping[str, str],
     resources: ResourceAccount,
+    has_peers: bool,
 ) -> Obstacle | None:
     """Why this node can never run calls of a class; None: it can."""
     placement = task_class.placement
@@ -43,7 +44,9 @@ def find_obstacle(
     fits = resources.fits_ever(needed)
     if placement is not None and placement.node_id and not placement.is_soft:
         if placement.node_id != node_id or not fits:
-            return Obstacle(_UNSCHEDULABLE.format(placement.node_id.hex()), is_final=True)
+            text = _UNSCHEDULABLE.format(placement.node_id.hex())
+            # (Whether another node lives the head knows.)
+            return Obstacle(text, is_final=placement.node_id == node_id or not has_peers)
         return None
     if not fits:
         return Obstacle(
@@ -57,6 +60,21 @@ def find_obstacle(
             is_final=False,
         )
     return None
+
+
+def may_roam(task_class: TaskClass, node_id: NodeId) -> bool:
+    """Whether calls of a class may be better off on another node although this one could run them.
+
+    Calls of a placement group run here while a bundle is here.
+    """
+    placement = task_class.placement
+    kinds = (CallKind.CALL, CallKind.CREATE)
+    if task_class.kind not in kinds or task_class.delivery is not Delivery.OBJECTS:
+        return False
+    if placement is None:
+        return True
+    elsewhere = bool(placement.node_id) and placement.node_id != node_id
+    return not placement.group and (placement.spread or elsewhere or bool(placement.wishes))
 
 
 def unschedulable(task_class: TaskClass, reason: str) -> PoolrayError:

@@ -37,6 +37,7 @@ class NodeState:
         "encode_error",
         "functions",
         "groups",
+        "has_head",
         "labels",
         "local_client",
         "node_id",
@@ -68,6 +69,8 @@ class NodeState:
         #: The client that lives in the node's own process: its replies are never cut up.
         self.local_client = local_client
         self.now = 0.0
+        #: Whether there is a head in a process of its own, so that there may be other nodes.
+        self.has_head = False
         #: What the shell is to do, in order; handed over after each event.
         self.effects: list[Effect] = []
         #: Tasks that have not ended.  (tasks)

@@ -199,7 +199,7 @@ class Tasks:
                 self.cancellation.adopt(spec.parent, task_id)
             if group is None or group.state >= _FAILED_GROUP:
                 self.fail_encoded(record, self._no_group_error(record, group))
-            elif record.missing == 0:
+            elif record.missing == 0 and record.state is WAITING:
                 record.move(QUEUED)
                 waits_behind_others = queue.stuck and queue.queued_calls > 0
                 queue.push(record)
@@ -264,8 +264,13 @@ class Tasks:
             self.objects.release_all(record.borrows)
 
     def _wait_for_dependencies(self, record: TaskRecord) -> None:
-        """Count the dependencies that are not here, and be told of each that comes."""
+        """Count the dependencies that are not here, and be told of each that comes.
+
+        A task whose arguments all exist, most of their bytes on another node, is given to that.
+        """
         record.missing = 0
+        if record.state is WAITING and not record.is_foreign and self._follow_arguments(record):
+            return
         for object_id in self._inputs(record) if record.is_foreign else record.dependencies:
             target = self._state.objects[object_id]
             location = target.location() if target.state is READY else None
@@ -276,6 +281,18 @@ class Tasks:
                 self.objects.pull(object_id)
         if not record.missing and not record.has_restored:
             self._restore_dependencies(record)
+
+    def _follow_arguments(self, record: TaskRecord) -> bool:
+        """Whether a task went where its arguments are."""
+        objects = self._state.objects
+        if record.actor_id or not self.peers.views or self.usable_group(record) is None:
+            return False
+        targets = [objects[object_id] for object_id in record.dependencies]
+        return (
+            all(target.state is READY for target in targets)
+            and any(target.location() is not None for target in targets)
+            and self.peers.follow_arguments(record)
+        )
 
     def _inputs(self, record: TaskRecord) -> list[ObjectId]:
         """What a task of another node needs here: also its payload and its function, if large."""
@@ -326,7 +343,7 @@ class Tasks:
         if record.missing <= 0:
             # Ready may mean on another node, and what was ready may have been lost since.
             self._wait_for_dependencies(record)
-            if record.missing == 0:
+            if record.missing == 0 and record.state is WAITING:
                 self.enqueue(record)
 
     def enqueue(self, record: TaskRecord, front: bool = False) -> None:
@@ -903,7 +920,7 @@ class Tasks:
         self._wait_for_dependencies(maker)
         if maker.actor_id:
             self.actors.enter_again(maker)
-        elif maker.missing == 0:
+        elif maker.missing == 0 and maker.state is WAITING:
             self.enqueue(maker, front=True)
 
     def on_object_local(self, object_id: ObjectId) -> None:

@@ -44,20 +44,24 @@ class ClassQueue:
     __slots__ = (
         "demand",
         "estimate_s",
+        "full_at",
         "function_name",
         "hungry",
         "kept",
         "lent",
         "obstacle",
+        "own_turn",
         "passed_over",
         "queue",
         "queued_calls",
         "released",
         "removed",
+        "roams",
         "stuck",
         "task_class",
         "tasks",
         "uses_devices",
+        "wanted",
     )
 
     def __init__(self, task_class: TaskClass, obstacle: Obstacle | None = None) -> None:
@@ -68,6 +72,12 @@ class ClassQueue:
         #: placement group where the class names one.
         self.demand: Mapping[str, int] = task_class.resources
         self.set_lent()
+        #: Whether its calls may be better off on another node although this one could run them.
+        self.roams = False
+        #: State of the cluster in which no other node had room for a call.
+        self.full_at = 0
+        #: Of calls that nodes take by turns: it is this node's, until it has run one.
+        self.own_turn = False
         #: Whether its workers are given devices, and serve nobody else afterwards.
         self.uses_devices = False
         #: Module and name of the function.
@@ -97,6 +107,13 @@ class ClassQueue:
         #: device say, its memory is full of things.
         self.lent = {n: q for n, q in self.demand.items() if n == "CPU" or n[:10] == "CPU_group_"}
         self.kept = {n: q for n, q in self.demand.items() if n not in self.lent and q}
+        #: What a node must have free to be chosen: an actor that takes no CPU later needs one then.
+        self.wanted = self.demand
+        placed_with = self.task_class.placed_with
+        if placed_with and self.demand is self.task_class.resources:
+            both = (*self.demand, *placed_with)
+            amounts = self.demand.get, placed_with.get
+            self.wanted = {n: sum(get(n, 0) for get in amounts) for n in both}
 
     def push(self, record: TaskRecord) -> None:
         """Queue a task behind the others."""

@@ -47,8 +47,8 @@ FAILED = TaskState.FAILED
 
 #: state -> states that may follow it.
 MOVES: dict[TaskState, frozenset[TaskState]] = {
-    # Ready; a dependency failed or the task was cancelled.
-    WAITING: frozenset({QUEUED, FAILED}),
+    # Ready; given to the node that has its arguments; a dependency failed or it was cancelled.
+    WAITING: frozenset({QUEUED, FORWARDED, FAILED}),
     # Sent; given away; cancelled, or its workers cannot start.
     QUEUED: frozenset({RUNNING, FORWARDED, FAILED}),
     # Done; failed for good; to be tried again, at once or later, handed back or taken back.

@@ -22,6 +22,7 @@ T, W = TaskState, WorkerState
 
 TASK_MOVES = {
     (T.WAITING, T.QUEUED),
+    (T.WAITING, T.FORWARDED),
     (T.WAITING, T.FAILED),
     (T.QUEUED, T.RUNNING),
     (T.QUEUED, T.FORWARDED),

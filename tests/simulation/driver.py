@@ -39,9 +39,11 @@ from poolray.protocol.client import (
     WaitReply,
 )
 from poolray.protocol.node import CloseGroup, CreateGroup, ResizeGroup, TerminateGroup
+from poolray.protocol.placement import PlacementGroupReply
 from poolray.protocol.values import InArena, InFile, Outcome, TaskSpec, Value
 from tests.simulation.jobs import INLINE_MAX_BYTES, Job, Options
 from tests.simulation.machines import SimNode
+from tests.simulation.placement import PlacementPlayer
 
 PLAIN = GroupId(0)
 
@@ -114,10 +116,17 @@ class Driver:
         self.groups: dict[GroupId, Group] = {}
         self.batches: dict[TaskId, Batch] = {}
         self._defined: dict[str, None] = {}
+        self.placement = PlacementPlayer(self)
+        #: All nodes of the run, for jobs that want to run on one of them.
+        self.node_names: list[bytes] = [node.name]
         node.on_driver_reply = self._on_reply
         node.on_group_event = self._on_group_event
         node.start_fate = self._start_fate
         self.tell_shell(CreateGroup(group_id=PLAIN))
+
+    def next_request(self) -> int:
+        """A number for a request."""
+        return next(self._request_ids)
 
     def tell(self, message: Any) -> None:
         """As a client."""
@@ -141,6 +150,8 @@ class Driver:
                 assert not is_get
                 assert message.ready == sorted(set(message.ready))
                 assert all(0 <= index < len(ids) for index in message.ready)
+            case PlacementGroupReply():
+                self.placement.on_reply(message)
             case RangeGranted():
                 self.allocations.pop(message.request_id)(message)
             case CallResults():
@@ -165,6 +176,8 @@ class Driver:
             if object_id in self.ledger.job_by_object:
                 self.ledger.judge_object(object_id, self.node.read(value), False)
                 self._adopt_returned(self.ledger.job_by_object[object_id][0])
+            elif object_id in self.ledger.group_of_object:
+                self.ledger.judge_object(object_id, self.node.read(value), False)
             else:
                 assert self.node.read(value).startswith(b"put " + object_id)
             if isinstance(value, InArena):
@@ -263,8 +276,11 @@ class Driver:
                 self._close_and_cancel,
                 self._cancel_task,
                 self._submit_and_cancel_task,
+                self.placement.make,
+                self.placement.remove,
+                self.placement.look,
             ],
-            weights=[12, 6, 8, 3, 5, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 3],
+            weights=[12, 6, 8, 3, 5, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 3, 2, 1, 1],
         )[0]
         action()
 
@@ -327,12 +343,18 @@ class Driver:
 
     def _submit_plain(self) -> None:
         world = self.world
-        options = self._options()
+        options = self.placement.place(self._options())
         usable = [group for group in self.groups.values() if group.open and not group.failed]
         group = world.random.choice(usable) if usable and world.chance(0.2) else None
         if group is not None:
             options = dataclasses.replace(
-                options, group_id=group.group_id, fragile=group.break_on_death
+                options,
+                group_id=group.group_id,
+                fragile=group.break_on_death,
+                node_id=b"",
+                spread=False,
+                group=b"",
+                bundle=-1,
             )
         job = self._job(options)
         if group is not None:
@@ -617,7 +639,7 @@ class Driver:
 
     def waits(self) -> bool:
         """Whether something is not answered yet."""
-        return bool(self.requests or self.allocations) or any(
+        return bool(self.requests or self.allocations or self.placement.waits()) or any(
             not batch.done for batch in self.batches.values()
         )
 

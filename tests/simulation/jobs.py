@@ -19,11 +19,22 @@ from poolray.exceptions import (
     ObjectReconstructionFailedError,
     PoolrayError,
     TaskCancelledError,
+    TaskPlacementGroupRemoved,
+    TaskUnschedulableError,
     WorkerCrashedError,
     WorkerStartError,
 )
-from poolray.ids import ClassId, FunctionId, GroupId, ObjectId, TaskId, return_id
-from poolray.protocol.values import Delivery, FunctionDefinition, TaskClass
+from poolray.ids import (
+    ClassId,
+    FunctionId,
+    GroupId,
+    NodeId,
+    ObjectId,
+    PlacementGroupId,
+    TaskId,
+    return_id,
+)
+from poolray.protocol.values import Delivery, FunctionDefinition, Placement, TaskClass
 
 #: Values larger than this go to the arena (`Config.inline_max_bytes` of the simulation).
 INLINE_MAX_BYTES = 100
@@ -41,12 +52,30 @@ class Options:
     cpus: int = 1
     max_calls: int = 0
     fragile: bool = False  #: its group breaks at the first death
+    node_id: bytes = b""  #: it wants to run there
+    is_soft: bool = False
+    spread: bool = False
+    group: bytes = b""  #: in this placement group
+    bundle: int = -1
     variant: int = 0  #: tells classes apart that are alike otherwise
 
     @property
     def name(self) -> str:
         """A name of its own for each combination."""
         return "-".join(str(field) for field in dataclasses.astuple(self))
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where it is to run; None: anywhere."""
+        if not (self.node_id or self.spread or self.group):
+            return None
+        return Placement(
+            node_id=NodeId(self.node_id),
+            is_soft=self.is_soft,
+            spread=self.spread,
+            group=PlacementGroupId(self.group),
+            bundle=self.bundle,
+        )
 
     def task_class(self) -> TaskClass:
         """As the node knows it."""
@@ -62,6 +91,7 @@ class Options:
             max_retries=self.max_retries,
             retry_exceptions=b"*" if self.retry_exceptions else b"",
             max_calls=self.max_calls,
+            placement=self.placement,
         )
 
     def definition(self) -> FunctionDefinition:
@@ -194,6 +224,10 @@ class Ledger:
         self.errors: list[PoolrayError] = []
         self.job_by_task: dict[str, Job] = {}
         self.job_by_object: dict[ObjectId, tuple[Job, int]] = {}
+        #: Objects that stand for placement groups.
+        self.group_of_object: dict[ObjectId, PlacementGroupId] = {}
+        #: Placement groups that were removed, or are about to be.
+        self.removed_groups: dict[bytes, None] = {}
         self.node_deaths = 0
         self.start_failures = 0
         #: Values whose files turned out to be damaged.
@@ -240,12 +274,23 @@ class Ledger:
 
     def judge_object(self, object_id: ObjectId, value: bytes, is_error: bool) -> None:
         """Somebody got this as the value of an object."""
+        if object_id in self.group_of_object:
+            self._judge_group(self.group_of_object[object_id], value, is_error)
+            return
         if object_id not in self.job_by_object:
             assert is_error, "values that were put are judged by who put them"
             self.judge_loss(value)
             return
         job, index = self.job_by_object[object_id]
         self.judge(job, index, value, is_error)
+
+    def _judge_group(self, group_id: PlacementGroupId, value: bytes, is_error: bool) -> None:
+        """Somebody got this for a placement group."""
+        if not is_error:
+            assert value == b"=group " + group_id
+            return
+        assert isinstance(self.errors[int(value[2:])], TaskPlacementGroupRemoved)
+        assert group_id in self.removed_groups or self.node_deaths
 
     def judge_loss(self, error: bytes) -> None:
         """Somebody got this instead of a value that was put."""
@@ -288,6 +333,11 @@ class Ledger:
                 assert self.job_by_task[error.task_id] is job or job.options.caller
             case TaskCancelledError():
                 assert job.may_be_cancelled(), f"{job.key!r} was not cancelled"
+            case TaskPlacementGroupRemoved():
+                assert job.options.group in self.removed_groups or self.node_deaths, str(error)
+            case TaskUnschedulableError():
+                assert job.options.node_id, str(error)
+                assert not job.options.is_soft, str(error)
             case NodeDiedError():
                 assert self.node_deaths
                 assert error.attempts == job.options.max_retries + 1

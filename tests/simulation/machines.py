@@ -27,6 +27,7 @@ from poolray.protocol.node import (
     HeadBack,
     NodeDied,
     PacketsTakenBack,
+    RegisterJob,
     RegisterNode,
     RestoreDone,
     RestoreFailed,
@@ -34,6 +35,7 @@ from poolray.protocol.node import (
     SpillFailed,
     Tick,
 )
+from poolray.protocol.placement import PlacementGroupReply
 from poolray.protocol.values import InArena, InFile, Value
 from poolray.protocol.worker import RunTasks
 from tests.simulation.jobs import Ledger
@@ -41,7 +43,9 @@ from tests.simulation.network import HEAD, Endpoint, Network
 from tests.simulation.worker import SimWorker
 from tests.simulation.world import World
 
-ClientMessages = ObjectValues | WaitReply | RangeGranted | CallResults | ActorReply
+ClientMessages = (
+    ObjectValues | WaitReply | RangeGranted | CallResults | ActorReply | PlacementGroupReply
+)
 
 
 def own_file(number: int) -> str:
@@ -116,9 +120,11 @@ class SimNode(Endpoint):
         )
         self._planned_tick: float | None = None
         self._echoes: list[Any] = []
+        self._own_head: Head | None = None
         if network is not None:
             network.join(name, self)
             network.send(name, HEAD, self.node.register())
+            network.send(name, HEAD, RegisterJob(job_id=name, node_id=name))
 
     # ---- the machine -----------------------------------------------------------------------------
 
@@ -206,8 +212,10 @@ class SimNode(Endpoint):
                 assert self.network is not None
                 self.network.send(self.name, node_id, message)
             case fx.SendHead(message=message):
-                assert self.network is not None
-                self.network.send(self.name, HEAD, message)
+                if self.network is not None:
+                    self.network.send(self.name, HEAD, message)
+                else:
+                    self._ask_own_head(message)
             case fx.SendChunk(node_id=node_id, place=place, offset=start):
                 assert self.network is not None
                 data = self.read(place)[start : start + effect.size_bytes]
@@ -230,6 +238,16 @@ class SimNode(Endpoint):
                     assert not text.startswith("Objects cannot be spilled") or self.disk_failures
             case _:
                 raise AssertionError(f"nobody acts on {effect}")
+
+    def _ask_own_head(self, message: Any) -> None:
+        """The head lives in the same process, as in local mode."""
+        now = self.world.now
+        if self._own_head is None:
+            self._own_head = Head(self.node.state.config)
+            self._own_head.handle(self.name, self.node.register(), now)
+        for sent in self._own_head.handle(self.name, message, now):
+            self._echoes.append(sent.message)
+        self._own_head.check_invariants()
 
     def _write_chunk(self, offset: int, number: int, data: bytes) -> None:
         """Bytes from another node; ranges are granted at page starts."""
@@ -340,6 +358,8 @@ class SimNode(Endpoint):
         """The head was started again."""
         assert sender == HEAD
         self.tell(b"", HeadBack())
+        if self.network is not None and self.alive:
+            self.network.send(self.name, HEAD, RegisterJob(job_id=self.name, node_id=self.name))
 
     def crash(self) -> None:
         """The machine is gone, with all that is on it."""

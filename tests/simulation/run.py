@@ -94,6 +94,9 @@ class Run:
         node.damages = self.faults.damages
         self.nodes.append(node)
         self.drivers.append(Driver(node, self.faults, self._cpus_min))
+        names = [each.name for each in self.nodes]
+        for driver in self.drivers:
+            driver.node_names = names
 
     def _draw_faults(self) -> Faults:
         world = self.world
@@ -216,6 +219,12 @@ class Run:
         """Everything that was asked for is answered."""
         for driver in self._living():
             driver.ask_for_all()
+        # Groups that have room get it by then; the rest, and what waits for them, is given up.
+        until = self.world.now + 20.0
+        while self.world.now < until and self.world.step():
+            pass
+        for driver in self._living():
+            driver.placement.remove_all()
         self._wait_until(lambda: not any(driver.waits() for driver in self._living()), "answers")
 
     def _end(self) -> None:

@@ -20,6 +20,7 @@ from poolray.protocol.placement import (
     GroupsFound,
     GroupSpec,
     GroupState,
+    KeptBundles,
     PrepareBundles,
     RegisterGroup,
     ReturnBundles,
@@ -255,3 +256,25 @@ def test_a_node_that_is_alone_with_the_head_is_told_to_keep_the_order() -> None:
     asked = bench.take(PrepareBundles)
     assert [m.may_wait for _, m in asked] == [True], "of the second it knows that it has no room"
     assert bench.head.next_deadline() is not None
+
+
+def test_a_head_that_was_started_again_knows_its_groups_and_what_their_nodes_keep() -> None:
+    bench = Bench(A, B)
+    group = bench.create(2, 2, strategy=Strategy.STRICT_SPREAD)
+    bench.answer()
+    waits = bench.create(2)
+    tables: dict[str, dict[bytes, bytes]] = {}
+    for change in bench.head.take_changes():
+        if change.value is not None:
+            tables.setdefault(change.table, {})[change.key] = change.value
+    bench.head = Head(CONFIG)
+    bench.head.restore(tables, bench.now)
+    lost = KeptBundles(group_id=group, attempt=1, indexes=[1], is_open=False)  # its commit was lost
+    stray = KeptBundles(group_id=waits, attempt=9, indexes=[0], is_open=False)
+    bench.take(CommitBundles)
+    bench.tell(A, RegisterNode(node_id=A, total={"CPU": 2}, watched_groups=[group]))
+    bench.tell(B, RegisterNode(node_id=B, total={"CPU": 2}, bundles=[lost, stray]))
+    assert bench.take(CommitBundles) == [(B, CommitBundles(group_id=group, attempt=1))]
+    assert [(node, m.attempt) for node, m in bench.take(ReturnBundles)] == [(B, 9)]
+    assert bench.state(group) is GroupState.CREATED
+    assert bench.state(waits) is GroupState.PENDING

@@ -157,6 +157,24 @@ def test_removal_kills_what_runs_and_fails_what_waits(bench: BundleBench) -> Non
     assert bench.node.statistics().bundles == 0
 
 
+def test_what_becomes_ready_by_the_removal_does_not_run_in_the_group(bench: BundleBench) -> None:
+    bench.open(1, 1)
+    class_id = bench.class_in_group()
+    bench.submit(class_id)
+    first = bench.submit(class_id)
+    workers = bench.start_all()
+    bench.finish_first()  # so that a worker is idle
+    assert bench.state(first) == "RUNNING"
+    behind = bench.submit(class_id, dependencies=[result_of(first)])
+    other = bench.submit(bench.task_class("other"), dependencies=[result_of(first)])
+    bench.changed(GroupState.REMOVED)
+    assert b"TaskPlacementGroupRemoved" in bench.error_of(behind)
+    for worker in workers:
+        bench.lose(worker)
+    bench.start_all()
+    assert bench.running(other) == [True]
+
+
 def test_a_ref_that_stands_for_a_group_is_ready_with_it_or_an_error(bench: BundleBench) -> None:
     ids = [ObjectId(b"O%027d" % number) for number in range(2)]
     bench.tell(AwaitPlacementGroup(object_id=ids[0], group_id=GROUP, value=b"it"), DRIVER)

@@ -1,0 +1,188 @@
+"""Tasks that make tasks, chains, waiting one by one, placement groups: beside Ray.
+
+    python -m benchmarks.tasks [--ray-python PYTHON] [--json FILE]
+
+What: the same program on poolray and, in an interpreter that has it, on Ray, each in a process of
+its own with two CPUs, round by round in turns. Then, for poolray alone, what `wait` costs for each
+of 1,000, 10,000 and 100,000 refs that are taken one by one.
+Who calls: by hand.
+May touch: processes, the clock.
+Invariants: both sides run this very file, so they do the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+WORKERS = 2
+#: Case -> what is counted, how many in a round, on both sides.
+CASES = {
+    "nested": ("tasks that a task makes and awaits, /s", 300),
+    "chain": ("links of a chain of 200 tasks, /s", 200),
+    "wait_one_by_one": ("refs of 1,000 taken one by one with wait, /s", 1000),
+    "placement_groups": ("placement groups made, awaited and removed, /s", 50),
+}
+WAIT_SIZES = (1_000, 10_000, 100_000)
+TARGET = 10.0
+
+
+def cases(module: str) -> dict[str, Callable[[int], None]]:
+    """What a side can do, by name."""
+    ray: Any = importlib.import_module(module)
+    groups: Any = importlib.import_module(f"{module}.util.placement_group")
+    quiet = {"include_dashboard": False, "log_to_driver": False} if module == "ray" else {}
+    ray.init(num_cpus=WORKERS, **quiet)
+
+    @ray.remote
+    def successor(number: int) -> int:
+        return number + 1
+
+    @ray.remote
+    def family(count: int) -> int:
+        return sum(ray.get([successor.remote(0) for _ in range(count)]))
+
+    def nested(count: int) -> None:
+        assert ray.get([family.remote(10) for _ in range(count // 10)]) == [10] * (count // 10)
+
+    def chain(count: int) -> None:
+        ref = successor.remote(0)
+        for _ in range(count - 1):
+            ref = successor.remote(ref)
+        assert ray.get(ref) == count
+
+    def wait_one_by_one(count: int) -> None:
+        refs = [successor.remote(0) for _ in range(count)]
+        while refs:
+            ready, refs = ray.wait(refs)
+            assert len(ready) == 1
+
+    def placement_groups(count: int) -> None:
+        for _ in range(count):
+            group = groups.placement_group([{"CPU": 0.5}])
+            assert group.wait(30)
+            groups.remove_placement_group(group)
+
+    return {
+        "nested": nested,
+        "chain": chain,
+        "wait_one_by_one": wait_one_by_one,
+        "placement_groups": placement_groups,
+    }
+
+
+def serve(module: str) -> None:
+    """One side: answers each line `<case> <count>` with the seconds it took."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what Ray prints is not an answer
+    known = cases(module)
+    print(importlib.import_module(module).__version__, file=answers, flush=True)
+    for line in sys.stdin:
+        case, count = line.split()
+        started = time.perf_counter()
+        known[case](int(count))
+        print(time.perf_counter() - started, file=answers, flush=True)
+
+
+class Side:
+    """One side, in a process of its own."""
+
+    def __init__(self, python: str, module: str) -> None:
+        root = Path(__file__).resolve().parents[1]
+        environment = {**os.environ, "PYTHONPATH": str(root), "RAY_AUTH_MODE": "disabled"}
+        self._process = subprocess.Popen(
+            [python, str(Path(__file__).resolve()), "--side", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=root,
+            env={**environment, "RAY_USAGE_STATS_ENABLED": "0"},
+        )
+        self.version = self._read()
+
+    def _read(self) -> str:
+        output: IO[str] = self._process.stdout  # type: ignore[assignment]
+        line = output.readline().strip()
+        if not line:
+            raise SystemExit("one side did not start: does the Python given have the package?")
+        return line
+
+    def rate(self, case: str, count: int) -> float:
+        """How many a second."""
+        commands: IO[str] = self._process.stdin  # type: ignore[assignment]
+        commands.write(f"{case} {count}\n")
+        commands.flush()
+        return count / float(self._read())
+
+    def close(self) -> None:
+        """It ends with its input."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def main() -> None:
+    from benchmarks._harness import (
+        COMPARISON_HEAD,
+        Comparison,
+        alternate,
+        make_parser,
+        print_table,
+        write_json,
+    )
+
+    options = make_parser(__doc__, rounds=5).parse_args()
+    ours = Side(sys.executable, "poolray")
+    figures: dict[str, Any] = {}
+    if options.ray_python:
+        theirs = Side(options.ray_python, "ray")
+        found = []
+        for case, (name, count) in CASES.items():
+            samples = alternate(
+                options.rounds,
+                {
+                    "poolray": functools.partial(ours.rate, case, count),
+                    "Ray": functools.partial(theirs.rate, case, count),
+                },
+            )
+            figure = Comparison(
+                name, samples["poolray"], samples["Ray"], f"Ray {theirs.version}", "/s", TARGET
+            )
+            found.append(figure)
+            figures[case] = figure.as_json()
+        theirs.close()
+        print_table(COMPARISON_HEAD, [figure.row() for figure in found])
+    else:
+        for case, (name, count) in CASES.items():
+            samples = alternate(options.rounds, {case: functools.partial(ours.rate, case, count)})
+            figures[case] = samples[case].as_json()
+            print(f"{name}: {samples[case].median:,.0f}")
+    for size in WAIT_SIZES:
+        each_us = 1e6 / ours.rate("wait_one_by_one", size)
+        figures[f"wait_{size}"] = each_us
+        print(f"submit and wait, one by one, for {size:,} refs: {each_us:.1f} us each")
+    ours.close()
+    write_json(options.json, "tasks", figures)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--side")
+    known, _ = parser.parse_known_args()
+    if known.side:
+        serve(known.side)
+    else:
+        main()
