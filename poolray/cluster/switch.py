@@ -35,7 +35,7 @@ HEADERS = {
     kind: _HEADER.pack(_MAGIC, PROTOCOL_VERSION, kind) for kind in FrameKind.__members__.values()
 }
 #: A message that is larger than this travels in parts.
-PART_BYTES = 4 << 20
+PART_BYTES = (4 << 20) + (64 << 10)  # a chunk of an object with what is around it is one part
 #: What a socket takes at the most; a peer that sends more is cut off by ZeroMQ.
 _SOCKET_BYTES_MAX = PART_BYTES + (1 << 20)
 #: What the parts of a message may add up to.
@@ -49,6 +49,10 @@ _PEERS_MAX = 100_000
 _TURN = 256
 #: A handshake that takes longer than this is given up, and begun again.
 HANDSHAKE_MS = 3_000
+#: What has come is acknowledged with the next message that goes there, after this long at the
+#: latest, and at once when this much has: a frame of its own for each would double the traffic.
+_ACK_AFTER_S = 0.02
+_ACK_COUNT = 16
 _WHOLE, _PART = b"\0", b"\1"
 
 
@@ -56,7 +60,18 @@ _WHOLE, _PART = b"\0", b"\1"
 class _Peer:
     """Another process, as far as we speak with it."""
 
-    __slots__ = ("dealer", "heard_s", "link", "parts", "parts_bytes", "peer_id", "route")
+    __slots__ = (
+        "ack",
+        "ack_count",
+        "ack_due_s",
+        "dealer",
+        "heard_s",
+        "link",
+        "parts",
+        "parts_bytes",
+        "peer_id",
+        "route",
+    )
 
     def __init__(self, peer_id: bytes, link: PeerLink) -> None:
         self.peer_id = peer_id
@@ -68,6 +83,10 @@ class _Peer:
         #: Parts of a message that is not complete.
         self.parts: list[bytes] = []
         self.parts_bytes = 0
+        #: An acknowledgement that waits for company, for how many messages, until when.
+        self.ack: LinkFrame | None = None
+        self.ack_count = 0
+        self.ack_due_s = 0.0
         #: When it said something last.
         self.heard_s = float("-inf")
 
@@ -264,6 +283,7 @@ class Switch:
 
     def _carry(self, peer: _Peer, frames: list[LinkFrame]) -> None:
         for frame in frames:
+            peer.ack, peer.ack_count = None, 0  # it brings along what has come until now
             self._post(peer, FrameKind.LINK, self._encode(frame))
 
     def _post(self, peer: _Peer, kind: FrameKind, body: bytes) -> None:
@@ -367,8 +387,14 @@ class Switch:
         if arrival.restarted:
             peer.parts, peer.parts_bytes = [], 0
             self.on_restarted(sender, _whole(arrival.lost))
-        # Acknowledged before it is dealt with: while both ends live nothing is lost.
-        self._carry(peer, arrival.frames)
+        if arrival.payloads and len(arrival.frames) == 1 and peer.ack_count < _ACK_COUNT:
+            if peer.ack is None:
+                peer.ack_due_s = now + _ACK_AFTER_S
+            peer.ack = arrival.frames[0]
+            peer.ack_count += 1
+            self._timed[sender] = None
+        else:
+            self._carry(peer, arrival.frames)
         if peer.link.next_deadline() is not None:
             self._timed[sender] = None
         for payload in arrival.payloads:
@@ -401,6 +427,9 @@ class Switch:
         for peer_id in list(self._timed):
             peer = self._peers.get(peer_id)
             deadline = peer.link.next_deadline() if peer is not None else None
+            if peer is not None and peer.ack is not None:
+                due = peer.ack_due_s
+                deadline = due if deadline is None else min(deadline, due)
             if deadline is None:
                 del self._timed[peer_id]
             elif earliest is None or deadline < earliest:
@@ -411,8 +440,11 @@ class Switch:
         """Send again what is overdue."""
         for peer_id in list(self._timed):
             peer = self._peers.get(peer_id)
-            if peer is not None:
-                self._carry(peer, peer.link.on_tick(now))
+            if peer is None:
+                continue
+            if peer.ack is not None and peer.ack_due_s <= now:
+                self._carry(peer, [peer.ack])
+            self._carry(peer, peer.link.on_tick(now))
 
     def heard_s(self, peer_id: bytes) -> float:
         """When a peer said something last, on the caller's clock."""
