@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+W = TypeVar("W", bound="ObjectRef[Any] | ObjectRefGenerator[Any]")
 
 __all__ = [
     "RuntimeContextInfo",
@@ -629,6 +630,18 @@ def remote(
 
 
 @overload
+def remote(
+    *, num_returns: Literal["streaming"], **options: Unpack[DefinitionOptions]
+) -> _RemoteDecoratorOf[ObjectRefGenerator[Any]]: ...
+
+
+@overload
+def remote(
+    *, num_returns: Literal["dynamic"], **options: Unpack[DefinitionOptions]
+) -> _RemoteDecoratorOf[ObjectRef[Any]]: ...
+
+
+@overload
 def remote(**options: Unpack[ActorDefinitionOptions]) -> _ActorDecorator: ...
 
 
@@ -804,12 +817,12 @@ def put(value: T) -> ObjectRef[T]:
 
 
 def wait(
-    ray_waitables: list[ObjectRef[R]],
+    ray_waitables: list[W],
     *,
     num_returns: int = 1,
     timeout: float | None = None,
     fetch_local: bool = True,
-) -> tuple[list[ObjectRef[R]], list[ObjectRef[R]]]:
+) -> tuple[list[W], list[W]]:
     """Wait until some of the refs are ready.
 
     Parameters
@@ -847,7 +860,9 @@ def wait(
     if not ray_waitables:
         find_client()
         return [], []
-    ready = _client_for(ray_waitables[0]).wait(ray_waitables, num_returns, timeout)[:num_returns]
+    # (A generator counts as a ref of its next item.)
+    refs: Any = ray_waitables
+    ready = _client_for(refs[0]).wait(refs, num_returns, timeout)[:num_returns]
     return [ray_waitables[index] for index in ready], _without(ray_waitables, ready)
 
 

@@ -23,6 +23,7 @@ from typing import (
     overload,
 )
 
+from poolray.generators import ObjectRefGenerator
 from poolray.objects.object_ref import ObjectRef
 from poolray.remote_strategies import SchedulingStrategyT
 
@@ -71,6 +72,7 @@ class TaskOptions(TypedDict, total=False):
     label_selector: dict[str, str] | None
     fallback_strategy: list[dict[str, Any]] | None
     enable_task_events: bool
+    _generator_backpressure_num_objects: int | None
 
 
 class ActorOptions(TypedDict, total=False):
@@ -91,6 +93,7 @@ class ActorOptions(TypedDict, total=False):
     max_pending_calls: int | None
     max_concurrency: int | None
     allow_out_of_order_execution: bool | None
+    _actor_generator_backpressure_num_objects: int | None
 
 
 class ActorDefinitionOptions(ActorOptions, total=False):
@@ -271,6 +274,16 @@ class RemoteSignature(RemoteCall[P, F_co, Given_co], Generic[P, R, F_co, Given_c
     ) -> RemoteCall[P, F_co, list[ObjectRef[Any]]]: ...
 
     @overload
+    def options(
+        self, *, num_returns: Literal["streaming"], **options: Unpack[TaskOptions]
+    ) -> RemoteCall[P, F_co, ObjectRefGenerator[Any]]: ...
+
+    @overload
+    def options(
+        self, *, num_returns: Literal["dynamic"], **options: Unpack[TaskOptions]
+    ) -> RemoteCall[P, F_co, ObjectRef[Any]]: ...
+
+    @overload
     def options(self, **options: Unpack[TaskOptions]) -> RemoteCall[P, F_co, Given_co]: ...
 
     def options(self, **options: Any) -> Any:
@@ -278,8 +291,11 @@ class RemoteSignature(RemoteCall[P, F_co, Given_co], Generic[P, R, F_co, Given_c
 
         Parameters
         ----------
-        num_returns : int
-            Return values; `.remote()` gives a list of so many refs (0: None).
+        num_returns : int or str
+            Return values; `.remote()` gives a list of so many refs (0: None). Of a generator by
+            default "streaming": `.remote()` gives an `ObjectRefGenerator`; or "dynamic".
+        _generator_backpressure_num_objects : int
+            Items of a generator that may wait to be taken; then it pauses. -1: any number.
         num_cpus : float
             CPUs that a running call takes; steps of 0.0001.
         memory : float, bytes

@@ -40,10 +40,12 @@ from poolray.protocol.client import (
 )
 from poolray.protocol.node import CloseGroup, CreateGroup, ResizeGroup, TerminateGroup
 from poolray.protocol.placement import PlacementGroupReply
+from poolray.protocol.streams import ItemsTaken
 from poolray.protocol.values import InArena, InFile, Outcome, TaskSpec, Value
 from tests.simulation.jobs import INLINE_MAX_BYTES, Job, Options
 from tests.simulation.machines import SimNode
 from tests.simulation.placement import PlacementPlayer
+from tests.simulation.streams import Readers
 
 PLAIN = GroupId(0)
 
@@ -119,6 +121,7 @@ class Driver:
         self.placement = PlacementPlayer(self)
         #: All nodes of the run, for jobs that want to run on one of them.
         self.node_names: list[bytes] = [node.name]
+        self.readers = Readers(self)
         node.on_driver_reply = self._on_reply
         node.on_group_event = self._on_group_event
         node.start_fate = self._start_fate
@@ -145,6 +148,10 @@ class Driver:
                 assert is_get
                 assert not message.more, "to a driver it comes whole"
                 self._on_values(ids, message)
+            case ItemsTaken():
+                self.readers.on_taken(message)
+            case WaitReply() if self.readers.on_there(message.request_id):
+                pass
             case WaitReply():
                 ids, is_get = self.requests.pop(message.request_id)
                 assert not is_get
@@ -279,8 +286,10 @@ class Driver:
                 self.placement.make,
                 self.placement.remove,
                 self.placement.look,
+                self._submit_stream,
+                self.readers.act,
             ],
-            weights=[12, 6, 8, 3, 5, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 3, 2, 1, 1],
+            weights=[12, 6, 8, 3, 5, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 3, 2, 1, 1, 4, 8],
         )[0]
         action()
 
@@ -370,6 +379,24 @@ class Driver:
         job.borrowed = [self.ledger.job_by_object[o] for o in job.borrowed_ids]
         self._submit([job], dependencies)
 
+    def _submit_stream(self) -> None:
+        """A generator."""
+        options = dataclasses.replace(
+            self._options(),
+            num_returns=1,
+            items=self.world.random.randint(1, 8),
+            backpressure=self.world.random.choice([0, 0, 1, 3]),
+        )
+        job = self._job(options, depth=9)
+        known = [o for o in self.held if o in self.ledger.job_by_object]
+        dependencies = self.world.random.sample(known, min(len(known), 1) * self.world.chance(0.3))
+        job.inputs = [self.ledger.job_by_object[o] for o in dependencies]
+        self._submit([job], dependencies)
+
+    def next_request(self) -> int:
+        """The number of a request of its own."""
+        return next(self._request_ids)
+
     def _submit_burst(self) -> None:
         """Many short tasks of one class in one message."""
         options = dataclasses.replace(self._options(), num_returns=1)
@@ -405,6 +432,8 @@ class Driver:
             slots=list(range(len(dependencies))),
             borrows=jobs[0].borrowed_ids,
         )
+        if options.items:
+            self.readers.open(jobs[0], task_id)
         self.tell(SubmitTasks(tasks=[spec]))
         return task_id
 
@@ -633,19 +662,22 @@ class Driver:
     # ---- the end ---------------------------------------------------------------------------------
 
     def ask_for_all(self) -> None:
-        """Get each object that is held."""
+        """Get each object that is held, and read each stream to its end."""
+        self.readers.read_to_the_end()
         for object_id in list(self.held):
             self._ask([object_id], True)
 
     def waits(self) -> bool:
         """Whether something is not answered yet."""
-        return bool(self.requests or self.allocations or self.placement.waits()) or any(
-            not batch.done for batch in self.batches.values()
+        return (
+            bool(self.requests or self.allocations or self.placement.waits())
+            or any(not batch.done for batch in self.batches.values())
+            or self.readers.waits()
         )
 
     def describe_wait(self) -> str:
         """What it waits for."""
-        lines = []
+        lines = self.readers.describe()
         for ids, is_get in self.requests.values():
             for object_id in ids:
                 job = self.ledger.job_by_object.get(object_id, (None, 0))[0]
@@ -664,6 +696,7 @@ class Driver:
     def drop_all(self) -> None:
         """Let go of everything."""
         self.views.clear()
+        self.readers.drop_all()
         self.tell(ReleaseReferences(object_ids=list(self.held)))
         self.held.clear()
         for group in self.groups.values():

@@ -34,6 +34,8 @@ from poolray.ids import (
     TaskId,
     return_id,
 )
+from poolray.node.streams import NOTHING
+from poolray.protocol.streams import StreamMode
 from poolray.protocol.values import Delivery, FunctionDefinition, Placement, TaskClass
 
 #: Values larger than this go to the arena (`Config.inline_max_bytes` of the simulation).
@@ -58,6 +60,8 @@ class Options:
     group: bytes = b""  #: in this placement group
     bundle: int = -1
     variant: int = 0  #: tells classes apart that are alike otherwise
+    items: int = 0  #: that a generator yields; 0: it is none
+    backpressure: int = 0
 
     @property
     def name(self) -> str:
@@ -92,6 +96,8 @@ class Options:
             retry_exceptions=b"*" if self.retry_exceptions else b"",
             max_calls=self.max_calls,
             placement=self.placement,
+            stream=int(StreamMode.ITEMS if self.items else StreamMode.NONE),
+            backpressure=self.backpressure,
         )
 
     def definition(self) -> FunctionDefinition:
@@ -165,7 +171,9 @@ class Job:
         return False
 
     def value(self, index: int = 0) -> bytes:
-        """The right value."""
+        """The right value; of a generator those of its items, from 1 on."""
+        if self.options.items and index == 0:
+            return NOTHING
         digest = hashlib.blake2b(digest_size=8)
         for job, at in (*self.inputs, *self.borrowed):
             digest.update(job.value(at))

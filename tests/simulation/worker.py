@@ -32,6 +32,7 @@ from poolray.protocol.client import (
     UnpinObjects,
 )
 from poolray.protocol.node import PacketsTakenBack, WorkerLost
+from poolray.protocol.streams import RoomGranted
 from poolray.protocol.values import CallKind, InArena, InFile, Outcome, TaskClass, TaskSpec, Value
 from poolray.protocol.worker import (
     ActorStarted,
@@ -49,6 +50,7 @@ from poolray.protocol.worker import (
     WorkerUnblocked,
 )
 from tests.simulation.jobs import INLINE_MAX_BYTES, Job, Options
+from tests.simulation.streams import yield_items
 
 if TYPE_CHECKING:
     from tests.simulation.machines import SimNode
@@ -434,7 +436,10 @@ class SimWorker:
             error: Value = raised.error
             if len(raised.error) > INLINE_MAX_BYTES:
                 error = yield from self._store(self._new_name(), raised.error)
-            outcome = Outcome(values=[error], is_error=True, retriable=raised.retriable)
+            by_itself = not raised.error.startswith(b"!because")
+            outcome = Outcome(
+                values=[error], is_error=True, retriable=raised.retriable, raised=by_itself
+            )
         except _Interrupted:
             self._in_user_code = False
             if job.is_stubborn:
@@ -483,6 +488,7 @@ class SimWorker:
         world = self.world
         if job.begun <= job.crashes_first:
             yield job.duration_s / 2
+            yield from self._yield_some(job)
             raise _Died
         yield job.duration_s
         if self._refs and world.chance(0.3):
@@ -490,6 +496,7 @@ class SimWorker:
         if self._keeping and world.chance(0.3):
             self._let_go()
         if job.fails or job.begun <= job.raises_first:
+            yield from self._yield_some(job)
             raise _Raised(job.error(), job.options.retry_exceptions)
         if job.borrowed:
             yield from self._get(job.borrowed_ids)
@@ -497,12 +504,21 @@ class SimWorker:
             yield from self._run_children(job)
         if job.puts:
             yield from self._put(job)
+        yield from self._yield_items(job, job.options.items)
         contained: list[ObjectId] = []
         if job.returned_child is not None:
             contained.append(self._submit(job, job.returned_child))
             job.returned_id = contained[0]
         yield job.duration_s / 10
         return contained
+
+    def _yield_some(self, job: Job) -> Life:
+        """A generator that will not come to its end."""
+        yield from self._yield_items(job, self.world.random.randint(0, job.options.items))
+
+    def _yield_items(self, job: Job, count: int) -> Life:
+        if count:
+            yield from yield_items(self, job, TaskId(self._running_task_id()), count)
 
     def _run_children(self, job: Job) -> Life:
         ids = [self._submit(job, child) for child in job.children]
@@ -611,8 +627,23 @@ class SimWorker:
             if told and self.alive:
                 self._send(WorkerUnblocked(worker_id=self.worker_id))
             del self._replies[number]
-        assert all(isinstance(reply, (ObjectValues, RangeGranted)) for reply in replies)
+        known = (ObjectValues, RangeGranted, RoomGranted)
+        assert all(isinstance(reply, known) for reply in replies)
         return replies
+
+    # For generators:
+
+    def request(self, message: Any, block: bool = False) -> Generator[Any, None, list[Any]]:
+        """Ask the node, and wait for its answer."""
+        return self._request(message, block)
+
+    def send(self, message: Any) -> None:
+        """Tell the node."""
+        self._send(message)
+
+    def store(self, data: bytes) -> Generator[float | None, None, InArena | InFile]:
+        """Write a large value under a name of its own."""
+        return self._store(self._new_name(), data)
 
     def _store(
         self, object_id: ObjectId, data: bytes
@@ -631,6 +662,8 @@ class SimWorker:
         self, job: Job, task: TaskCall, contained: list[ObjectId]
     ) -> Generator[float | None, None, bytes | Outcome]:
         options: Options = job.options
+        if options.items:
+            return Outcome(values=[])
         values: list[Value] = []
         for index in range(options.num_returns):
             data = job.value(index)

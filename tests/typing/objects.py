@@ -69,7 +69,7 @@ def wrong_calls(number: ObjectRef[int], text: ObjectRef[str]) -> None:
     poolray.get()  # type: ignore[call-overload]
     poolray.put()  # type: ignore[call-arg]
     poolray.wait(number)  # type: ignore[arg-type]
-    poolray.wait([1])  # type: ignore[arg-type]
+    poolray.wait([1])  # type: ignore[type-var]
     poolray.wait([number], 2)  # type: ignore[call-arg]
     poolray.wait([number], num_returns="1")  # type: ignore[arg-type]
     poolray.init(num_cpus="2")  # type: ignore[arg-type]
