@@ -322,6 +322,8 @@ class WorkerStreams:
     def _take(self, source: _Source, value: Any, function: Function) -> None:
         """Serialize an item and send it, with others or alone."""
         index = source.produced
+        if source.mode == _RETURNS and not source.returns:
+            return  # it is run for what it does
         if source.mode == _RETURNS and index >= source.returns:
             raise ValueError(
                 f"Task yielded more than {source.returns} objects, but "
@@ -356,8 +358,8 @@ class WorkerStreams:
                 raise ValueError(
                     f"Task returned {source.produced} objects, but num_returns={source.returns}."
                 )
-            assert source.last is not None
-            self._buffer.add(task_id, source.returns - 1, *source.last)
+            if source.last is not None:
+                self._buffer.add(task_id, source.returns - 1, *source.last)
         self._buffer.flush()
         if source.mode != _DYNAMIC:
             return Outcome(values=[])

@@ -34,6 +34,7 @@ def memory_table(
     pid: int,
     tasks: Iterable[TaskRecord],
     lineage: Iterable[TaskRecord],
+    streams: Iterable[ObjectId],
     call_sites: Mapping[ObjectId, str],
     store: StoreStatistics,
     limit: int | None,
@@ -47,6 +48,8 @@ def memory_table(
     tasks, lineage : iterables of TaskRecord
         Those that hold their dependencies and borrowed refs: tasks that workers may still read
         the arguments of, and ended ones that are kept to be run again.
+    streams : iterable of ObjectId
+        Items of generators that nobody has taken.
     limit : int or None
         Objects to list: the largest ones.
     """
@@ -66,6 +69,9 @@ def memory_table(
     _add_functions(state, holders)
     _add_tasks(state, tasks, HolderKind.USED_BY_PENDING_TASK, holders)
     _add_tasks(state, lineage, HolderKind.USED_BY_LINEAGE, holders)
+    for object_id in streams:
+        if (known := holders.get(object_id)) is not None:
+            known.append(ObjectHolder(kind=HolderKind.WAITING_IN_STREAM, name="generator"))
     _add_containers(objects, holders)
     arena = state.allocator.statistics()
     return MemoryTable(

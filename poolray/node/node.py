@@ -770,6 +770,7 @@ class Node:
             pid=pid,
             tasks=tasks,
             lineage=[record for record in self._tasks.lineage() if record.owner_pins],
+            streams=self._streams.holds(),
             call_sites=self._objects.call_sites,
             store=self._store.statistics(),
             limit=limit,

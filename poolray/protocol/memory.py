@@ -27,6 +27,7 @@ class HolderKind(enum.IntEnum):
     USED_BY_LINEAGE = 3  #: an argument of an ended task that may have to run again
     CAPTURED_IN_OBJECT = 4  #: another object has a ref to it inside
     FUNCTION_DEFINITION = 5  #: a function's code and what it captured
+    WAITING_IN_STREAM = 6  #: a generator has yielded it, and nobody has taken it
 
 
 class Place(enum.IntEnum):

@@ -43,6 +43,7 @@ _KINDS = {
     HolderKind.USED_BY_LINEAGE: "Used by lineage",
     HolderKind.CAPTURED_IN_OBJECT: "Captured in Objects",
     HolderKind.FUNCTION_DEFINITION: "Functions",
+    HolderKind.WAITING_IN_STREAM: "Waiting in Streams",
 }
 
 

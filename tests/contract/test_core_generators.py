@@ -569,6 +569,14 @@ def test_an_item_too_many_is_an_error_of_the_last_return() -> None:
         get(second)
 
 
+@better_than_reference("it does not even begin")
+def test_a_generator_without_returns_runs_to_its_end(tmp_path: Path) -> None:
+    assert count_with_marks.options(num_returns=0).remote(tmp_path, 3) is None
+    deadline = time.monotonic() + (3 if IS_REFERENCE else DEADLINE_S)
+    wait_until(lambda: marks(tmp_path, "ended") == 1 or time.monotonic() > deadline)
+    assert marks(tmp_path) == 3
+
+
 def test_returns_before_an_error_are_kept() -> None:
     first, second, third = count_and_fail.options(num_returns=3).remote(1)
     assert get(first) == 0
@@ -831,7 +839,6 @@ def test_an_asynchronous_generator_can_be_cancelled() -> None:
     assert values(source.count.remote(2)) == [0, 1]
 
 
-@better_than_reference("it takes no notice", always=False, run=False)
 def test_a_generator_on_a_thread_is_cancelled_between_two_items(tmp_path: Path) -> None:
     source = Source.options(max_concurrency=2).remote()
     for limit in (1, -1):

@@ -78,6 +78,15 @@ def test_memory_of_items_that_nobody_took_is_given_back() -> None:
     wait_until_empty()
 
 
+def test_the_list_of_memory_says_that_items_wait() -> None:
+    poolray.init(num_cpus=1)
+    generator = arrays.remote(2)
+    poolray.get(generator.completed())
+    assert poolray.util.memory.memory_summary().count("WAITING_IN_STREAM") == 2
+    assert len(list(generator)) == 2
+    assert "nobody" not in poolray.util.memory.memory_summary()
+
+
 def test_a_limit_keeps_the_memory_of_a_fast_generator_small() -> None:
     poolray.init(num_cpus=1)
     limited = arrays.options(_generator_backpressure_num_objects=2)
