@@ -178,6 +178,7 @@ class _Source:
         "_consumed",
         "_limit",
         "closed",
+        "kept",
         "last",
         "mode",
         "produced",
@@ -195,6 +196,8 @@ class _Source:
         self.produced = 0
         #: The last return value, held back until the generator has ended (RETURNS).
         self.last: tuple[bytes | InArena | InFile, list[ObjectId]] | None = None
+        #: Its value: what it refers to is held until it is sent.
+        self.kept: Any = None
         self._consumed = 0
         self._limit = task_class.backpressure
         #: It shares a limit with others: only the node knows whether there is room.
@@ -335,6 +338,7 @@ class WorkerStreams:
         place, contained = self._place(function.serializer.dumps_flat(value))
         if source.mode == _RETURNS and index == source.returns - 1:
             source.last = (place, contained)  # it is an error if one more comes
+            source.kept = value
         else:
             self._buffer.add(source.task.task_id, index, place, contained)
 

@@ -171,6 +171,18 @@ def test_items_may_contain_refs() -> None:
     assert [get(box[0]) for box in values(boxes.remote())] == list(range(50))
 
 
+def test_fixed_returns_may_contain_refs() -> None:
+    @ray.remote(num_returns=3)
+    def boxes() -> Iterator[list[Any]]:
+        for number in range(3):
+            box = [ray.put(number)]
+            yield box
+            del box
+            ray.get(ray.put("the next call tells what was dropped"))
+
+    assert [get(get(ref)[0]) for ref in boxes.remote()] == [0, 1, 2]
+
+
 def test_an_item_outlives_its_generator() -> None:
     generator = count.remote(3)
     first = next(generator)
