@@ -138,7 +138,6 @@ class Peers:
         self.placing.charge(target, record.class_queue.demand)
         self._tasks.forward(record, target)
         self._send(record, target, functions)
-        self.streams.on_forwarded(record, target)
 
     def follow_arguments(self, record: TaskRecord) -> bool:
         """Give a task to the peer that has most bytes of its arguments, rather than fetch them."""
@@ -217,6 +216,7 @@ class Peers:
         )
         message = ForwardTasks(tasks=[task], classes=[task_class], functions=sent)
         self._state.effects.append(SendPeer(node_id, message))
+        self.streams.on_forwarded(record, node_id)
 
     def send_call(self, record: TaskRecord, node_id: NodeId) -> None:
         """A call of an actor goes to the node that it lives on."""

@@ -263,7 +263,7 @@ class Streams:
             del share.streams[task_id]
             if not share.streams:
                 del self._shares[stream.actor_id]
-        self._tell_source(task_id, stream.backpressure, stream.granted, closed=True)
+        self._tell_source(task_id, stream.granted, closed=True)
         if share is not None:
             self._wake_share(share)
         self._objects.release_all([item_id(task_id, index) for index in _kept(stream)])
@@ -503,7 +503,7 @@ class Streams:
             progress = self._progress.get(task_id)
             consumed = 0 if progress is None else progress.consumed
             closed = progress is not None and progress.closed
-            limit = record.class_queue.task_class.backpressure
+            limit = _limit_elsewhere(record)
         else:
             stream = self._streams.get(task_id)
             closed = stream is None
@@ -524,7 +524,7 @@ class Streams:
         self._state.effects.append(Reply(client_id, reply))
 
     def _on_taken(self, task_id: TaskId, stream: Stream, count: int) -> None:
-        self._tell_source(task_id, stream.backpressure, stream.granted, closed=False)
+        self._tell_source(task_id, stream.granted, closed=False)
         share = self._shares.get(stream.actor_id)
         if share is not None:
             share.waiting -= count
@@ -535,11 +535,11 @@ class Streams:
         for task_id in [task_id for task_id in self._waiters if task_id in share.streams]:
             self._look(task_id)
 
-    def _tell_source(self, task_id: TaskId, limit: int, consumed: int, closed: bool) -> None:
+    def _tell_source(self, task_id: TaskId, consumed: int, closed: bool) -> None:
         """Whoever runs the generator may go on, if it waits for that."""
         record = self._state.tasks.get(task_id)
         if record is not None and record.state is FORWARDED:
-            if limit and record.node_id is not None:
+            if _limit_elsewhere(record) and record.node_id is not None:
                 self._send_progress(record.node_id, task_id, consumed, closed)
         else:
             self._look(task_id)
@@ -550,7 +550,7 @@ class Streams:
 
     def on_forwarded(self, record: TaskRecord, node_id: NodeId) -> None:
         """A generator goes to another node, which has to know what was taken before."""
-        if record.class_queue.task_class.backpressure:
+        if _limit_elsewhere(record):
             stream = self._streams.get(record.root_id)
             if stream is None:
                 self._send_progress(node_id, record.root_id, 0, closed=True)
@@ -604,6 +604,16 @@ class Streams:
             streams = [self._streams[task_id] for task_id in share.streams]
             assert share.waiting == sum(s.produced - s.granted for s in streams)
             assert share.reserved.keys() <= share.streams.keys()
+
+
+def _limit_elsewhere(record: TaskRecord) -> int:
+    """Items that may wait of a generator that its owner does not run; 0: any number.
+
+    What an actor's streams share is known on its own node alone: for others each has all of it.
+    """
+    task_class = record.class_queue.task_class
+    limits = [task_class.backpressure, task_class.actor_backpressure]
+    return min((limit for limit in limits if limit), default=0)
 
 
 def _kept(stream: Stream) -> Iterable[int]:

@@ -490,10 +490,14 @@ def test_streams_of_an_actor_share_their_limit() -> None:
 class Forwarded:
     """A generator that A owns and B runs."""
 
-    def __init__(self, *, backpressure: int = 0, **options: object) -> None:
-        self.pair = pair = Pair(stream=int(StreamMode.ITEMS), backpressure=backpressure, **options)
+    def __init__(
+        self, *, backpressure: int = 0, actor_backpressure: int = 0, **options: object
+    ) -> None:
+        limits = {"backpressure": backpressure, "actor_backpressure": actor_backpressure}
+        self.pair = pair = Pair(stream=int(StreamMode.ITEMS), **limits, **options)
         self.task = TaskId(b"t%023d" % 1)
-        pair.a.tell(OpenStream(task_id=self.task, backpressure=backpressure), DRIVER)
+        opening = OpenStream(task_id=self.task, actor_id=ActorId(b"a" * 16), **limits)
+        pair.a.tell(opening, DRIVER)
         assert pair.a.submit(pair.kind) == self.task
         self.worker, self.packet = self.reads()
         self.numbers = itertools.count(1)
@@ -620,3 +624,13 @@ def test_nothing_is_left_of_a_forwarded_generator(ends: str) -> None:
     for bench in (it.pair.a, it.pair.b):
         statistics = bench.node.statistics()
         assert (statistics.objects, statistics.tasks, statistics.streams) == (0, 0, 0)
+
+
+def test_a_limit_of_the_whole_actor_holds_where_it_lives_elsewhere() -> None:
+    it = Forwarded(actor_backpressure=1)
+    it.yields(b"0")
+    it.pair.b.tell(AwaitRoom(request_id=9, task_id=it.task, produced=1), it.worker)
+    it.pair.carry()
+    assert it.room() == []
+    it.take()
+    assert len(it.room()) == 1
