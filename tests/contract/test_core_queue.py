@@ -243,6 +243,7 @@ def test_a_queue_that_was_shut_down_is_of_no_use_to_anybody(make_queue: Any) -> 
     queue.shutdown()
 
 
+@better_than_reference("the call that ends the actor may overtake others", always=False)
 def test_a_gentle_shutdown_lets_calls_end_first(make_queue: Any) -> None:
     queue = make_queue()
     pending = queue.actor.put.remote(1)
