@@ -1,0 +1,326 @@
+"""Objects between nodes: lent, pulled by chunks, from several sources, made again, given back."""
+
+from __future__ import annotations
+
+from poolray.ids import ClientId, NodeId, ObjectId, TaskId
+from poolray.node.effects import SealFile, SendChunk, SendPeer, WriteChunk
+from poolray.protocol.client import AllocateRange, PutObject
+from poolray.protocol.node import (
+    AskSource,
+    ChunkData,
+    ClusterView,
+    FileSealed,
+    NodeDied,
+    NodeView,
+    PeerReleases,
+    PullChunk,
+    PullEnded,
+    SourceDone,
+    UseSource,
+)
+from poolray.protocol.values import InArena, InFile, Outcome
+from tests.unit.cluster_bench import CPU, A, B, C, D, MiniCluster
+from tests.unit.node_harness import DRIVER, Bench, result_of
+
+LARGE = 200_000
+CHUNK = 50_000
+
+
+def put_large(bench: Bench, object_id: ObjectId, size: int = LARGE) -> None:
+    """The driver of a node stores a large value."""
+    bench.tell(AllocateRange(request_id=99, object_id=object_id, size_bytes=size), DRIVER)
+    offset = bench.node.state.clients[DRIVER].ranges[object_id]
+    bench.put(object_id, InArena(object_id=object_id, offset=offset, size_bytes=size))
+
+
+def lend(cluster: MiniCluster, object_id: ObjectId, to: NodeId) -> TaskId:
+    """A gives a node a task with a ref inside its arguments, which the node's driver keeps."""
+    a, node = cluster.nodes[A], cluster.nodes[to]
+    views = [
+        NodeView(node_id=n, total={}, available={"CPU": 2 * CPU * (n == to)}, queued_tasks=0)
+        for n in cluster.nodes
+        if n != A
+    ]
+    a.tell(ClusterView(nodes=views))
+    kind = a.task_class("keeps", cpus=2)
+    task = a.submit(kind, borrows=[object_id])
+    cluster.carry()
+    node.start_all()
+    (worker_id,) = node.busy()
+    packet = node.read(worker_id)
+    node.hold(object_id)
+    node.finish(worker_id, packet)
+    cluster.carry()
+    a.drop(result_of(task))
+    cluster.carry()
+    return task
+
+
+VALUE = ObjectId(b"v" * 28)
+
+
+def peer_messages(bench: Bench, kind: type, to: NodeId) -> list[object]:
+    taken = [e for e in bench.effects if isinstance(e, SendPeer) and e.node_id == to]
+    return [e.message for e in taken if isinstance(e.message, kind)]
+
+
+# ---- refs ----------------------------------------------------------------------------------------
+
+
+def test_a_ref_inside_an_argument_can_be_read_and_kept_on_another_node() -> None:
+    cluster = MiniCluster(0, 2)
+    a, b = cluster.nodes[A], cluster.nodes[B]
+    a.put(VALUE, b"small")
+    lend(cluster, VALUE, B)
+    a.drop(VALUE)
+    cluster.carry()
+    assert a.node.statistics().objects == 1, "B counts on it"
+    request = b.get(VALUE)
+    cluster.carry()
+    assert b.values()[request].values == [b"small"]
+    b.drop(VALUE)
+    cluster.carry()
+    for node in (a, b):
+        node.assert_empty()
+
+
+def test_a_ref_to_what_is_not_there_yet_is_answered_when_it_is() -> None:
+    cluster = MiniCluster(0, 2)
+    a, b = cluster.nodes[A], cluster.nodes[B]
+    pending = a.submit(a.task_class("elsewhere", more={"GPU": 10_000}))
+    lend(cluster, result_of(pending), B)
+    request = b.get(result_of(pending))
+    cluster.carry()
+    assert b.values() == {}
+    a.cancel(pending)
+    cluster.carry()
+    assert b.values()[request].errors == [0]
+
+
+def test_what_a_value_refers_to_is_lent_with_it() -> None:
+    cluster = MiniCluster(0, 2)
+    a, b = cluster.nodes[A], cluster.nodes[B]
+    inner = ObjectId(b"i" * 28)
+    a.put(inner, b"inner")
+    a.tell(PutObject(object_id=VALUE, value=b"outer", contained=[inner]), DRIVER)
+    a.drop(inner)
+    lend(cluster, VALUE, B)
+    a.drop(VALUE)
+    cluster.carry()
+    b.hold(inner)
+    b.drop(VALUE)
+    cluster.carry()
+    request = b.get(inner)
+    cluster.carry()
+    assert b.values()[request].values == [b"inner"]
+    b.drop(inner)
+    cluster.carry()
+    for node in (a, b):
+        node.assert_empty()
+
+
+def test_a_borrowed_object_is_lost_with_its_owner_unless_it_is_here() -> None:
+    cluster = MiniCluster(0, 2)
+    b = cluster.nodes[B]
+    other = ObjectId(b"o" * 28)
+    for object_id in (VALUE, other):
+        put_large(cluster.nodes[A], object_id)
+        lend(cluster, object_id, B)
+    b.get(VALUE)
+    cluster.carry()
+    cluster.kill(A)
+    request = b.get(VALUE)
+    assert b.values()[request].errors == []
+    request = b.get(other)
+    reply = b.values()[request]
+    assert reply.errors == [0]
+    assert bytes(reply.values[0]).startswith(b"OwnerDiedError")  # type: ignore[arg-type]
+
+
+# ---- chunks --------------------------------------------------------------------------------------
+
+
+def test_no_more_chunks_are_under_way_than_the_window_has() -> None:
+    cluster = MiniCluster(0, 2, transfer_chunk_bytes=CHUNK, transfer_window_chunks=2)
+    b = cluster.nodes[B]
+    put_large(cluster.nodes[A], VALUE)
+    lend(cluster, VALUE, B)
+    b.get(VALUE)
+    b.tell(UseSource(object_id=VALUE, node_id=A, name=VALUE), A)
+    asked = peer_messages(b, PullChunk, A)
+    assert asked == [
+        PullChunk(object_id=VALUE, offset=0, size_bytes=CHUNK),
+        PullChunk(object_id=VALUE, offset=CHUNK, size_bytes=CHUNK),
+    ]
+    b.tell(ChunkData(object_id=VALUE, offset=CHUNK, data=b"x" * CHUNK), A)
+    assert len(peer_messages(b, PullChunk, A)) == 3
+    b.tell(ChunkData(object_id=VALUE, offset=CHUNK, data=b"x" * CHUNK), A)
+    b.tell(ChunkData(object_id=VALUE, offset=0, data=b"too short"), A)
+    assert len(peer_messages(b, PullChunk, A)) == 3, "neither twice nor by half"
+    cluster.carry()
+    written = [e.offset for e in b.take(WriteChunk)]
+    assert sorted(written) == [written[0] - CHUNK + i * CHUNK for i in range(4)]
+
+
+def test_a_source_keeps_in_memory_what_it_sends() -> None:
+    cluster = MiniCluster(0, 2, transfer_chunk_bytes=CHUNK)
+    a = cluster.nodes[A]
+    put_large(a, VALUE)
+    lend(cluster, VALUE, B)
+    a.tell(PullChunk(object_id=VALUE, offset=0, size_bytes=CHUNK), B)
+    assert a.node.statistics().store.pinned_objects == 1
+    (sent,) = a.take(SendChunk)
+    assert (sent.offset, sent.size_bytes) == (0, CHUNK)
+    a.tell(PullEnded(object_id=VALUE), B)
+    assert a.node.statistics().store.pinned_objects == 0
+    a.tell(PullChunk(object_id=VALUE, offset=0, size_bytes=CHUNK), B)
+    a.tell(NodeDied(node_id=B))
+    assert a.node.statistics().store.pinned_objects == 0
+
+
+def test_what_was_spilled_is_served_from_its_file() -> None:
+    cluster = MiniCluster(0, 2, transfer_chunk_bytes=CHUNK)
+    a = cluster.nodes[A]
+    place = InFile(object_id=VALUE, path="/spilled/1", size_bytes=LARGE)
+    a.put(VALUE, place)
+    lend(cluster, VALUE, B)
+    a.tell(PullChunk(object_id=VALUE, offset=CHUNK, size_bytes=CHUNK), B)
+    (sent,) = a.take(SendChunk)
+    assert (sent.place, sent.offset) == (place, CHUNK)
+
+
+def test_chunks_outside_of_a_value_are_missing() -> None:
+    cluster = MiniCluster(0, 2)
+    a = cluster.nodes[A]
+    put_large(a, VALUE)
+    for offset, size in ((-1, 10), (0, 0), (LARGE - 5, 10), (0, LARGE + 1)):
+        a.tell(PullChunk(object_id=VALUE, offset=offset, size_bytes=size), B)
+        (reply,) = peer_messages(a, ChunkData, B)
+        assert isinstance(reply, ChunkData)
+        assert reply.missing
+        a.take(SendPeer)
+    a.tell(PullChunk(object_id=ObjectId(b"?" * 28), offset=0, size_bytes=1), B)
+    assert peer_messages(a, ChunkData, B)
+
+
+def test_pulls_wait_for_each_other_when_they_are_large_together() -> None:
+    cluster = MiniCluster(0, 2, transfer_chunk_bytes=1 << 20)
+    a, b = cluster.nodes[A], cluster.nodes[B]
+    names = [ObjectId(letter * 28) for letter in (b"x", b"y", b"z")]
+    for name in names:
+        put_large(a, name)
+        lend(cluster, name, B)
+    for name in names:
+        b.get(name)
+    assert len(peer_messages(b, PullChunk, A)) == 1, "a quarter of the arena"
+    cluster.carry()
+    assert b.node.statistics().arena.used_bytes >= 3 * LARGE
+    assert len(b.values()) == 3
+
+
+def test_without_room_in_memory_a_value_goes_to_a_file() -> None:
+    cluster = MiniCluster(0, 2, arena_bytes=1 << 17)
+    a, b = cluster.nodes[A], cluster.nodes[B]
+    place = InFile(object_id=VALUE, path="/spilled/1", size_bytes=LARGE)
+    a.put(VALUE, place)
+    lend(cluster, VALUE, B)
+    request = b.get(VALUE)
+    cluster.carry()
+    (write,) = b.take(WriteChunk)
+    (seal,) = b.take(SealFile)
+    assert write.file_number == seal.file_number > 0
+    sealed = InFile(object_id=VALUE, path="/own/1", size_bytes=LARGE)
+    b.tell(FileSealed(object_id=VALUE, file_number=seal.file_number, place=sealed))
+    assert b.values()[request].values == [sealed]
+
+
+# ---- several sources -----------------------------------------------------------------------------
+
+
+def broadcast() -> MiniCluster:
+    """A value of A's that B, C and D have refs to."""
+    cluster = MiniCluster(0, 2, 2, 2, transfer_chunk_bytes=CHUNK, transfer_fanout=1)
+    put_large(cluster.nodes[A], VALUE)
+    for node_id in (B, C, D):
+        lend(cluster, VALUE, node_id)
+    return cluster
+
+
+def sources(bench: Bench) -> list[tuple[NodeId, NodeId]]:
+    return [
+        (e.node_id, e.message.node_id)
+        for e in bench.take(SendPeer)
+        if isinstance(e.message, UseSource)
+    ]
+
+
+def test_who_has_all_of_it_serves_the_next() -> None:
+    cluster = broadcast()
+    a = cluster.nodes[A]
+    for node_id in (B, C, D):
+        a.tell(AskSource(object_id=VALUE), node_id)
+    assert sources(a) == [(B, A)]
+    a.tell(SourceDone(object_id=VALUE, node_id=A, is_copied=True), B)
+    assert sorted(sources(a)) == [(C, A), (D, B)]
+
+
+def test_everybody_gets_it_in_the_end() -> None:
+    cluster = broadcast()
+    requests = {n: cluster.nodes[n].get(VALUE) for n in (B, C, D)}
+    cluster.carry()
+    for node_id, request in requests.items():
+        (value,) = cluster.nodes[node_id].values()[request].values
+        assert isinstance(value, InArena)
+        assert not value.node_id
+
+
+def test_a_source_that_dies_is_replaced() -> None:
+    cluster = broadcast()
+    c = cluster.nodes[C]
+    c.get(VALUE)
+    c.tell(UseSource(object_id=VALUE, node_id=B, name=VALUE), A)
+    assert peer_messages(c, PullChunk, B)
+    c.take(SendPeer)
+    c.tell(NodeDied(node_id=B))
+    assert peer_messages(c, AskSource, A)
+
+
+def test_a_copy_elsewhere_saves_making_it_again() -> None:
+    cluster = MiniCluster(0, 2, 2, transfer_chunk_bytes=CHUNK)
+    a, b = cluster.nodes[A], cluster.nodes[B]
+    task = a.submit(a.task_class(max_retries=1))
+    cluster.carry()
+    b.start_all()
+    (worker_id,) = b.busy()
+    packet = b.read(worker_id)
+    name = result_of(task)
+    b.say(worker_id, AllocateRange(request_id=1, object_id=name, size_bytes=LARGE))
+    offset = b.node.state.clients[ClientId(worker_id)].ranges[name]
+    place = InArena(object_id=name, offset=offset, size_bytes=LARGE)
+    b.finish(worker_id, packet, [Outcome(values=[place])])
+    cluster.carry()
+    lend(cluster, name, C)
+    cluster.nodes[C].get(name)
+    cluster.carry()
+    cluster.kill(B)
+    assert a.state(task) is None, "it does not run again"
+    request = a.get(name)
+    cluster.carry()
+    (value,) = a.values()[request].values
+    assert isinstance(value, InArena)
+    assert not value.node_id
+
+
+def test_what_is_lent_twice_is_given_back_twice() -> None:
+    cluster = MiniCluster(0, 2)
+    a, b = cluster.nodes[A], cluster.nodes[B]
+    a.put(VALUE, b"small")
+    lend(cluster, VALUE, B)
+    lend(cluster, VALUE, B)
+    a.drop(VALUE)
+    b.drop(VALUE)
+    returned = [e.message for e in b.effects if isinstance(e, SendPeer)]
+    assert returned == [PeerReleases(object_ids=[VALUE])], "the second was given back at once"
+    cluster.carry()
+    for node in (a, b):
+        node.assert_empty()
