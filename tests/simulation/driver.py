@@ -64,6 +64,7 @@ class Faults:
     partitions: int = 0
     head_crashes: int = 0
     joins: bool = False  #: as many nodes join as crash
+    pace_s: float = 0.0  #: between two actions of drivers, on average; 0: the seed decides
 
 
 @dataclasses.dataclass

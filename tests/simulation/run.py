@@ -46,11 +46,11 @@ class Report:
 class Run:
     """One simulated life of one node or of a cluster."""
 
-    def __init__(self, seed: int, steps: int, nodes: int) -> None:
+    def __init__(self, seed: int, steps: int, nodes: int, faults: Faults | None = None) -> None:
         self.seed, self.steps, self.nodes_count = seed, steps, nodes
         self.world = world = World(seed)
         self.ledger = Ledger(nodes)
-        self.faults = self._draw_faults()
+        self.faults = self._draw_faults() if faults is None else faults
         self.config = Config(
             inline_max_bytes=INLINE_MAX_BYTES,
             packets_per_worker_max=world.random.choice([1, 2, 2, 2, 3]),
@@ -153,7 +153,7 @@ class Run:
     def _act(self) -> None:
         """Drivers act and faults strike at random times."""
         world = self.world
-        pace_s = world.between(1e-5, 1e-1)
+        pace_s = self.faults.pace_s or world.between(1e-5, 1e-1)
         at = 0.0
         for _ in range(self.steps):
             at += world.random.expovariate(1 / pace_s)
@@ -275,6 +275,20 @@ class Run:
             and driver.node.files_left() == 0
             and all(queue.task_class.function_id in held for queue in state.classes.values())
         )
+
+
+def run_churn(seed: int, steps: int = 300, nodes: int = 200, pace_s: float = 0.05) -> Report:
+    """A large cluster of which one node in twenty dies, while as many join."""
+    faults = Faults(
+        node_crashes=nodes // 20,
+        joins=True,
+        loss=0.02,
+        head_crashes=1,
+        partitions=1,
+        crashes=0.02,
+        pace_s=pace_s,
+    )
+    return Run(seed, steps, nodes, faults).go()
 
 
 def run(seed: int, steps: int = 60, nodes: int = 1) -> Report:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.simulation.actors import run_actors
-from tests.simulation.run import run
+from tests.simulation.run import run, run_churn
 
 #: Seeds per test, so that tests spread over processes.
 _CHUNK = 20
@@ -21,6 +21,12 @@ def test_one_node_keeps_its_promises(first: int) -> None:
 def test_three_nodes_keep_their_promises(first: int) -> None:
     for seed in range(first, first + _CHUNK):
         run(seed, steps=60, nodes=3)
+
+
+def test_nodes_come_and_go_among_a_hundred() -> None:
+    report = run_churn(1, steps=150, nodes=100)
+    assert report.node_deaths > 100, "each death is told to all the others"
+    assert report.values_checked > 50
 
 
 def test_a_seed_decides_everything() -> None:
