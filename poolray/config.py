@@ -92,6 +92,8 @@ class Config:
     task_oom_retry_delay_base_ms: int = 1000
     #: But never longer than this.
     task_oom_retry_delay_max_ms: int = 60_000
+    #: When memory is short, idle workers that keep as much are stopped before any work is ended.
+    idle_worker_killing_memory_threshold_bytes: int = 64 * 1024 * 1024
     #: 1: a task that uses more than its `memory=` is ended; 0: that is for scheduling only.
     enforce_memory_limits: int = 1
     #: What its worker may use beyond that: the interpreter's own, and what libraries keep.

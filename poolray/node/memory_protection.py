@@ -31,6 +31,7 @@ from poolray.tasks.lifecycle import TaskRecord
 
 if TYPE_CHECKING:
     from poolray.node.actors import Actors
+    from poolray.node.groups import Groups
     from poolray.node.retries import Retries
     from poolray.node.tasks import Tasks
 
@@ -134,6 +135,7 @@ class MemoryProtection:
         "_tasks",
         "_victim",
         "actors",
+        "groups",
         "kills",
         "retries",
         "spent",
@@ -145,6 +147,7 @@ class MemoryProtection:
         self._is_on = is_on and state.config.memory_monitor_refresh_ms > 0
         self.actors: Actors
         self.retries: Retries
+        self.groups: Groups
         #: When to measure next; None: nothing was running when that was last thought of.
         self._look_s: float | None = None
         #: Who was chosen last for the machine's sake and has not ended yet.
@@ -230,12 +233,29 @@ class MemoryProtection:
         if self._victim is not None and self._victim in self.kills:
             return  # what it frees may be enough
         if not report.is_detailed:
-            everybody = [(worker.worker_id, 0) for worker in self._working()]
+            everybody = [(w.worker_id, 0) for w in (*self._working(), *self._idle())]
             self._state.effects.append(MeasureMemory(everybody, True))
             return
         self._end_one(report)
 
+    def _idle(self) -> Iterator[WorkerRecord]:
+        """Workers of plain tasks that have nothing to do: more start when there is."""
+        for group in self._state.groups.values():
+            if not group.size and group.state < GroupState.FAILED:
+                yield from group.idle.values()
+
+    def _stop_idle(self, report: MemoryReport) -> bool:
+        """Let workers go that keep memory for nothing; False when there are none."""
+        used = dict(report.workers)
+        least = self._state.config.idle_worker_killing_memory_threshold_bytes
+        idle = [worker for worker in self._idle() if used.get(worker.worker_id, 0) >= least]
+        for worker in idle:
+            self.groups.stop(worker)
+        return bool(idle)
+
     def _end_one(self, report: MemoryReport) -> None:
+        if self._stop_idle(report):
+            return  # that costs nobody anything, and may be enough
         workers = {w.worker_id: w for w in self._working() if w.worker_id not in self.kills}
         chosen = choose(self._candidate(worker) for worker in workers.values())
         if chosen is None:

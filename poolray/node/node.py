@@ -334,6 +334,7 @@ class Node:
         self._cancellation, self._retries = cancellation, retries
         tasks.protection = self._protection = MemoryProtection(state, tasks, watches_memory)
         self._protection.actors, self._protection.retries = actors, retries
+        self._protection.groups = groups
         dispatcher.timeouts = self._timeouts = timeouts = CallTimeouts(state)
         timeouts.dispatcher, timeouts.groups = dispatcher, groups
         self._functions, self._tasks, self._objects = functions, tasks, objects

@@ -59,6 +59,7 @@ class Faults:
     start_failures: float = 0.0
     disk_failures: float = 0.0  #: probability that a write or read of a file fails
     damages: float = 0.0  #: probability that a file that is read turns out to be damaged
+    shortages: float = 0.0  #: probability that memory is found to be short
     loss: float = 0.0
     node_crashes: int = 0
     partitions: int = 0

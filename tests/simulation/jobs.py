@@ -17,6 +17,7 @@ from poolray.exceptions import (
     NodeDiedError,
     ObjectLostError,
     ObjectReconstructionFailedError,
+    OutOfMemoryError,
     PoolrayError,
     TaskCancelledError,
     TaskPlacementGroupRemoved,
@@ -237,6 +238,8 @@ class Ledger:
         #: Placement groups that were removed, or are about to be.
         self.removed_groups: dict[bytes, None] = {}
         self.node_deaths = 0
+        #: Looks that found memory to be short.
+        self.shortages = 0
         self.start_failures = 0
         #: Values whose files turned out to be damaged.
         self.damages = 0
@@ -337,8 +340,13 @@ class Ledger:
                 limit = job.options.max_retries
                 if not job.options.fragile:
                     assert limit >= 0, "without limit it never crashes for good"
-                    assert error.attempts == limit + 1, str(error)
+                    # (Attempts that were ended for memory are not charged.)
+                    enough = error.attempts >= limit + 1
+                    assert enough if self.shortages else error.attempts == limit + 1, str(error)
                 assert self.job_by_task[error.task_id] is job or job.options.caller
+            case OutOfMemoryError():
+                assert self.shortages
+                assert job.deaths, f"{job.key!r} lost no worker: {error}"
             case TaskCancelledError():
                 assert job.may_be_cancelled(), f"{job.key!r} was not cancelled"
             case TaskPlacementGroupRemoved():
@@ -348,7 +356,7 @@ class Ledger:
                 assert not job.options.is_soft, str(error)
             case NodeDiedError():
                 assert self.node_deaths
-                assert error.attempts == job.options.max_retries + 1
+                assert error.attempts >= job.options.max_retries + 1
             case ObjectReconstructionFailedError():
                 assert self.node_deaths
             case ObjectLostError():

@@ -25,6 +25,7 @@ from poolray.protocol.node import (
     ChunkData,
     FileSealed,
     HeadBack,
+    MemoryReport,
     NodeDied,
     PacketsTakenBack,
     RegisterJob,
@@ -106,6 +107,8 @@ class SimNode(Endpoint):
         self._incoming: dict[int, int] = {}
         #: Chances that a write or read of the disk fails, and that a file turns out to be damaged.
         self.disk_failures = self.damages = 0.0
+        #: The chance that memory is found to be short.
+        self.shortages = 0.0
         self._paths = itertools.count(1)
         self.node = Node(
             node_id=name,
@@ -117,6 +120,7 @@ class SimNode(Endpoint):
             local_client=self.driver_id,
             slots=256,
             has_head=network is not None,
+            watches_memory=True,
         )
         self._planned_tick: float | None = None
         self._echoes: list[Any] = []
@@ -192,6 +196,10 @@ class SimNode(Endpoint):
                     world.after(world.between(1e-6, 1e-4), lambda: ordered.on_order(order))
             case fx.GroupFailed() | fx.GroupDrained():
                 self.on_group_event(effect)
+            case fx.MeasureMemory():
+                self._echoes.append(self._measure(effect))
+            case fx.Notice():
+                pass
             case fx.UnhandledError(value=value):
                 assert self.read(value).startswith(b"!")
             case fx.DeleteFile(path=path):
@@ -205,6 +213,17 @@ class SimNode(Endpoint):
                 world.after(world.between(1e-4, 1e-1), lambda: self._restore(effect))
             case _:
                 self._act_on_network(effect)
+
+    def _measure(self, effect: fx.MeasureMemory) -> MemoryReport:
+        """A closer look finds what the first one has found."""
+        is_short = effect.is_detailed or self.world.chance(self.shortages)
+        self.ledger.shortages += is_short
+        return MemoryReport(
+            used_bytes=99 if is_short else 10,
+            total_bytes=100,
+            workers=[(worker_id, 50) for worker_id, _ in effect.workers],
+            is_detailed=effect.is_detailed,
+        )
 
     def _act_on_network(self, effect: fx.Effect) -> None:
         match effect:

@@ -58,6 +58,8 @@ class Run:
             object_spilling_threshold=world.random.choice([0.0, 0.5, 0.8, 0.8, 1.0]),
             min_spilling_size_bytes=world.random.choice([1, 3 * 4096, 1 << 20]),
             max_io_workers=world.random.choice([1, 4]),
+            memory_monitor_refresh_ms=world.random.choice([0, 1, 50, 250]),
+            task_oom_retries=world.random.choice([-1, -1, 0, 2]),
             spill_retry_s=world.random.choice([1e-3, 1.0]),
             transfer_chunk_bytes=world.random.choice([37, 1 << 20]),
             transfer_window_chunks=world.random.choice([1, 4]),
@@ -92,6 +94,7 @@ class Run:
         )
         node.disk_failures = self.faults.disk_failures
         node.damages = self.faults.damages
+        node.shortages = self.faults.shortages
         self.nodes.append(node)
         self.drivers.append(Driver(node, self.faults, self._cpus_min))
         names = [each.name for each in self.nodes]
@@ -109,6 +112,7 @@ class Run:
             start_failures=world.random.choice([0.0, 0.0, 0.05, 0.4]),
             disk_failures=world.random.choice([0.0, 0.05, 0.5]),
             damages=world.random.choice([0.0, 0.0, 0.02]),
+            shortages=world.random.choice([0.0, 0.0, 0.1, 0.5]),
             loss=world.random.choice([0.0, 0.05, 0.3]) if cluster else 0.0,
             node_crashes=world.random.choice([0, 1, self.nodes_count - 1]) if cluster else 0,
             partitions=world.random.choice([0, 0, 1]) if cluster else 0,
@@ -217,6 +221,8 @@ class Run:
 
     def _settle(self) -> None:
         """Everything that was asked for is answered."""
+        for node in self.nodes:
+            node.shortages = 0.0
         for driver in self._living():
             driver.ask_for_all()
         # Groups that have room get it by then; the rest, and what waits for them, is given up.

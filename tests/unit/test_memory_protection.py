@@ -399,6 +399,36 @@ def test_a_cancelled_task_stays_cancelled() -> None:
     assert error_of(bench, task).startswith(b"TaskCancelledError")
 
 
+def test_idle_workers_that_keep_memory_go_before_any_work() -> None:
+    bench = bench_of()
+    kind = bench.task_class()
+    idle = run(bench, kind)[1]
+    _, worker = run(bench, kind)
+    bench.report(
+        idle, bench.node.state.workers[idle].packets[0].records[0].task_id, 0, [b"r"], ended=1
+    )
+    assert shortage(bench) == []
+    assert bench.reads_stop(idle)
+    bench.lose(idle, signal=None)
+    assert shortage(bench) == [worker]
+
+
+def test_idle_workers_of_a_pool_and_those_that_keep_little_stay() -> None:
+    bench = bench_of(idle_worker_killing_memory_threshold_bytes=3 * GIB)
+    kind = bench.task_class()
+    idle = run(bench, kind)[1]
+    _, worker = run(bench, kind)
+    bench.report(
+        idle, bench.node.state.workers[idle].packets[0].records[0].task_id, 0, [b"r"], ended=1
+    )
+    assert shortage(bench) == [worker]
+    pool = Bench(watches_memory=True)
+    group = pool.group(1, workers=2)
+    pool.submit(pool.caller_class(group_id=group))
+    (worker,) = pool.busy()
+    assert shortage(pool) == [worker]
+
+
 # ---- one task uses too much ----------------------------------------------------------------------
 
 
