@@ -279,7 +279,7 @@ class MemoryProtection:
         is_retriable = (
             record.class_queue.task_class.max_retries != 0
             and not worker.group.break_on_death
-            and self._has_budget(record)
+            and self.has_budget(record)
         )
         return Candidate(worker.worker_id, record.client_id, is_retriable, packet.sent_s)
 
@@ -338,7 +338,8 @@ class MemoryProtection:
             return describe_exit(message.exit_code, message.signal)
         return self._why(kill)
 
-    def _has_budget(self, record: TaskRecord) -> bool:
+    def has_budget(self, record: TaskRecord) -> bool:
+        """Whether a task may be ended for memory once more and be tried again."""
         limit = self._state.config.task_oom_retries
         return limit < 0 or self.spent.get(record.task_id, 0) < limit
 
@@ -351,7 +352,7 @@ class MemoryProtection:
             return False
         if kill.is_alone and self._state.config.task_oom_retries < 0:
             return False  # without an end to the attempts, they would never end
-        return self._has_budget(record)
+        return self.has_budget(record)
 
     def delay(self, record: TaskRecord) -> None:
         """A call that was ended waits before it is tried again, longer each time."""

@@ -496,11 +496,13 @@ class Tasks:
             # It was lost without a result on another node, before the order to stop reached it.
             self.fail(record, error_of(record))
             return
-        elif result.is_error and result.retriable and self.may_retry(record):
+        elif result.is_error and result.retriable and self._may_retry_after(record, result):
             self.discard(result, writer)
             record.attempts += 1
             # (What an actor is called in order is not put off alone.)
-            if not result.crashed or record.actor_id or not self.retries.delay(record):
+            if result.out_of_memory and not record.actor_id:
+                self.protection.delay(record)
+            elif not result.crashed or record.actor_id or not self.retries.delay(record):
                 self.try_again(record)
             return
         elif self.streams.must_run_again(record, result):
@@ -604,6 +606,12 @@ class Tasks:
         charged = record.attempts - self.protection.spent.get(record.task_id, 0)
         return (limit < 0 or charged < limit) and not self.is_stopping(record)
 
+    def _may_retry_after(self, record: TaskRecord, result: Outcome) -> bool:
+        """The same after this result, which another node may have given."""
+        if result.out_of_memory and not record.actor_id:
+            return self.protection.has_budget(record)
+        return self.may_retry(record)
+
     def is_stopping(self, record: TaskRecord) -> bool:
         """Whether a task was cancelled while a worker or another node had it."""
         stopping = self.cancellation.stopping
@@ -647,7 +655,13 @@ class Tasks:
         self, record: TaskRecord, error: bytes, crashed: bool, error_type: str, message: str
     ) -> None:
         self.observer.on_given_up(record, error_type, message)
-        outcome = Outcome(values=[error], is_error=True, retriable=crashed, crashed=crashed)
+        outcome = Outcome(
+            values=[error],
+            is_error=True,
+            retriable=crashed,
+            crashed=crashed,
+            out_of_memory=crashed and error_type == "OUT_OF_MEMORY",
+        )
         record.move(FAILED)
         if record.class_queue.task_class.kind is _CREATE:
             self.actors.on_creation_failed(record, error)

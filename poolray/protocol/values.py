@@ -76,6 +76,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only=True)
     contained: list[list[ObjectId]] = []
     crashed: bool = False  #: an error because the worker died
     summary: str = ""  #: of an error: its class and text, for those who look on
+    out_of_memory: bool = False  #: it crashed because it was ended for memory
     raised: bool = False  #: the error is the user code's own
 
 

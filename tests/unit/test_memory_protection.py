@@ -9,10 +9,11 @@ import pytest
 from poolray.ids import TaskId, WorkerId
 from poolray.node.effects import MeasureMemory, Notice
 from poolray.node.memory_protection import Candidate, choose
-from poolray.protocol.node import MemoryReport, ProcessMemory
+from poolray.protocol.node import ClusterView, MemoryReport, NodeView, ProcessMemory
 from poolray.protocol.worker import RunTasks
-from tests.unit.node_harness import Bench, GroupFailed, TerminateWorker, result_of
+from tests.unit.node_harness import CPU, Bench, GroupFailed, TerminateWorker, result_of
 from tests.unit.test_node_actors import ActorBench
+from tests.unit.test_node_peers import B, Pair
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -474,6 +475,49 @@ def test_limits_can_be_for_scheduling_only() -> None:
     _, worker = run(bench, bench.task_class(more={"memory": 100 * MIB * 10_000}))
     assert measure(bench).workers == []
     assert over_limit(bench, worker, 5 * GIB) == []
+
+
+# ---- on another node -----------------------------------------------------------------------------
+
+
+def test_its_owner_tries_a_task_again_that_another_node_has_ended() -> None:
+    pair = Pair(max_retries=1)
+    tasks = []
+    view = NodeView(node_id=B, total={}, available={"CPU": 2 * CPU}, queued_tasks=0)
+    for _ in range(2):
+        pair.b.now += 1
+        pair.a.tell(ClusterView(nodes=[view]))
+        tasks.append(pair.a.submit(pair.kind))
+        pair.carry()
+        pair.b.start_all()
+    for _ in range(3):  # more often than it may crash
+        workers = pair.b.busy()
+        for worker in workers:
+            pair.b.read(worker)
+        (worker,) = shortage(pair.b)
+        lose(pair.b, worker)
+        pair.carry()
+        states = [pair.a.state(task) for task in tasks]
+        assert sorted(map(str, states)) == ["DELAYED", "FORWARDED"]
+        pair.b.now += 120
+        pair.a.tell(ClusterView(nodes=[view]))
+        pair.a.after(120)
+        pair.carry()
+        pair.b.start_all()
+    assert [pair.a.state(task) for task in tasks] == ["FORWARDED"] * 2
+
+
+def test_a_task_that_was_alone_on_another_node_fails() -> None:
+    pair = Pair()
+    task = pair.a.submit(pair.kind)
+    pair.carry()
+    pair.b.start_all()
+    (worker,) = pair.b.busy()
+    pair.b.read(worker)
+    assert shortage(pair.b) == [worker]
+    lose(pair.b, worker)
+    pair.carry()
+    assert error_of(pair.a, task).startswith(OUT_OF_MEMORY)
 
 
 # ---- actors --------------------------------------------------------------------------------------
