@@ -266,7 +266,7 @@ class Ledger:
         job = self.jobs[key]
         job.begun += 1
         limit = job.options.max_retries
-        assert limit < 0 or job.begun <= limit + 1, (
+        assert limit < 0 or job.begun <= limit + 1 or (limit and self.shortages), (
             f"{key!r} began {job.begun} times, with max_retries={limit}"
         )
         assert job.begun <= job.begun_max or self.node_deaths, f"{key!r} was cancelled and begins"
