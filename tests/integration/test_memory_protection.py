@@ -25,6 +25,7 @@ from tests.integration.support import (
     Gate,
     ScriptResult,
     announce_and_hold,
+    is_alive,
     leave_mark,
     marks,
     successor,
@@ -69,6 +70,15 @@ def hold_and_count(started: Gate, release: Gate, directory: Path, name: str) -> 
     started.open()
     release.wait()
     return name
+
+
+_kept: list[bytearray] = []
+
+
+def keep(size_bytes: int) -> int:
+    """Use memory beyond the call's end; gives the worker's pid."""
+    _kept.append(bytearray(os.urandom(1024)) * (size_bytes // 1024))
+    return os.getpid()
 
 
 def nap(seconds: float) -> None:
@@ -164,6 +174,19 @@ def test_the_task_that_began_last_is_ended_and_tried_again(
     assert len(marks(tmp_path, "first")) == 1
     assert len(marks(tmp_path, "second")) == 2
     assert "The worker of second (pid" in capfd.readouterr().err
+
+
+def test_an_idle_worker_that_keeps_memory_goes_before_a_task(
+    machine: Machine, started: Gate, release: Gate
+) -> None:
+    poolray.init(num_cpus=2, **QUICK)
+    ref = poolray.remote(announce_and_hold).remote(started, release, "done")
+    started.wait()
+    pid = poolray.get(poolray.remote(keep).remote(100 * MIB), timeout=DEADLINE_S)
+    machine.run_short()
+    wait_until(lambda: not is_alive(pid), "the end of the idle worker")
+    release.open()
+    assert poolray.get(ref, timeout=DEADLINE_S) == "done"
 
 
 def test_work_that_is_alone_fails_with_what_used_most(
