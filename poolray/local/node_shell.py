@@ -175,6 +175,7 @@ class NodeShell:
         )
         #: Made at the first look.
         self._memory: MemoryMonitor | None = None
+        self._has_told_of_memory = False
         self.guard = Guard()
         self.reactor = Reactor(self, self.guard, config.spin_s, config.takeover_s)
         self._cores = usable_cpus()
@@ -305,9 +306,18 @@ class NodeShell:
         self._host_by_worker[effect.worker_id].interrupt(effect.worker_id, effect.message)
 
     def _act_measure_memory(self, effect: MeasureMemory) -> None:
-        if self._memory is None:
-            self._memory = MemoryMonitor()
-        self._echoes.append(self._memory.measure(effect, self._pid_of))
+        try:
+            if self._memory is None:
+                self._memory = MemoryMonitor()
+            self._echoes.append(self._memory.measure(effect, self._pid_of))
+        except Exception:
+            # A system that tells of memory in another way than we know, or no descriptors are left:
+            # work goes on without protection, and the next look is tried all the same.
+            if not self._has_told_of_memory:
+                self._has_told_of_memory = True
+                import logging
+
+                logging.getLogger("poolray").warning("memory cannot be measured", exc_info=True)
 
     def _pid_of(self, worker_id: WorkerId) -> int:
         host = self._host_by_worker.get(worker_id)

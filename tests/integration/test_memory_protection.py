@@ -278,6 +278,22 @@ class Echo:
         return value
 
 
+def test_work_goes_on_where_memory_cannot_be_measured(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looked: list[int] = []
+
+    def refuse(_: MemoryMonitor) -> tuple[int, int]:
+        looked.append(1)
+        raise KeyError("MemAvailable")
+
+    monkeypatch.setattr(MemoryMonitor, "usage", refuse)
+    poolray.init(num_cpus=1, **QUICK)
+    poolray.get([poolray.remote(nap).remote(0.1) for _ in range(2)], timeout=DEADLINE_S)
+    assert len(looked) > 1
+    assert [record.message for record in caplog.records] == ["memory cannot be measured"]
+
+
 def test_it_can_be_switched_off(machine: Machine, started: Gate, release: Gate) -> None:
     poolray.init(num_cpus=1, _system_config={"memory_monitor_refresh_ms": 0})
     ref = poolray.remote(announce_and_hold).remote(started, release, "done")
