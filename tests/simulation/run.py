@@ -58,7 +58,7 @@ class Run:
             object_spilling_threshold=world.random.choice([0.0, 0.5, 0.8, 0.8, 1.0]),
             min_spilling_size_bytes=world.random.choice([1, 3 * 4096, 1 << 20]),
             max_io_workers=world.random.choice([1, 4]),
-            memory_monitor_refresh_ms=world.random.choice([0, 2, 2, 20]),
+            memory_monitor_refresh_ms=world.random.choice([0, 0, 5, 50]),
             task_oom_retry_delay_base_ms=world.random.choice([1, 100]),
             task_oom_retry_delay_max_ms=500,
             task_oom_retries=world.random.choice([-1, -1, 0, 2]),
