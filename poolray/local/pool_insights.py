@@ -13,6 +13,7 @@ import dataclasses
 import pickle
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, final
 
@@ -123,7 +124,8 @@ class GroupWatch:
         self._parts: dict[WorkerId, list[bytes]] = {}
         #: worker id -> (nanoseconds, arguments), the latest.
         self._slow: dict[WorkerId, list[tuple[int, str]]] = {}
-        self._ended: list[WorkerInsights] = []
+        #: The latest ones.
+        self._ended: deque[WorkerInsights] = deque(maxlen=_ENDED_MAX)
         #: (whether it is a result, as opposed to an error; bytes), in the order of coming.
         self._exits: list[tuple[bool, bytes]] = []
 
@@ -147,7 +149,7 @@ class GroupWatch:
         """A worker has ended; these are its words, which the next one in its place will use."""
         with self._lock:
             self._parts.pop(worker.worker_id, None)
-            if words[PROCESS_BEGAN] and len(self._ended) < _ENDED_MAX:
+            if words[PROCESS_BEGAN]:
                 self._ended.append(self._insights(worker, words, alive=False))
             self._slow.pop(worker.worker_id, None)
 

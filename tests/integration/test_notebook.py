@@ -196,6 +196,12 @@ def test_lambdas_closures_and_classes_of_cells_travel(notebook: Notebook) -> Non
         assert notebook.run(f"{call} == Point(3)").value() == "True", call
 
 
+def test_a_map_shows_its_progress_in_the_cell(notebook: Notebook) -> None:
+    cell = notebook.run("with Pool(2) as pool: n = sum(pool.map(abs, range(7), progress=True))\nn")
+    assert cell.value() == "21"
+    assert "7/7" in cell.stderr
+
+
 def test_an_exception_class_of_a_cell_comes_back_as_itself(notebook: Notebook) -> None:
     notebook.run("class Refusal(Exception): pass\ndef refuse(x): raise Refusal(x)")
     for call in (
