@@ -895,7 +895,7 @@ for _name in ("__setitem__", "__delitem__", "__iadd__", "__imul__", "append", "e
     setattr(_Rest, _name, _changes(_name))
 
 
-def _without(refs: list[ObjectRef[R]], indexes: list[int]) -> list[ObjectRef[R]]:
+def _without(refs: list[W], indexes: list[int]) -> list[W]:
     """The other refs, in order."""
     rest: _Rest
     if len(indexes) < 8:

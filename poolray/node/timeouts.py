@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 
 _NEVER = float("inf")
+#: A call that has less time left than this is late: a look that is due at this very moment, as sums
+#: of such times may be, would be due for ever.
+_CLOSE_S = 1e-6
 
 
 class _Late(NamedTuple):
@@ -103,7 +106,7 @@ class CallTimeouts:
             return
         runs = message.running_s >= 0 and self._has_packet(worker, message.sequence)
         left_s = timeout_s - message.running_s if runs else timeout_s
-        if left_s > 0:
+        if left_s > _CLOSE_S:
             self._look_at(worker, self._state.now + left_s)
         elif worker.group.state < GroupState.FAILED:  # else it is being killed
             self._stop(worker, message, timeout_s)

@@ -49,6 +49,9 @@ from tests.simulation.streams import Readers
 
 PLAIN = GroupId(0)
 
+#: The limit of calls that have one; those that do not hang are well below it.
+_LIMIT_S = 0.5
+
 
 @dataclasses.dataclass(frozen=True)
 class Faults:
@@ -128,10 +131,6 @@ class Driver:
         node.on_group_event = self._on_group_event
         node.start_fate = self._start_fate
         self.tell_shell(CreateGroup(group_id=PLAIN))
-
-    def next_request(self) -> int:
-        """A number for a request."""
-        return next(self._request_ids)
 
     def tell(self, message: Any) -> None:
         """As a client."""
@@ -452,12 +451,17 @@ class Driver:
             cpus=0,
             variant=self.world.random.randint(0, 3),
             fragile=group.break_on_death,
+            timeout_s=_LIMIT_S if self.world.chance(0.3) else 0.0,
         )
         count = self.world.random.choice([1, 1, 5, 60])
         jobs = [self._job(options) for _ in range(count)]
         slow = self.world.chance(0.1)
         for job in jobs:
             job.duration_s = self.world.between(1e-6, 0.3 if slow else 1e-4)
+            if options.timeout_s:
+                job.puts = False  # which may wait for room
+                if self.world.chance(0.1):
+                    job.hangs = self.world.random.choice(["softly", "hard"])
         # The batch must be known before the first result may come.
         self._define(options)
         task_id = self.node.ids.next_task_id()
@@ -467,7 +471,7 @@ class Driver:
         known = self._ready()
         borrows = self.world.random.sample(known, min(len(known), 2) * self.world.chance(0.3))
         for job in jobs:
-            if borrows and self.world.chance(0.3):
+            if borrows and not options.timeout_s and self.world.chance(0.3):
                 job.borrowed_ids = borrows
                 job.borrowed = [self.ledger.job_by_object[o] for o in borrows]
         spec = TaskSpec(

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from typing import Literal
 
 from poolray.exceptions import (
+    CallTimeoutError,
     NodeDiedError,
     ObjectLostError,
     ObjectReconstructionFailedError,
@@ -63,6 +65,7 @@ class Options:
     variant: int = 0  #: tells classes apart that are alike otherwise
     items: int = 0  #: that a generator yields; 0: it is none
     backpressure: int = 0
+    timeout_s: float = 0.0  #: how long a call may run; 0: without end
 
     @property
     def name(self) -> str:
@@ -99,6 +102,7 @@ class Options:
             placement=self.placement,
             stream=int(StreamMode.ITEMS if self.items else StreamMode.NONE),
             backpressure=self.backpressure,
+            timeout_s=self.timeout_s,
         )
 
     def definition(self) -> FunctionDefinition:
@@ -133,6 +137,8 @@ class Job:
     puts: bool = False
     #: It catches the interrupt of a cancellation and returns its value all the same.
     is_stubborn: bool = False
+    #: It never ends; interrupts reach it, or do not.
+    hangs: Literal["", "softly", "hard"] = ""
     #: It cancels the first of its children.
     cancels_child: bool = False
     keeps_arguments: bool = False
@@ -269,6 +275,8 @@ class Ledger:
         assert limit < 0 or job.begun <= limit + 1 or (limit and self.shortages), (
             f"{key!r} began {job.begun} times, with max_retries={limit}"
         )
+        # A call of limited time has nobody's results but its own to lose.
+        assert not job.options.timeout_s or job.begun - 1 <= job.deaths, f"{key!r} ran twice"
         assert job.begun <= job.begun_max or self.node_deaths, f"{key!r} was cancelled and begins"
         return job
 
@@ -279,6 +287,7 @@ class Ledger:
             self._judge_error(job, value)
         else:
             self.values_checked += 1
+            assert not job.hangs, f"{job.key!r} has a value and never ends"
             assert value == job.value(index), (
                 f"{job.key!r} came to {value!r}, not {job.value(index)!r}"
             )
@@ -347,6 +356,8 @@ class Ledger:
             case OutOfMemoryError():
                 assert self.shortages
                 assert job.deaths, f"{job.key!r} lost no worker: {error}"
+            case CallTimeoutError():
+                assert job.hangs, f"{job.key!r} was not late: {error}"
             case TaskCancelledError():
                 assert job.may_be_cancelled(), f"{job.key!r} was not cancelled"
             case TaskPlacementGroupRemoved():

@@ -194,6 +194,8 @@ class SimNode(Endpoint):
                 if worker_id in self.workers:
                     ordered = self.workers[worker_id]
                     world.after(world.between(1e-6, 1e-4), lambda: ordered.on_order(order))
+            case fx.LookAtCall(worker_id=worker_id):
+                self._echoes.append(self.workers[worker_id].look_at_call())
             case fx.GroupFailed() | fx.GroupDrained():
                 self.on_group_event(effect)
             case fx.MeasureMemory():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from poolray.exceptions import ActorDiedError, TaskCancelledError
+from poolray.exceptions import ActorDiedError, CallTimeoutError, TaskCancelledError
 from poolray.ids import ObjectId, TaskId, WorkerId, return_id, task_of
 from poolray.protocol.client import (
     AllocateRange,
@@ -31,7 +31,7 @@ from poolray.protocol.client import (
     SubmitTasks,
     UnpinObjects,
 )
-from poolray.protocol.node import PacketsTakenBack, WorkerLost
+from poolray.protocol.node import CallProgress, PacketsTakenBack, WorkerLost
 from poolray.protocol.streams import RoomGranted
 from poolray.protocol.values import CallKind, InArena, InFile, Outcome, TaskClass, TaskSpec, Value
 from poolray.protocol.worker import (
@@ -73,6 +73,10 @@ class _Interrupted(BaseException):
     """User code was told to stop."""
 
 
+class _OutOfTime(BaseException):
+    """User code was told that its time is up."""
+
+
 class _Died(Exception):
     """User code killed the process."""
 
@@ -89,6 +93,9 @@ class SimWorker:
         self.queue: deque[RunTasks | StopWorker] = deque()
         #: Its progress word: sequence and index of the call that it began last.
         self.progress = (0, 0)
+        #: The word beside it: since when the running call of limited time runs.
+        self.call_began_s: float | None = None
+        self._is_stuck = False  #: in code that does not look at signals
         #: Jobs that have begun and of which nothing was reported; the last one may run.
         self._unreported: list[Job] = []
         self._replies: dict[int, list[Any]] = {}
@@ -339,9 +346,20 @@ class SimWorker:
         self._started_s = self.world.now
         self._send(report)
 
+    def look_at_call(self) -> CallProgress:
+        """What the shell sees on the control page, also of a process that has died."""
+        sequence, index = self.progress
+        began_s = self.call_began_s
+        return CallProgress(
+            worker_id=self.worker_id,
+            sequence=sequence,
+            index=index,
+            running_s=-1.0 if began_s is None else self.world.now - began_s,
+        )
+
     def on_nudge(self) -> None:
         """The signal."""
-        if not self.alive:
+        if not self.alive or self._is_stuck:
             return
         if self._is_actor:
             if self._packet is not None and (self._finished or self._partial):
@@ -359,7 +377,7 @@ class SimWorker:
             self._look()
 
     def _look(self) -> None:
-        if not self.alive:
+        if not self.alive or self._is_stuck:
             return
         if not self._in_user_code:
             self._signalled = True
@@ -371,11 +389,14 @@ class SimWorker:
             assert packet is not None
             self._prepare_to_block()
             task_id = packet.tasks[self._position].task_id
-            mine = [o for o in self._take_orders(packet.sequence) if o.task_id == task_id]
+            orders = self._take_orders(packet.sequence)
+            mine = [o for o in orders if o.task_id == task_id]
             if any(order.force for order in mine):
                 self.die(signal=9)
             elif mine:
                 self._go_on(lambda: self._life.throw(_Interrupted()))
+            elif any((o.sequence, o.index) == self.progress for o in orders):
+                self._go_on(lambda: self._life.throw(_OutOfTime()))
 
     def _take_orders(self, sequence: int) -> list[InterruptTask]:
         orders = [order for order in self._orders if order.sequence == sequence]
@@ -427,7 +448,7 @@ class SimWorker:
             if self._nudged:
                 self._prepare_to_block()
                 yield from self._obey_late(task)
-            contained = yield from self._user_code(job)
+            contained = yield from self._limited_code(job, task_class.timeout_s)
             self._in_user_code = False
             assert arguments == [self.node.read(value) for value in task.arguments]
             outcome = yield from self._returned(job, task, contained)
@@ -449,7 +470,27 @@ class SimWorker:
                     TaskCancelledError(task_id=task.task_id.hex(), reason="interrupted")
                 )
                 outcome = Outcome(values=[error], is_error=True)
+        except _OutOfTime:
+            self._in_user_code = False
+            error = self.node.ledger.encode_error(
+                CallTimeoutError(task_name="", timeout_s=task_class.timeout_s, pid=1)
+            )
+            outcome = Outcome(values=[error], is_error=True)
         self._partial.append(outcome)
+
+    def _limited_code(
+        self, job: Job, timeout_s: float
+    ) -> Generator[float | None, None, list[ObjectId]]:
+        if not timeout_s:
+            return (yield from self._user_code(job))
+        if self._finished or self._partial:
+            self._flush(False)
+        self.call_began_s = self.world.now
+        try:
+            return (yield from self._user_code(job))
+        finally:
+            if self.alive:  # else the words stay as they were
+                self.call_began_s = None
 
     def _obey_late(self, task: TaskCall) -> Life:
         """The order came after the packet and before the call."""
@@ -490,6 +531,9 @@ class SimWorker:
             yield job.duration_s / 2
             yield from self._yield_some(job)
             raise _Died
+        if job.hangs:
+            self._is_stuck = job.hangs == "hard"
+            yield 1e6
         yield job.duration_s
         if self._refs and world.chance(0.3):
             self._released.append(self._refs.pop())
