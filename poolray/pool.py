@@ -435,6 +435,8 @@ class Pool:
                 stream = self._stream(func, kind, timeout)
             except Exception as error:
                 result._set(False, error)
+                if bar is not None:
+                    bar.close()
                 return result
             feed = self._feed_of(result, stream, chunks_of(items, chunksize))
             if bar is not None:

@@ -118,7 +118,8 @@ class GroupWatch:
     """Gathers what the workers of one group tell."""
 
     def __init__(self) -> None:
-        #: Guards the fields below: threads that lead write, others read.
+        #: Guards the fields below: threads that lead write, others read. Whoever takes the node's
+        #: guard as well takes that first.
         self._lock = threading.Lock()
         #: worker id -> parts of a note that is not complete.
         self._parts: dict[WorkerId, list[bytes]] = {}
@@ -160,9 +161,9 @@ class GroupWatch:
 
     def insights(self, shell: NodeShell, host: WorkerHost) -> PoolInsights:
         """What is known at this moment."""
-        with shell.guard:  # no worker is lost, and its words used anew, meanwhile
+        # No worker is lost, and its words used anew, meanwhile.
+        with shell.guard, self._lock:
             living = [(worker, shell.arena.words(worker.slot)) for worker in host.workers.values()]
-        with self._lock:
             return PoolInsights((*self._ended, *self._living(living)))
 
     def _living(

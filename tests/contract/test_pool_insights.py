@@ -156,6 +156,13 @@ def test_an_empty_map_has_a_bar_that_is_closed(pool: Pool, bars: list[Any]) -> N
     assert [bar.closed for bar in bars] == [1]
 
 
+def test_a_function_that_cannot_be_pickled_leaves_no_bar_open(pool: Pool, bars: list[Any]) -> None:
+    stream = (x for x in range(3))
+    with pytest.raises(TypeError, match="pickle"):
+        pool.map(lambda x: next(stream), [1], progress=True)
+    assert [bar.closed for bar in bars] == [1]
+
+
 def test_terminate_closes_bars(make_pool: MakePool, bars: list[Any]) -> None:
     pool = make_pool(1)
     pool.map_async(time.sleep, [DEADLINE_S] * 3, progress=True)
