@@ -201,6 +201,8 @@ class Worker:
         self.reads_orders = False
         #: The actor's call that runs was cancelled: what it returns is not its result.
         self._is_cancelled = False
+        #: The node has asked for results of an actor's packet: none waits for the packet's end.
+        self._eager = False
         #: Functions as defined; loaded at their first call.
         self._definitions: dict[FunctionId, FunctionDefinition] = {}
         self._loaded: dict[FunctionId, Callable[..., Any]] = {}
@@ -331,7 +333,7 @@ class Worker:
         self._task_limit = len(message.tasks)
         self._position = 0
         self._call_index = self._call_limit = 0
-        self._nudged = False
+        self._nudged = self._eager = False
         self._packet = message  # from here on a nudge counts
         if self._signalled:
             self._obey_before(message)
@@ -364,6 +366,7 @@ class Worker:
                 elif (
                     time.perf_counter_ns() - self._started_ns > delay_ns
                     or self._buffered_bytes > _FLUSH_BYTES
+                    or self._eager
                 ) and (
                     # After the last call the packet's end is reported at once, in one message.
                     self._call_index < self._call_limit or self._position + 1 < self._task_limit
@@ -516,6 +519,7 @@ class Worker:
         """Orders may have come before their packet: then nothing of it is begun here."""
         self._read_orders()
         if self.serial is not None:
+            self._eager = True  # we may have been asked for this packet's results already
             self.serial.skip_cancelled(packet, 0, self._orders)
         elif self._take_orders(packet.sequence):
             handed = [(task.task_id, 0) for task in packet.tasks]
@@ -560,6 +564,7 @@ class Worker:
         if packet is None:
             return
         if self.bind_method is not None:  # an actor's calls have nowhere else to go
+            self._eager = True  # one that takes long may be behind those that run now
             if self.serial is not None and self._orders:
                 self.serial.skip_cancelled(packet, self._position + 1, self._orders)
             return

@@ -569,10 +569,7 @@ class Actors:
                 break  # what is behind it would run before its next attempt
         if actor.is_serial:
             actor.packets.append((sequence, records))
-            if len(calls) > 1:
-                estimate = actor.estimate_s or 0.0
-                patience = config.nudge_after_s + 2.0 * estimate * len(calls)
-                self._dispatcher.watch(worker, self._state.now + patience)
+            self._watch(actor, worker, records)
         forget, worker.forget = worker.forget, []
         message = RunTasks(sequence=sequence, tasks=calls, classes=classes, forget=forget)
         self._state.effects.append(SendWorker(worker.worker_id, message))
@@ -614,12 +611,22 @@ class Actors:
         if actor is None:
             return
         packets = actor.packets
-        while packets and packets[0][0] <= message.sequence:
-            packets.popleft()
+        if packets and packets[0][0] <= message.sequence:
+            while packets and packets[0][0] <= message.sequence:
+                packets.popleft()
+            if packets:  # its time begins now
+                self._watch(actor, worker, packets[0][1])
         if calls and message.elapsed_ns:
             new, old = message.elapsed_ns * 1e-9 / calls, actor.estimate_s
             actor.estimate_s = new if old is None else old + _NEW_WEIGHT * (new - old)
         self._feed(actor)
+
+    def _watch(self, actor: Actor, worker: WorkerRecord, records: list[TaskRecord]) -> None:
+        """Wonder about a packet of several calls when it takes longer than such calls do."""
+        if len(records) > 1:
+            estimate_s = actor.estimate_s or 0.0
+            patience_s = self._state.config.nudge_after_s + 2.0 * estimate_s * len(records)
+            self._dispatcher.watch(worker, self._state.now + patience_s)
 
     def may_nudge(self, worker: WorkerRecord) -> bool:
         """Whether results may wait behind a long call of the packet that a worker runs."""

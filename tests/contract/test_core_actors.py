@@ -311,6 +311,22 @@ def test_a_result_does_not_wait_for_the_calls_behind_it(tmp_path: Path) -> None:
         assert get(slow) == "slow"
 
 
+def test_nor_when_another_one_before_it_took_long(tmp_path: Path) -> None:
+    with gate_at(tmp_path / "first") as first, gate_at(tmp_path / "second") as second:
+        counter = Counter.remote()
+        get([counter.add.remote() for _ in range(200)])
+        before = [counter.add.remote() for _ in range(3)]
+        slow = [counter.hold.remote(first, "first")]
+        quick = [counter.add.remote() for _ in range(20)]
+        slow.append(counter.hold.remote(second, "second"))
+        get(before)
+        assert ray.wait([slow[0]], timeout=0.05)[0] == []
+        first.open()
+        assert get(quick)[-1] == 223
+        second.open()
+        assert get(slow) == ["first", "second"]
+
+
 def test_large_values_go_in_and_out() -> None:
     data = bytes(range(256)) * 4096
     assert get(Counter.remote().take.remote(data)) == data

@@ -322,6 +322,25 @@ def test_a_worker_that_is_silent_over_a_packet_is_asked_for_the_results_it_has(
     assert bench.take(Nudge) == []
 
 
+def test_the_time_of_a_packet_begins_when_the_one_before_it_has_ended(bench: ActorBench) -> None:
+    actor_id, worker_id = bench.live()
+    for _ in range(3):  # short calls travel together
+        bench.call(actor_id)
+        bench.finish(worker_id, bench.read(worker_id), elapsed_s=1e-6)
+    for _ in range(12):
+        bench.call(actor_id)
+    bench.finish(worker_id, bench.read(worker_id), elapsed_s=1e-6)
+    alone = bench.read(worker_id)
+    assert len(alone.tasks) == 1
+    bench.effects.clear()
+    bench.after(1.0)  # nothing waits behind the one call of this packet
+    assert bench.take(Nudge) == []
+    bench.finish(worker_id, alone, elapsed_s=1e-6)
+    assert len(bench.read(worker_id).tasks) > 1
+    bench.after(1.0)
+    assert [effect.worker_id for effect in bench.take(Nudge)] == [worker_id]
+
+
 def test_several_calls_run_at_once_up_to_the_limit_and_some_wait_at_hand() -> None:
     bench = ActorBench()
     actor_id, worker_id = bench.live(ordered=False, serial=False, concurrency=3)
