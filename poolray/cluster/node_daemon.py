@@ -76,6 +76,7 @@ from poolray.protocol.node import (
     ClientLeft,
     ClusterView,
     FinishJob,
+    HeadBack,
     HeadMessage,
     HeadRequest,
     Heartbeat,
@@ -346,6 +347,8 @@ class NodeDaemon(NodeShell):
 
     def _act_send_head(self, effect: SendHead) -> None:
         self._send_head(effect.message)
+        if isinstance(effect.message, LeaveCluster):
+            self.stop()  # it was drained
 
     def _send_head(self, message: Any) -> None:
         self._switch.send(HEAD_ID, self._encode(message), time.monotonic())
@@ -531,14 +534,16 @@ class NodeDaemon(NodeShell):
             "session_folder": self._options.session_folder,
         }
         with self.guard:
+            self.node.address, self.node.info = self.address, info
             message = self.node.register()
-        self._send_head(msgspec.structs.replace(message, address=self.address, info=info))
+        self._send_head(message)
 
     def _on_restarted(self, peer: bytes, lost: list[bytes]) -> None:
         if peer != HEAD_ID:
             return
         _logger.warning("the head was started again; %d message(s) go to it again", len(lost))
-        self._register()
+        with self.guard:
+            self.feed(SHELL, HeadBack())  # it registers, and asks again what was not answered
         self.jobs.register_again()
         for payload in lost:
             try:
