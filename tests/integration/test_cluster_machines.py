@@ -86,16 +86,19 @@ def test_callers_follow_an_actor_that_moves_after_the_head_was_started_again(
 
     @poolray.remote(num_cpus=0, resources={"caller": 1})
     class Caller:
-        def call(self, counter: Any) -> str:
-            return str(poolray.get(counter.where.remote())[0])
+        def __init__(self, counter: Any) -> None:
+            self.counter = counter
 
-    caller = Caller.remote()
-    assert poolray.get(caller.call.remote(counter), timeout=20) == doomed.unique_id
+        def call(self) -> str:
+            return str(poolray.get(self.counter.where.remote())[0])
+
+    caller = Caller.remote(counter)
+    assert poolray.get(caller.call.remote(), timeout=20) == doomed.unique_id
     cluster.kill_head()
     cluster.restart_head()
     spare = cluster.add_node(num_cpus=1, resources={"there": 1})
     cluster.remove_node(doomed, allow_graceful=False)
-    assert poolray.get(caller.call.remote(counter), timeout=30) == spare.unique_id
+    assert poolray.get(caller.call.remote(), timeout=30) == spare.unique_id
 
 
 def test_a_killed_process_of_an_actor_elsewhere_is_made_again(cluster: Cluster) -> None:
