@@ -36,6 +36,8 @@ class Cell:
     stderr: str = ""
     result: str | None = None  #: the text of its last expression
     error: str | None = None  #: the class of what it raised
+    #: Of each thing displayed, the kinds of data that it came as.
+    displayed: list[list[str]] = field(default_factory=list)
 
     def value(self) -> str:
         """The text of its last expression; it must have succeeded."""
@@ -96,6 +98,8 @@ class Notebook:
                 cell.stdout += content["text"]
             case "stream":
                 cell.stderr += content["text"]
+            case "display_data":
+                cell.displayed.append(list(content["data"]))
             case "execute_result":
                 cell.result = content["data"]["text/plain"]
             case "error":
@@ -197,9 +201,18 @@ def test_lambdas_closures_and_classes_of_cells_travel(notebook: Notebook) -> Non
 
 
 def test_a_map_shows_its_progress_in_the_cell(notebook: Notebook) -> None:
+    pytest.importorskip("ipywidgets")
     cell = notebook.run("with Pool(2) as pool: n = sum(pool.map(abs, range(7), progress=True))\nn")
     assert cell.value() == "21"
-    assert "7/7" in cell.stderr
+    notebook.read_until(lambda: bool(cell.displayed))
+    assert "application/vnd.jupyter.widget-view+json" in cell.displayed[0]
+
+
+def test_a_map_shows_its_progress_as_text_where_there_are_no_widgets(notebook: Notebook) -> None:
+    notebook.run("import sys; sys.modules['ipywidgets'] = None")
+    cell = notebook.run("with Pool(2) as pool: n = sum(pool.map(abs, range(7), progress=True))\nn")
+    assert cell.value() == "21"
+    notebook.read_until(lambda: "7/7" in cell.stderr)
 
 
 def test_an_exception_class_of_a_cell_comes_back_as_itself(notebook: Notebook) -> None:
