@@ -23,7 +23,6 @@ from poolray.ids import TaskId
 from poolray.local import worker_process
 from poolray.local.actor_reports import Reports, cancelled_outcome
 from poolray.local.actor_threads import begin
-from poolray.local.channel import receive_nowait
 from poolray.local.worker import NUDGE_SIGNAL
 from poolray.protocol.values import Outcome
 from poolray.protocol.worker import InterruptTask, RunTasks, TaskCall
@@ -197,7 +196,7 @@ class Loops:
 
     def _read(self) -> None:
         worker = self._worker
-        while (packet := receive_nowait(worker.tasks)) is not None:
+        while (packet := worker.reader.take_nowait()) is not None:
             message = worker.decode(packet) if packet else None
             if type(message) is not RunTasks:
                 self._loop.stop()

@@ -10,6 +10,7 @@ holds the reading end (the kernel gives each packet to exactly one reader).
 from __future__ import annotations
 
 import array
+import mmap
 import os
 import select
 import socket
@@ -40,6 +41,36 @@ def receive_nowait(channel: socket.socket) -> bytes | None:
         return None
     except ConnectionResetError:
         return b""
+
+
+@final
+class PacketBuffer:
+    """Takes packets out of channels, for one thread at a time.
+
+    `recv` would make a buffer for the largest packet each time: a system call to get the memory and
+    two to give it back (measured: 14 of 45 µs of a call there and back).
+    """
+
+    __slots__ = ("_view",)
+
+    def __init__(self) -> None:
+        # Private: a forked child has its own. Pages that no packet reaches are never taken.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._view = memoryview(mmap.mmap(-1, RECEIVE_BYTES, flags=flags))
+
+    def receive(self, channel: socket.socket, flags: int = 0) -> bytes:
+        """The next packet; as `socket.recv`."""
+        view = self._view
+        return view[: channel.recv_into(view, 0, flags)].tobytes()
+
+    def receive_nowait(self, channel: socket.socket) -> bytes | None:
+        """The next packet, None when there is none; b"" when the other side is gone."""
+        try:
+            return self.receive(channel, _DONT_WAIT)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            return b""
 
 
 def send_nowait(channel: socket.socket, packet: bytes) -> bool:
@@ -115,10 +146,11 @@ class Spinner:
 class SpinningReader:
     """Reads one channel, polling before it sleeps."""
 
-    __slots__ = ("_channel", "_poll", "_spinner", "_started_s", "_waker")
+    __slots__ = ("_buffer", "_channel", "_poll", "_spinner", "_started_s", "_waker")
 
     def __init__(self, channel: socket.socket, spin_s: float) -> None:
         self._channel = channel
+        self._buffer = PacketBuffer()
         self._spinner = Spinner(spin_s)
         self._started_s = 0.0
         self._waker: select.poll | None = None
@@ -141,6 +173,10 @@ class SpinningReader:
                 return True
         return False
 
+    def take_nowait(self) -> bytes | None:
+        """The next packet, None when there is none; b"" when the other side is gone."""
+        return self._buffer.receive_nowait(self._channel)
+
     def note_slept(self) -> None:
         """The wait that `poll_soon` began, and that went on asleep, is over."""
         self._spinner.note(time.perf_counter() - self._started_s)
@@ -150,7 +186,7 @@ class SpinningReader:
         descriptor.
         """
         if self.poll_soon():
-            packet = receive_nowait(self._channel)
+            packet = self.take_nowait()
             if packet is not None:
                 return packet
         poller = self._waker
@@ -163,7 +199,7 @@ class SpinningReader:
             self.note_slept()
             if any(ready == descriptor for ready, _ in events):
                 return None
-            packet = receive_nowait(self._channel)
+            packet = self.take_nowait()
             if packet is not None:
                 return packet
 
@@ -173,12 +209,12 @@ class SpinningReader:
         """
         if self.poll_soon():
             # Another process that reads the channel may have been faster: then nothing is there.
-            packet = receive_nowait(self._channel)
+            packet = self.take_nowait()
             if packet is not None:
                 return packet
             self._started_s = time.perf_counter()
         try:
-            packet = self._channel.recv(RECEIVE_BYTES)
+            packet = self._buffer.receive(self._channel)
         except ConnectionResetError:
             return b""
         self.note_slept()

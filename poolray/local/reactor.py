@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, final
 
 from poolray.exceptions import PoolrayError
-from poolray.local.channel import RECEIVE_BYTES, Spinner, receive_nowait
+from poolray.local.channel import PacketBuffer, Spinner
 
 T = TypeVar("T")
 
@@ -319,6 +319,7 @@ class Reactor:
         self._target = target
         self._guard = guard
         self._spinner = Spinner(spin_s)
+        self._buffer = PacketBuffer()  # for the leader
         #: When the leader last found nothing to receive.
         self._wait_started_s = 0.0
         self._takeover_s = takeover_s
@@ -549,7 +550,7 @@ class Reactor:
                 found = True
             else:
                 try:
-                    packet = channel.recv(RECEIVE_BYTES, _DONT_WAIT)
+                    packet = self._buffer.receive(channel, _DONT_WAIT)
                 except OSError:
                     continue
                 if packet:  # else its workers are gone: the server's news are on their way
@@ -565,7 +566,7 @@ class Reactor:
 
     def receive_all(self, host: Any) -> None:
         """All packets that a host's workers have sent; for the thread that leads."""
-        while packet := receive_nowait(host.reports):
+        while packet := self._buffer.receive_nowait(host.reports):
             self._target.on_packet(host, packet)
 
     def _receive_spinning(self, waited: Waitable) -> bool:

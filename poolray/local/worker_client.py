@@ -28,7 +28,7 @@ from poolray.client import Client, deadline_of
 from poolray.exceptions import PoolrayError
 from poolray.ids import ObjectId, TaskId, TaskIdSource, WorkerId
 from poolray.local import process_state
-from poolray.local.channel import SpinningReader, receive_nowait
+from poolray.local.channel import SpinningReader
 from poolray.local.reactor import Doorbell
 from poolray.objects.serialization import Serialized, Serializer
 from poolray.objects.shared_memory import Arena
@@ -397,7 +397,7 @@ class WorkerLink:
     def _receive(self) -> bool:
         """Take the next packet; False when there is none."""
         with self._receiving:
-            packet = receive_nowait(self._control)
+            packet = self._reader.take_nowait()
             if packet is None:
                 return False
             if not packet:
