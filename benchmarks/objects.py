@@ -37,6 +37,9 @@ LARGE_BYTES = 100_000_000
 ARGUMENT_BYTES = 1_000_000
 TASKS = 20
 SMALL = 2_000
+#: Puts and gets of large values in a row: what other figures do to memory in between is not steady.
+IN_A_ROW = 5
+GETS = 50
 REFS = 10_000
 #: Of the store in the part about disks, and what passes through it.
 STORE_BYTES = 256 << 20
@@ -70,9 +73,14 @@ def in_memory(rounds: int) -> tuple[list[Comparison], dict[str, Samples]]:
         found = alternate(
             rounds,
             {
-                "put": lambda: rate(LARGE_BYTES, lambda: poolray.put(large)),
-                "copy": lambda: rate(LARGE_BYTES, lambda: np.copyto(target, large)),
-                "get": lambda: rate(1, lambda: poolray.get(kept)),
+                "put": lambda: rate(
+                    IN_A_ROW * LARGE_BYTES, lambda: [poolray.put(large) for _ in range(IN_A_ROW)]
+                ),
+                "copy": lambda: rate(
+                    IN_A_ROW * LARGE_BYTES,
+                    lambda: [np.copyto(target, large) for _ in range(IN_A_ROW)],
+                ),
+                "get": lambda: rate(GETS, lambda: [poolray.get(kept)[-1] for _ in range(GETS)]),
                 "arguments": lambda: rate(
                     TASKS,
                     lambda: poolray.get([remote_first_of.remote(argument) for _ in range(TASKS)]),
