@@ -132,13 +132,15 @@ def make_ref(object_id: ObjectId, client: RefOwner) -> ObjectRef[Any]:
     return ref
 
 
+def _refuse(object_id: ObjectId) -> ObjectRef[Any]:
+    raise RuntimeError(
+        "an ObjectRef was unpickled in a process that does not run poolray: call poolray.init()"
+    )
+
+
 #: Set by the API: turns an id met while unpickling into a counted handle of the process's client.
-adopt: Callable[[ObjectId], ObjectRef[Any]] | None = None
+adopt: Callable[[ObjectId], ObjectRef[Any]] = _refuse
 
 
 def _rebuild_ref(object_id: ObjectId) -> ObjectRef[Any]:
-    if adopt is None:
-        raise RuntimeError(
-            "an ObjectRef was unpickled in a process that does not run poolray: call poolray.init()"
-        )
     return adopt(object_id)
