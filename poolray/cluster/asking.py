@@ -8,6 +8,7 @@ Invariants: it ends within its time, with an answer or an error that names the a
 
 from __future__ import annotations
 
+import struct
 import time
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from poolray.cluster.auth import Credentials, secure_client
-from poolray.cluster.switch import HEADERS, split_address
+from poolray.cluster.switch import pack, split_address, unpack
 from poolray.exceptions import AuthenticationError, ClusterConnectionError
 from poolray.protocol.cluster import Answer, FrameKind, NotUnderstood, Question
 
@@ -130,11 +131,14 @@ def _exchange(
     number = time.monotonic_ns().to_bytes(8, "big")
     body = number + _encode(question)
     while (left_ms := int((deadline - time.monotonic()) * 1000)) > 0:
-        dealer.send_multipart([HEADERS[FrameKind.QUESTION], b"asking", body])
+        dealer.send(pack(FrameKind.QUESTION, b"asking", body))
         if not dealer.poll(min(left_ms, 1_000)):
             continue  # lost, or the daemon is busy: questions may be asked twice
-        header, _, reply = dealer.recv_multipart()
-        if header[9:10] == bytes([FrameKind.REFUSAL]):
+        try:
+            kind, _, _, reply = unpack(dealer.recv_multipart()[0])
+        except (ValueError, struct.error):
+            continue  # whoever it is does not speak with us
+        if kind is FrameKind.REFUSAL:
             raise ClusterConnectionError(
                 f"The daemon at {address} refuses us: {reply.decode('utf-8', 'replace')}"
             )

@@ -98,6 +98,7 @@ class HeadDaemon:
             if deadline is not None and deadline <= time.monotonic():
                 self._feed(b"", Tick())
         self._presence.close()
+        self._switch.service(time.monotonic())
         self._switch.close(linger_s=0.2)
         if self._storage is not None:
             self._storage.close()
@@ -139,7 +140,7 @@ class HeadDaemon:
         if isinstance(message, NodeDied) and message.node_id not in self._dead:
             self._dead[message.node_id] = None
             _logger.warning("node=%s %s", message.node_id.hex()[:12], message.reason)
-        self._switch.send(effect.node_id, self._encode(message), time.monotonic())
+        self._switch.send(effect.node_id, self._encode(message))
 
     # ---- questions -------------------------------------------------------------------------------
 

@@ -112,7 +112,7 @@ class _Channel:
 
     def answer(self) -> None:
         """It may have something: `settle` looks."""
-        self._daemon.is_switch_due = True
+        self._daemon.on_socket_news(self._descriptor)
 
 
 @final
@@ -166,8 +166,10 @@ class NodeDaemon(NodeShell):
         self._views: dict[NodeId, NodeView] = {}
         self._stop = Waitable()
         self.is_rejoining = False
-        #: The switch has or may have something to read.
+        #: The switch has something to send, or may have something to read …
         self.is_switch_due = True
+        #: … anywhere: now and then all is looked at.
+        self._looks_everywhere = True
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode_peer = msgspec.msgpack.Decoder(PeerMessage | JobStarted | Output).decode
         self._decode_request = msgspec.msgpack.Decoder(HeadRequest).decode
@@ -292,10 +294,10 @@ class NodeDaemon(NodeShell):
             # A report that came too late, or a bug: one job may suffer, the others must not.
             _logger.exception("a worker's report cannot be taken")
 
-    def feed(self, sender: bytes, message: Any) -> None:
-        """Give the machine a message and do what it says."""
-        super().feed(sender, message)
-        self.is_switch_due = True  # what was sent may have swallowed the news of what came
+    def on_socket_news(self, descriptor: int) -> None:
+        """A socket of the network may have something: `settle` looks."""
+        self._switch.note_readable(descriptor)
+        self.is_switch_due = True
 
     def is_unsettled(self) -> bool:
         """Whether something waits to be read or handed over."""
@@ -305,7 +307,9 @@ class NodeDaemon(NodeShell):
         """Read the network; hand over what is for users."""
         if self.is_switch_due:
             self.is_switch_due = False
-            self.is_switch_due = self._switch.service(time.monotonic()) or self.is_switch_due
+            more = self._switch.service(time.monotonic(), self._looks_everywhere)
+            self._looks_everywhere = False
+            self.is_switch_due = more or self.is_switch_due
         while self._deliveries:
             self._hand_over(self._deliveries.popleft())
 
@@ -326,7 +330,7 @@ class NodeDaemon(NodeShell):
             session.flush()
         now = time.monotonic()
         self._switch.tick(now)
-        self.is_switch_due = True
+        self.is_switch_due = self._looks_everywhere = True
         super().tick()
         heard = self._switch.heard_s(HEAD_ID)
         if now - max(heard, self._head_heard_s) > _HEAD_SILENCE_MAX_S:
@@ -351,7 +355,7 @@ class NodeDaemon(NodeShell):
             self.stop()  # it was drained
 
     def _send_head(self, message: Any) -> None:
-        self._switch.send(HEAD_ID, self._encode(message), time.monotonic())
+        self._switch.send(HEAD_ID, self._encode(message))
         self.is_switch_due = True
 
     def _act_send_peer(self, effect: SendPeer) -> None:
@@ -367,7 +371,7 @@ class NodeDaemon(NodeShell):
                 _logger.warning("node=%s is nowhere", node_id.hex()[:12])
                 return
             self._switch.connect(node_id, *address)
-        self._switch.send(node_id, self._encode(message), time.monotonic())
+        self._switch.send(node_id, self._encode(message))
         self.is_switch_due = True
 
     def _act_send_chunk(self, effect: SendChunk) -> None:

@@ -1,19 +1,21 @@
 """All links of one process to processes on other machines.
 
-    send(peer, bytes) ──▶ PeerLink ──frames──▶ DEALER, or our ROUTER ──▶ ~~~ TCP, CURVE ~~~
-    on_message(peer, bytes) ◀── PeerLink ◀── frames ◀── ROUTER, DEALERs ◀──┘
+    send(peer, bytes) ──▶ outbox ──service──▶ PeerLink ──▶ DEALER, or our ROUTER ──▶ ~~~ TCP, CURVE
+    on_message(peer, bytes) ◀── PeerLink ◀── ROUTER, DEALERs ◀── ~~~
 
 What: sockets, one reliable link per peer, versions, questions and answers.
 Who calls: the head's and the nodes' daemons, remote drivers, one thread at a time.
 May touch: ZeroMQ sockets; time comes in as an argument.
 Invariants: whatever a peer sends, nothing is raised: what makes no sense is counted and dropped; a
-peer of another version is told so in words; no call blocks.
+peer of another version is told so in words; no call blocks; what is sent in one turn to one peer
+travels as one message, in order.
 """
 
 from __future__ import annotations
 
 import logging
 import struct
+from collections import deque
 from collections.abc import Callable
 from typing import Any, final
 
@@ -28,12 +30,11 @@ from poolray.protocol.link import LinkFrame
 
 _logger = logging.getLogger(__name__)
 
-#: The first part of every message: who made this, the protocol's version, what follows.
-_HEADER = struct.Struct(">7sHB")
+#: What every message begins with: who made this, the protocol's version, what it is, and how long
+#: the name of its sender is, which comes next. (One part a message: each more costs both sides.)
+_HEADER = struct.Struct(">7sHBB")
 _MAGIC = b"poolray"
-HEADERS = {
-    kind: _HEADER.pack(_MAGIC, PROTOCOL_VERSION, kind) for kind in FrameKind.__members__.values()
-}
+_KINDS = {int(kind): kind for kind in FrameKind.__members__.values()}
 #: A message that is larger than this travels in parts.
 PART_BYTES = (4 << 20) + (64 << 10)  # a chunk of an object with what is around it is one part
 #: What a socket takes at the most; a peer that sends more is cut off by ZeroMQ.
@@ -53,7 +54,33 @@ HANDSHAKE_MS = 3_000
 #: latest, and at once when this much has: a frame of its own for each would double the traffic.
 _ACK_AFTER_S = 0.02
 _ACK_COUNT = 16
-_WHOLE, _PART = b"\0", b"\1"
+#: What a payload of the link is: a message, a part of one that goes on, several messages.
+_WHOLE, _PART, _SEVERAL = b"\0", b"\1", b"\2"
+#: Several messages travel together up to this size.
+_SEVERAL_BYTES_MAX = 256 << 10
+#: Rounds of reading and answering in one call of `service`.
+_ROUNDS_MAX = 4
+_EVENTS, _POLLIN, _DONT_WAIT, _MORE = zmq.EVENTS, zmq.POLLIN, zmq.DONTWAIT, zmq.SNDMORE
+
+
+def pack(kind: FrameKind, sender: bytes, body: bytes) -> bytes:
+    """A message as it travels."""
+    return b"".join((_HEADER.pack(_MAGIC, PROTOCOL_VERSION, kind, len(sender)), sender, body))
+
+
+def unpack(data: bytes) -> tuple[FrameKind | None, int, bytes, bytes]:
+    """What kind of message this is (None: of none that is known), its version, sender and body.
+
+    Raises
+    ------
+    ValueError, struct.error
+        It is no message.
+    """
+    magic, version, number, length = _HEADER.unpack_from(data)
+    start = _HEADER.size + length
+    if magic != _MAGIC or length > _PEER_ID_BYTES_MAX or len(data) < start:
+        raise ValueError("no message of poolray")
+    return _KINDS.get(number), version, data[_HEADER.size : start], data[start:]
 
 
 @final
@@ -67,6 +94,7 @@ class _Peer:
         "dealer",
         "heard_s",
         "link",
+        "outbox",
         "parts",
         "parts_bytes",
         "peer_id",
@@ -80,6 +108,8 @@ class _Peer:
         self.dealer: zmq.Socket[bytes] | None = None
         #: … else the way back through our ROUTER, once it has spoken.
         self.route: bytes | None = None
+        #: Messages for it of this turn, which have not been given to the link.
+        self.outbox: deque[bytes] = deque()
         #: Parts of a message that is not complete.
         self.parts: list[bytes] = []
         self.parts_bytes = 0
@@ -141,9 +171,17 @@ class Switch:
         self._dealers: dict[zmq.Socket[bytes], bytes] = {}
         #: Peers with something under way.
         self._timed: dict[bytes, None] = {}
+        #: Peers with something in their outboxes.
+        self._unsent: dict[bytes, None] = {}
+        #: Sockets that may have something to read. Their descriptors tell of changes alone, and
+        #: what is sent may swallow such news.
+        self._due: dict[zmq.Socket[bytes], None] = {}
+        self._by_descriptor: dict[int, zmq.Socket[bytes]] = {}
         #: Messages that made no sense, since the start.
         self.dropped = 0
+        self._prefix = pack(FrameKind.LINK, own_id, b"")
         self._decode_frame = msgspec.msgpack.Decoder(LinkFrame).decode
+        self._decode_several = msgspec.msgpack.Decoder(list[bytes]).decode
         self._decode_question = msgspec.msgpack.Decoder(Question).decode
         self._encode = msgspec.msgpack.Encoder().encode
 
@@ -172,12 +210,18 @@ class Switch:
             router.close()
             raise OSError(error.errno, f"{host}:{port}: {error.strerror}") from error
         self._router = router
-        self.on_socket(int(router.fd))
+        self._add(router)
         if self._doorman is not None:
-            self.on_socket(int(self._doorman.socket.fd))
+            self._add(self._doorman.socket)
         endpoint = router.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
         return int(endpoint.rstrip(b"\0").rpartition(b":")[2])
+
+    def _add(self, socket: zmq.Socket[bytes]) -> None:
+        descriptor = int(socket.fd)
+        self._by_descriptor[descriptor] = socket
+        self._due[socket] = None
+        self.on_socket(descriptor)
 
     def _prepare(self, socket: zmq.Socket[bytes]) -> None:
         socket.linger = 0
@@ -202,7 +246,7 @@ class Switch:
         dealer.connect(f"tcp://{_bracketed(host)}:{port}")
         peer.dealer = dealer
         self._dealers[dealer] = peer_id
-        self.on_socket(int(dealer.fd))
+        self._add(dealer)
 
     def is_reachable(self, peer_id: bytes) -> bool:
         """Whether there is a way to a peer, as far as we know."""
@@ -220,7 +264,10 @@ class Switch:
         self._timed.pop(peer_id, None)
         if peer is not None and peer.dealer is not None:
             del self._dealers[peer.dealer]
-            self.on_socket_closed(int(peer.dealer.fd))
+            self._due.pop(peer.dealer, None)
+            descriptor = int(peer.dealer.fd)
+            self._by_descriptor.pop(descriptor, None)
+            self.on_socket_closed(descriptor)
             peer.dealer.close()
 
     def descriptors(self) -> list[int]:
@@ -228,20 +275,23 @@ class Switch:
 
         They tell of changes, not of states: what has come is to be taken until there is no more.
         """
-        found = [socket.fd for socket in self._dealers]
-        if self._router is not None:
-            found.append(self._router.fd)
-        if self._doorman is not None:
-            found.append(self._doorman.socket.fd)
-        return [int(descriptor) for descriptor in found]
+        return list(self._by_descriptor)
+
+    def note_readable(self, descriptor: int) -> None:
+        """A descriptor has news: `service` looks there."""
+        socket = self._by_descriptor.get(descriptor)
+        if socket is not None:
+            self._due[socket] = None
 
     def close(self, linger_s: float = 0.0) -> None:
-        """Let go of all sockets; what is under way may take so long."""
+        """Let go of all sockets; what `service` has sent may take so long."""
         for socket in self._dealers:
             socket.close(int(linger_s * 1000))
         self._dealers.clear()
         self._peers.clear()
         self._timed.clear()
+        self._due.clear()
+        self._by_descriptor.clear()
         if self._router is not None:
             self._router.close(int(linger_s * 1000))
         if self._doorman is not None:
@@ -265,61 +315,117 @@ class Switch:
             )
         return peer
 
-    def send(self, peer_id: bytes, payload: bytes, now: float) -> None:
-        """Send a message, reliably and in order while both live."""
+    def send(self, peer_id: bytes, payload: bytes) -> None:
+        """Send a message with the next `service`, reliably and in order while both live.
+
+        Other threads may do so too; they see to it that `service` is called.
+        """
         peer = self._peer(peer_id)
-        if peer is None:
-            return
-        link = peer.link
-        if len(payload) <= PART_BYTES:
-            self._carry(peer, link.send(_WHOLE + payload, now))
-        else:
-            view = memoryview(payload)
-            for start in range(0, len(payload), PART_BYTES):
-                end = start + PART_BYTES
-                mark = _PART if end < len(payload) else _WHOLE
-                self._carry(peer, link.send(mark + view[start:end], now))
-        self._timed[peer_id] = None
+        if peer is not None:
+            peer.outbox.append(payload)
+            self._unsent[peer_id] = None
+
+    def _send_out(self, now: float) -> None:
+        """Give the links what was sent in this turn."""
+        while self._unsent:
+            peer_id, _ = self._unsent.popitem()
+            peer = self._peers.get(peer_id)
+            if peer is None:
+                continue
+            outbox = peer.outbox
+            while outbox:
+                payload = outbox.popleft()
+                size = len(payload)
+                if size > PART_BYTES:
+                    self._send_parts(peer, payload, now)
+                    continue
+                several = [payload]
+                while outbox and size + len(outbox[0]) <= _SEVERAL_BYTES_MAX:
+                    payload = outbox.popleft()
+                    size += len(payload)
+                    several.append(payload)
+                body = _SEVERAL + self._encode(several) if len(several) > 1 else _WHOLE + payload
+                self._carry(peer, peer.link.send(body, now))
+            self._timed[peer_id] = None
+
+    def _send_parts(self, peer: _Peer, payload: bytes, now: float) -> None:
+        view = memoryview(payload)
+        for start in range(0, len(payload), PART_BYTES):
+            end = start + PART_BYTES
+            mark = _PART if end < len(payload) else _WHOLE
+            self._carry(peer, peer.link.send(mark + view[start:end], now))
 
     def _carry(self, peer: _Peer, frames: list[LinkFrame]) -> None:
         for frame in frames:
             peer.ack, peer.ack_count = None, 0  # it brings along what has come until now
-            self._post(peer, FrameKind.LINK, self._encode(frame))
+            self._post(peer, self._prefix + self._encode(frame))
 
-    def _post(self, peer: _Peer, kind: FrameKind, body: bytes) -> None:
+    def _post(self, peer: _Peer, data: bytes) -> None:
         """Put a frame on the way, if there is one; else it is lost, and sent again."""
-        parts = [HEADERS[kind], self._own_id, body]
+        socket = peer.dealer
         try:
-            if peer.dealer is not None:
-                peer.dealer.send_multipart(parts, zmq.DONTWAIT)
+            if socket is not None:
+                socket.send(data, _DONT_WAIT)
             elif peer.route is not None and self._router is not None:
-                self._router.send_multipart([peer.route, *parts], zmq.DONTWAIT)
+                socket = self._router
+                socket.send(peer.route, _DONT_WAIT | _MORE)
+                socket.send(data, _DONT_WAIT)
         except zmq.ZMQError:
             pass  # full, or cut off just now
+        if socket is not None:
+            self._due[socket] = None
 
     # ---- receiving -------------------------------------------------------------------------------
 
-    def service(self, now: float) -> bool:
-        """Take what has come, as far as a turn goes; True: there may be more."""
-        more = False
-        if self._doorman is not None:
+    def service(self, now: float, everywhere: bool = True) -> bool:
+        """Send what is to be sent and take what has come, as far as a turn goes.
+
+        Parameters
+        ----------
+        everywhere : bool, default True
+            Look at all sockets; False: at those that `note_readable` named, and those that were
+            sent something.
+
+        Returns
+        -------
+        bool
+            True: there may be more.
+        """
+        if everywhere:
+            self._due.update(dict.fromkeys(self._by_descriptor.values()))
+        more: dict[zmq.Socket[bytes], None] = {}
+        for _ in range(_ROUNDS_MAX):
+            self._send_out(now)
+            if not self._due:
+                break
+            due, self._due = self._due, {}
+            for socket in due:
+                if self._drain(socket, now):
+                    more[socket] = None
+        self._send_out(now)
+        self._due.update(more)
+        return bool(self._due)
+
+    def _drain(self, socket: zmq.Socket[bytes], now: float) -> bool:
+        """Take what has come on a socket; True when there may be more."""
+        if self._doorman is not None and socket is self._doorman.socket:
             while self._doorman.answer():
                 pass
-        if self._router is not None:
-            more = self._drain(self._router, None, now)
-        for dealer, peer_id in list(self._dealers.items()):
-            more = self._drain(dealer, peer_id, now) or more
-        return more
-
-    def _drain(self, socket: zmq.Socket[bytes], peer_id: bytes | None, now: float) -> bool:
+            return False
+        is_router = socket is self._router
+        peer_id = None if is_router else self._dealers.get(socket)
         for _ in range(_TURN):
+            # (Asking costs less than the exception of a `recv` that finds nothing.)
+            if socket.closed or not int(socket.getsockopt(_EVENTS)) & _POLLIN:
+                return False
             try:
-                parts = socket.recv_multipart(zmq.DONTWAIT)
+                parts = socket.recv_multipart(_DONT_WAIT)
             except zmq.ZMQError:
-                return False  # nothing more; or the socket was closed by what came last
-            route = parts.pop(0) if peer_id is None else None
+                return False
+            route = parts.pop(0) if is_router else None
             try:
-                self._take(socket, parts, peer_id, route, now)
+                (data,) = parts
+                self._take(socket, data, peer_id, route, now)
             except (msgspec.MsgspecError, ValueError, struct.error) as error:
                 self.dropped += 1
                 _logger.debug("a message makes no sense and is dropped: %s", error)
@@ -328,28 +434,24 @@ class Switch:
     def _take(
         self,
         socket: zmq.Socket[bytes],
-        parts: list[bytes],
+        data: bytes,
         peer_id: bytes | None,
         route: bytes | None,
         now: float,
     ) -> None:
-        header, sender, body = parts
-        magic, version, number = _HEADER.unpack(header)
-        if magic != _MAGIC:
-            raise ValueError("no message of poolray")
-        if len(sender) > _PEER_ID_BYTES_MAX or (peer_id is not None and sender != peer_id):
+        kind, version, sender, body = unpack(data)
+        if peer_id is not None and sender != peer_id:
             raise ValueError("a message of somebody else")
-        kind = FrameKind(number) if number in HEADERS else None
         if kind is FrameKind.REFUSAL:
             self.on_refused(sender, body.decode("utf-8", "replace")[:4096])
         elif version != PROTOCOL_VERSION:
             self._refuse(socket, route, version)
-        elif kind is FrameKind.QUESTION:
-            self._on_question(socket, route, body)
         elif kind is FrameKind.LINK:
             self._on_frame(sender, route, self._decode_frame(body), now)
+        elif kind is FrameKind.QUESTION:
+            self._on_question(socket, route, body)
         else:
-            raise ValueError(f"a message of kind {number}")
+            raise ValueError("a message of a kind that nobody sends us")
 
     def _refuse(self, socket: zmq.Socket[bytes], route: bytes | None, version: int) -> None:
         """A peer of another version."""
@@ -363,11 +465,12 @@ class Switch:
     def _respond(
         self, socket: zmq.Socket[bytes], route: bytes | None, kind: FrameKind, body: bytes
     ) -> None:
-        parts = [HEADERS[kind], self._own_id, body]
+        data = pack(kind, self._own_id, body)
         try:
-            socket.send_multipart([route, *parts] if route is not None else parts, zmq.DONTWAIT)
+            socket.send_multipart([data] if route is None else [route, data], zmq.DONTWAIT)
         except zmq.ZMQError:
             pass  # it will ask again
+        self._due[socket] = None
 
     def _on_question(self, socket: zmq.Socket[bytes], route: bytes | None, body: bytes) -> None:
         number, question = body[:8], self._decode_question(body[8:])
@@ -402,7 +505,12 @@ class Switch:
 
     def _join(self, peer: _Peer, payload: bytes) -> None:
         """A message is complete with its last part."""
-        if payload[:1] == _PART:
+        mark = payload[:1]
+        if mark == _SEVERAL:
+            for message in self._decode_several(memoryview(payload)[1:]):
+                self._hand_over(peer, message)
+            return
+        if mark == _PART:
             peer.parts_bytes += len(payload)
             if peer.parts_bytes > _MESSAGE_BYTES_MAX:
                 peer.parts = []  # what follows makes no sense, and is dropped when it is decoded
@@ -413,6 +521,9 @@ class Switch:
         if peer.parts:
             message = b"".join([*peer.parts, message])
             peer.parts, peer.parts_bytes = [], 0
+        self._hand_over(peer, message)
+
+    def _hand_over(self, peer: _Peer, message: bytes) -> None:
         try:
             self._on_message(peer.peer_id, message)
         except msgspec.MsgspecError as error:
@@ -454,7 +565,7 @@ class Switch:
     def waiting(self, peer_id: bytes) -> int:
         """Messages for a peer that it has not acknowledged."""
         peer = self._peers.get(peer_id)
-        return 0 if peer is None else peer.link.waiting
+        return 0 if peer is None else peer.link.waiting + len(peer.outbox)
 
 
 def _whole(payloads: list[bytes]) -> list[bytes]:
@@ -462,6 +573,9 @@ def _whole(payloads: list[bytes]) -> list[bytes]:
     found: list[bytes] = []
     parts: list[bytes] = []
     for payload in payloads:
+        if payload[:1] == _SEVERAL:
+            found.extend(msgspec.msgpack.decode(memoryview(payload)[1:], type=list[bytes]))
+            continue
         parts.append(payload[1:])
         if payload[:1] == _WHOLE:
             found.append(b"".join(parts))

@@ -350,7 +350,7 @@ class NodeShell:
             if self._closed:
                 return
             self.feed(SHELL, message)
-        if self._deliveries:
+        if self.is_unsettled():
             self.reactor.wake_if_other()
             self.reactor.ensure_background()
 

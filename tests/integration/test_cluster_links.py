@@ -19,7 +19,7 @@ import zmq
 from poolray.cluster import auth
 from poolray.cluster.asking import ask
 from poolray.cluster.auth import Credentials
-from poolray.cluster.switch import HEADERS, PART_BYTES, Switch, split_address
+from poolray.cluster.switch import PART_BYTES, Switch, pack, split_address, unpack
 from poolray.exceptions import AuthenticationError, ClusterConnectionError
 from poolray.protocol import PROTOCOL_VERSION
 from poolray.protocol.cluster import AskWho, FrameKind, Who
@@ -90,15 +90,37 @@ def test_messages_arrive_once_and_in_order_both_ways() -> None:
     port = other.switch.listen("127.0.0.1", 0)
     one.switch.connect(b"other", "127.0.0.1", port)
     for number in range(500):
-        one.switch.send(b"other", b"%d" % number, time.monotonic())
+        one.switch.send(b"other", b"%d" % number)
     run([one, other], lambda: len(other.received) == 500)
     assert other.received == [(b"one", b"%d" % number) for number in range(500)]
     for number in range(100):
-        other.switch.send(b"one", b"%d" % number, time.monotonic())
+        other.switch.send(b"one", b"%d" % number)
     run([one, other], lambda: len(one.received) == 100)
     assert one.received == [(b"other", b"%d" % number) for number in range(100)]
     one.switch.close()
     other.switch.close()
+
+
+def test_messages_of_one_turn_travel_together_and_are_known_one_by_one_when_they_are_lost() -> None:
+    one, other = End(b"one"), End(b"other")
+    lost: list[bytes] = []
+    one.switch.on_restarted = lambda peer, messages: lost.extend(messages)
+    port = other.switch.listen("127.0.0.1", 0)
+    one.switch.connect(b"other", "127.0.0.1", port)
+    one.switch.send(b"other", b"hello")
+    run([one, other], lambda: bool(other.received) and one.switch.waiting(b"other") == 0)
+    messages = [b"%d" % number * number for number in range(100)]
+    for message in messages:
+        one.switch.send(b"other", message)
+    one.turn()
+    assert one.switch.waiting(b"other") == 1
+    other.switch.close()
+    again = End(b"other")
+    again.switch.listen("127.0.0.1", port)
+    run([one, again], lambda: len(lost) == 100)
+    assert lost == messages
+    one.switch.close()
+    again.switch.close()
 
 
 def test_a_message_larger_than_a_part_arrives_whole() -> None:
@@ -106,7 +128,7 @@ def test_a_message_larger_than_a_part_arrives_whole() -> None:
     port = other.switch.listen("127.0.0.1", 0)
     one.switch.connect(b"other", "127.0.0.1", port)
     data = os.urandom(2 * PART_BYTES + 17)
-    one.switch.send(b"other", data, time.monotonic())
+    one.switch.send(b"other", data)
     run([one, other], lambda: bool(other.received))
     assert other.received == [(b"one", data)]
     one.switch.close()
@@ -117,12 +139,12 @@ def test_a_connection_that_breaks_loses_nothing() -> None:
     one, other = End(b"one"), End(b"other")
     port = other.switch.listen("127.0.0.1", 0)
     one.switch.connect(b"other", "127.0.0.1", port)
-    one.switch.send(b"other", b"before", time.monotonic())
+    one.switch.send(b"other", b"before")
     run([one, other], lambda: len(other.received) == 1)
     dealer = next(iter(one.switch._dealers))
     dealer.disconnect(dealer.last_endpoint)
     for number in range(20):
-        one.switch.send(b"other", b"%d" % number, time.monotonic())
+        one.switch.send(b"other", b"%d" % number)
     dealer.connect(f"tcp://127.0.0.1:{port}")
     run([one, other], lambda: len(other.received) == 21)
     assert [data for _, data in other.received[1:]] == [b"%d" % number for number in range(20)]
@@ -226,12 +248,13 @@ def test_messages_that_make_no_sense_are_dropped() -> None:
         for _ in range(300):
             kind = chance.choice(list(FrameKind))
             frame = encode(LinkFrame(session=chance.randrange(9), peer_session=3, ack=7))
-            header = chance.choice([HEADERS[kind], chance.randbytes(10), b"", HEADERS[kind][:-1]])
             body = chance.choice(
                 [chance.randbytes(chance.randrange(60)), frame, frame[:-1], b"", encode([1] * 9)]
             )
-            senders = [[b"liar", body], [], [body], [b"x" * 99, body]]
-            dealer.send_multipart([header, *chance.choice(senders)])
+            whole = pack(kind, chance.choice([b"liar", b"", b"x" * 99]), body)
+            torn = [whole[: chance.randrange(len(whole))], chance.randbytes(10) + whole[10:]]
+            parts = [[whole], [whole, body], [torn[0]], [torn[1]], [b"", whole]]
+            dealer.send_multipart(chance.choice(parts))
         assert ask(f"127.0.0.1:{port}", AskWho(), Who, CREDENTIALS) == ME
         assert end.switch.dropped > 50
         assert end.received == []
@@ -244,29 +267,29 @@ def test_numbers_of_frames_that_lie_change_nothing_for_others() -> None:
             frame = LinkFrame(
                 session=session, peer_session=1, ack=2**60, sequence=sequence, payload=b"\0x"
             )
-            dealer.send_multipart([HEADERS[FrameKind.LINK], b"liar", encode(frame)])
+            dealer.send(pack(FrameKind.LINK, b"liar", encode(frame)))
         client = End(b"client")
         client.switch.connect(b"server", "127.0.0.1", port)
-        client.switch.send(b"server", b"hello", time.monotonic())
+        client.switch.send(b"server", b"hello")
         run([client], lambda: (b"client", b"hello") in end.received)
         client.switch.close()
 
 
 def test_a_message_beyond_all_measure_costs_its_sender_the_connection_and_nobody_else() -> None:
     with listening() as (end, port), connected(port) as dealer:
-        dealer.send_multipart([HEADERS[FrameKind.LINK], b"giant", b"x" * (3 * PART_BYTES)])
+        dealer.send(pack(FrameKind.LINK, b"giant", b"x" * (3 * PART_BYTES)))
         assert ask(f"127.0.0.1:{port}", AskWho(), Who, CREDENTIALS) == ME
         assert end.received == []
 
 
 def test_another_version_is_told_in_words() -> None:
     with listening() as (end, port), connected(port) as dealer:
-        header = bytearray(HEADERS[FrameKind.LINK])
-        header[8] = PROTOCOL_VERSION + 1
-        dealer.send_multipart([bytes(header), b"newer", b"whatever it says"])
+        message = bytearray(pack(FrameKind.LINK, b"newer", b"whatever it says"))
+        message[8] = PROTOCOL_VERSION + 1
+        dealer.send(bytes(message))
         assert dealer.poll(5_000)
-        answer, _, reason = dealer.recv_multipart()
-        assert answer == HEADERS[FrameKind.REFUSAL]
+        kind, _, _, reason = unpack(dealer.recv())
+        assert kind is FrameKind.REFUSAL
         assert b"run the same version of poolray" in reason
         assert end.received == []
 
