@@ -19,13 +19,15 @@ WORKERS = 2
 
 
 class RaySide:
-    """A running Ray in a process of its own, started by the interpreter given."""
+    """A running Ray in a process of its own: this program, or one that answers as it does."""
 
-    def __init__(self, python: str) -> None:
+    def __init__(self, python: str, program: str = __file__) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment.update(RAY_USAGE_STATS_ENABLED="0", RAY_DEDUP_LOGS="0")
+        environment.update(
+            RAY_USAGE_STATS_ENABLED="0", RAY_DEDUP_LOGS="0", RAY_AUTH_MODE="disabled"
+        )
         self._process = subprocess.Popen(
-            [python, str(Path(__file__).resolve())],
+            [python, str(Path(program).resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
