@@ -310,7 +310,7 @@ class Actors:
         """Its constructor has returned, here or on another node."""
         actor.life.move(ALIVE)
         if actor.message.max_restarts == 0 or actor.hosted_for is not None:
-            self._tasks.unpin(record)
+            self._tasks.inputs.unpin(record)
         if actor.hosted_for is not None:
             self.hosting.on_alive(actor, record)
         elif actor.host is not None:
@@ -376,7 +376,7 @@ class Actors:
             state.objects[object_id] = ObjectRecord(1)
             client.held[object_id] = None
         if spec.dependencies or spec.borrows:
-            self._tasks.hold_inputs(record, spec)
+            self._tasks.inputs.take(record, spec)
         if spec.parent:
             self._tasks.cancellation.adopt(spec.parent, spec.task_id)
         self.enter_again(record)
@@ -795,7 +795,7 @@ class Actors:
             self._unsend(actor, record)
         refused = list(actor.sent.values())
         actor.put_back(again)
-        self._tasks.run_again(creation)
+        self._tasks.lineage.run_again(creation)
         for record in refused:
             self._tasks.fail(record, self._unavailable(actor))
         self._refuse_ready(actor)
@@ -846,7 +846,7 @@ class Actors:
             self._observer.on_actor_died(row_of(actor))
         creation, actor.creation = actor.creation, None
         if creation is not None and creation.state is SUCCEEDED:
-            self._tasks.drop_lineage(creation)
+            self._tasks.lineage.drop(creation)
         for record in [*actor.sent.values(), *actor.take_all()]:
             if self._state.tasks.get(record.task_id) is record:
                 self._tasks.fail_encoded(record, error, ACTOR_DIED, actor.cause)

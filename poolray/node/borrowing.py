@@ -233,7 +233,7 @@ class Borrowing:
         if record is None or object_id not in self._lent.get(node_id, ()):
             return  # it gives it back, as we shall hear
         if record.state is READY and record.location() == message.lost_at:
-            self.tasks.on_object_lost(object_id, record, "its node no longer has it")
+            self.tasks.lineage.on_object_lost(object_id, record, "its node no longer has it")
         record = self._state.objects.get(object_id)
         if record is not None and record.state is READY:
             self._on_there(client_of(node_id), object_id)

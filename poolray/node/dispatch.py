@@ -448,7 +448,7 @@ class Dispatcher:
     def call_with_arguments(self, record: TaskRecord, packet: Packet, index: int) -> TaskCall:
         """A call as the worker reads it, with the values of refs among its arguments."""
         pins: list[ObjectId] = []
-        arguments, errors = self._tasks.arguments_of(record, pins)
+        arguments, errors = self._tasks.inputs.values_of(record, pins)
         packet.pins = (packet.pins or []) + pins
         packet.size_bytes += sum(
             len(value) if isinstance(value, bytes) else 128 for value in arguments
@@ -747,7 +747,9 @@ class Dispatcher:
                 else:
                     begun = count if packet.sequence < message.sequence else 0
                     is_here = False
-                self._tasks.on_lost_with_worker(record, begun, message, late if is_here else None)
+                self._tasks.losses.on_lost_with_worker(
+                    record, begun, message, late if is_here else None
+                )
         observer.lost_since_s = 0.0
 
     # ---- time ------------------------------------------------------------------------------------

@@ -255,7 +255,7 @@ class Hosting:
         if actor.life.state is ALIVE:
             actor.life.move(RESTARTING)
         self.tell(actor)
-        self._tasks.run_again(creation)
+        self._tasks.lineage.run_again(creation)
 
     def on_restart(self, message: RestartActor) -> None:
         """The head says that an actor's node is dead, and that it is to be made again."""
@@ -365,7 +365,7 @@ class Hosting:
         if not task.actor_id:
             return False
         record = self._tasks.record_foreign(client_of(node_id), task.spec, task.attempts)
-        self._tasks.hold_inputs(record, task.spec)
+        self._tasks.inputs.take(record, task.spec)
         actor = self._local.actors.get(task.actor_id)
         if (
             actor is None

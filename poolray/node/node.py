@@ -294,7 +294,7 @@ class Node:
         self._observer = observer = Observer(state)
         store = Store(state)
         tasks = Tasks(state, store, functions, observer)
-        functions.objects = objects = Objects(state, store, tasks.on_dependency_ready)
+        functions.objects = objects = Objects(state, store, tasks.inputs.on_dependency_ready)
         dispatcher = Dispatcher(state, tasks)
         groups = Groups(state, tasks, dispatcher, next_worker_id, slots, observer)
         peers = Peers(state, store, objects, tasks, functions)
@@ -770,7 +770,7 @@ class Node:
             state,
             pid=pid,
             tasks=tasks,
-            lineage=[record for record in self._tasks.lineage() if record.owner_pins],
+            lineage=[record for record in self._tasks.lineage.tasks.values() if record.owner_pins],
             streams=self._streams.holds(),
             call_sites=self._objects.call_sites,
             store=self._store.statistics(),
@@ -796,7 +796,7 @@ class Node:
         packets = [packet for worker in state.workers.values() for packet in worker.packets]
         pins = [o for packet in packets for o in packet.pins or ()]
         self._store.check_invariants([*pins, *self._actors.pins(), *self._peers.transfers.pins()])
-        kept = (*self._tasks.lineage(), *self._actors.kept_creations())
+        kept = (*self._tasks.lineage.tasks.values(), *self._actors.kept_creations())
         records = [r for r in (*state.tasks.values(), *kept) if r.owner_pins]
         for packet in packets:
             records.extend(packet.cancelled or ())

@@ -234,7 +234,7 @@ class Peers:
                         self._objects.discard(value, writer)
             elif item.returned:
                 queue = record.class_queue
-                self._tasks.on_returned(record)
+                self._tasks.losses.on_returned(record)
                 # (Afterwards: a task that came back does not go there again at once.)
                 self.placing.discharge(node_id, queue.demand)
             else:
@@ -401,12 +401,12 @@ class Peers:
         reason = f"node {node_id.hex()[:12]} died with the only copy"
         for object_id, record in list(self._state.objects.items()):
             if object_id in self._state.objects and record.location() == node_id:
-                self._tasks.on_object_lost(object_id, record, reason)
+                self._tasks.lineage.on_object_lost(object_id, record, reason)
         self._objects.forget_originals(node_id)
         self.transfers.restart(stopped)
         for task in list(self._state.tasks.values()):
             if task.state is FORWARDED and task.node_id == node_id:
-                self._tasks.on_lost_with_node(task, node_id)
+                self._tasks.losses.on_lost_with_node(task, node_id)
 
     def known(self) -> list[NodeId]:
         """Peers that are not known to be dead."""
@@ -415,7 +415,7 @@ class Peers:
 
     def on_local(self, object_id: ObjectId) -> None:
         """An object that was elsewhere, or was held by somebody, is not any more."""
-        self._tasks.on_object_local(object_id)
+        self._tasks.lineage.on_object_local(object_id)
         self.borrowing.on_local(object_id)
 
     def check_invariants(self) -> None:

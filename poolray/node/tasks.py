@@ -20,7 +20,6 @@ from poolray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
     ActorUnschedulableError,
-    CallTimeoutError,
     InternalError,
     NodeDiedError,
     ObjectLostError,
@@ -37,15 +36,16 @@ from poolray.ids import (
     FunctionId,
     GroupId,
     NodeId,
-    ObjectId,
     TaskId,
     WorkerId,
     return_id,
-    task_of,
 )
 from poolray.node.cancellation import error_of
 from poolray.node.effects import Reply, UnhandledError
 from poolray.node.functions import Functions
+from poolray.node.inputs import Inputs
+from poolray.node.lineage import Lineage
+from poolray.node.losses import Losses
 from poolray.node.objects import Objects
 from poolray.node.observer import Family, Observer
 from poolray.node.placement import unschedulable
@@ -54,13 +54,11 @@ from poolray.node.store import Store
 from poolray.node.workers import Group, GroupState, Packet, WorkerRecord
 from poolray.objects.directory import READY, ObjectRecord
 from poolray.protocol.client import CallResults
-from poolray.protocol.node import WorkerLost
 from poolray.protocol.values import (
     CallKind,
     Delivery,
     FunctionDefinition,
     InArena,
-    InFile,
     Outcome,
     TaskSpec,
     Value,
@@ -125,7 +123,6 @@ class Tasks:
     """The task side of a node."""
 
     __slots__ = (
-        "_lineage",
         "_parts",
         "_state",
         "actors",
@@ -133,6 +130,9 @@ class Tasks:
         "dispatcher",
         "functions",
         "groups",
+        "inputs",
+        "lineage",
+        "losses",
         "objects",
         "observer",
         "peers",
@@ -158,8 +158,9 @@ class Tasks:
         self.retries: Retries
         self.protection: MemoryProtection
         self.streams: Streams
-        #: Ended tasks whose results live elsewhere only: they can be made again.
-        self._lineage: dict[TaskId, TaskRecord] = {}
+        self.inputs = Inputs(state, store, self)
+        self.lineage = Lineage(state, self)
+        self.losses = Losses(state, self)
         #: task id -> ids of the parts split off it that have not ended.
         self._parts: dict[TaskId, dict[TaskId, None]] = {}
 
@@ -194,7 +195,7 @@ class Tasks:
                     records[object_id] = ObjectRecord(1)
                     client.held[object_id] = None
             if spec.dependencies or spec.borrows:
-                self.hold_inputs(record, spec)
+                self.inputs.take(record, spec)
             if spec.parent:
                 self.cancellation.adopt(spec.parent, task_id)
             if group is None or group.state >= _FAILED_GROUP:
@@ -220,7 +221,7 @@ class Tasks:
         """A task that another node owns: its result goes there, no object is made here."""
         record = self.record_foreign(client_id, spec, attempts)
         group = self._state.groups.get(record.class_queue.task_class.group_id)
-        self.hold_inputs(record, spec)
+        self.inputs.take(record, spec)
         if self.usable_group(record) is None:
             self.fail_encoded(record, self._no_group_error(record, group))
         elif record.missing == 0:
@@ -238,70 +239,6 @@ class Tasks:
             group.unfinished += 1
         return record
 
-    def hold_inputs(self, record: TaskRecord, spec: TaskSpec) -> None:
-        """A task keeps its arguments, and waits for those that are not here."""
-        record.dependencies = spec.dependencies
-        record.slots = spec.slots
-        record.borrows = spec.borrows
-        self._pin(record)
-        for object_id in spec.dependencies:
-            self._state.objects[object_id].seen = True  # an error among them is this task's now
-        self._wait_for_dependencies(record)
-
-    def _pin(self, record: TaskRecord) -> None:
-        if not record.owner_pins and (record.dependencies or record.borrows):
-            record.owner_pins = True
-            for object_id in record.dependencies:
-                self.objects.hold(object_id)
-            for object_id in record.borrows:
-                self.objects.hold(object_id)
-
-    def unpin(self, record: TaskRecord) -> None:
-        """A task does not need its arguments any more."""
-        if record.owner_pins:
-            record.owner_pins = False
-            self.objects.release_all(record.dependencies)
-            self.objects.release_all(record.borrows)
-
-    def _wait_for_dependencies(self, record: TaskRecord) -> None:
-        """Count the dependencies that are not here, and be told of each that comes.
-
-        A task whose arguments all exist, most of their bytes on another node, is given to that.
-        """
-        record.missing = 0
-        if record.state is WAITING and not record.is_foreign and self._follow_arguments(record):
-            return
-        for object_id in self._inputs(record) if record.is_foreign else record.dependencies:
-            target = self._state.objects[object_id]
-            location = target.location() if target.state is READY else None
-            if target.state is READY and location is None:
-                continue
-            self._wait_for(record, target)
-            if location is not None:
-                self.objects.pull(object_id)
-        if not record.missing and not record.has_restored:
-            self._restore_dependencies(record)
-
-    def _follow_arguments(self, record: TaskRecord) -> bool:
-        """Whether a task went where its arguments are."""
-        objects = self._state.objects
-        if record.actor_id or not self.peers.views or self.usable_group(record) is None:
-            return False
-        targets = [objects[object_id] for object_id in record.dependencies]
-        return (
-            all(target.state is READY for target in targets)
-            and any(target.location() is not None for target in targets)
-            and self.peers.follow_arguments(record)
-        )
-
-    def _inputs(self, record: TaskRecord) -> list[ObjectId]:
-        """What a task of another node needs here: also its payload and its function, if large."""
-        behind = [call.object_id for call in record.calls if not isinstance(call, bytes)]
-        definition = self._state.functions.get(record.class_queue.task_class.function_id)
-        if definition is not None and not isinstance(definition.blob, bytes):
-            behind.append(definition.blob.object_id)
-        return [*record.dependencies, *(o for o in behind if o in self._state.objects)]
-
     def definition(self, function_id: FunctionId) -> FunctionDefinition:
         """A function as a worker finds it now and later: its code may have come from elsewhere."""
         definition = self._state.functions[function_id]
@@ -316,35 +253,6 @@ class Tasks:
         if isinstance(place, bytes):
             self.objects.release_all([blob.object_id])
         return found
-
-    def _wait_for(self, record: TaskRecord, target: ObjectRecord) -> None:
-        record.missing += 1
-        if target.dependents is None:
-            target.dependents = [record.task_id]
-        else:
-            target.dependents.append(record.task_id)
-
-    def _restore_dependencies(self, record: TaskRecord) -> None:
-        """Bring back from disk what fits without making something else leave. The worker maps the
-        rest from its files, and what has left again when the task's turn comes.
-        """
-        for object_id in record.dependencies:
-            target = self._state.objects[object_id]
-            if type(target.value) is InFile and self.store.restore(object_id, below_mark=True):
-                record.has_restored = True
-                self._wait_for(record, target)
-
-    def on_dependency_ready(self, task_id: TaskId) -> None:
-        """One dependency of a waiting task is here, or known to be elsewhere."""
-        record = self._state.tasks.get(task_id)
-        if record is None or record.state is not WAITING:
-            return
-        record.missing -= 1
-        if record.missing <= 0:
-            # Ready may mean on another node, and what was ready may have been lost since.
-            self._wait_for_dependencies(record)
-            if record.missing == 0 and record.state is WAITING:
-                self.enqueue(record)
 
     def enqueue(self, record: TaskRecord, front: bool = False) -> None:
         """A task may run: queue it and see whether a worker is free for it."""
@@ -397,7 +305,7 @@ class Tasks:
         self._parts.setdefault(record.root_id, {})[rest.task_id] = None
         record.class_queue.tasks += 1
         if record.owner_pins:
-            self._pin(rest)
+            self.inputs.pin(rest)
         group = self._state.groups.get(record.class_queue.task_class.group_id)
         if group is not None:
             group.unfinished += 1
@@ -519,7 +427,7 @@ class Tasks:
         if record.class_queue.task_class.stream:
             # (One that failed is not made again, nor what it had yielded.)
             if self.streams.on_result(record, result, writer) and record.state is SUCCEEDED:
-                self._lineage[record.root_id] = record
+                self.lineage.tasks[record.root_id] = record
             else:
                 self.streams.forget_remote(record.root_id)
             return
@@ -538,7 +446,7 @@ class Tasks:
             self.objects.seal(object_id, target, value, False, inner, writer)
             remote = remote or target.location() is not None
         if remote:
-            self._lineage[record.root_id] = record
+            self.lineage.tasks[record.root_id] = record
 
     def store_error(self, record: TaskRecord, error: Value, writer: ClientId) -> None:
         """One error stands for all return values."""
@@ -577,9 +485,10 @@ class Tasks:
         cancellation = self.cancellation
         if cancellation.parents or cancellation.stopping:
             cancellation.on_end(record.task_id)
-        if not self._lineage or self._lineage.get(record.root_id) is not record:
+        lineage = self.lineage.tasks
+        if not lineage or lineage.get(record.root_id) is not record:
             if record.owner_pins:
-                self.unpin(record)
+                self.inputs.unpin(record)
             queue.tasks -= 1
             if queue.released and not queue.tasks:
                 self.functions.forget_class(queue)
@@ -627,7 +536,7 @@ class Tasks:
             return
         if record.dependencies:
             record.has_restored = True  # what has left memory meanwhile is mapped from its file
-            self._wait_for_dependencies(record)
+            self.inputs.wait(record)
             if record.missing:
                 record.move(WAITING)
                 record.node_id = None
@@ -690,105 +599,6 @@ class Tasks:
             if self._state.tasks.get(record.task_id) is record:  # a failure may end others
                 self._withdraw(record)
                 self.fail(record, error)
-
-    def on_lost_with_worker(
-        self,
-        record: TaskRecord,
-        begun: int,
-        message: WorkerLost,
-        late: CallTimeoutError | None = None,
-    ) -> None:
-        """The worker that had a task died; the caller dispatches afterwards.
-
-        Parameters
-        ----------
-        begun : int
-            How many of the record's calls had begun (the results of all but the last of them are
-            lost with the worker, so they count as tried); the others were never touched.
-        late : CallTimeoutError, optional
-            The error of the last one that had begun: its worker was killed because of it.
-        """
-        if self.is_stopping(record):
-            self.fail(record, error_of(record))
-            return
-        group = self._state.groups[record.class_queue.task_class.group_id]
-        kill = self.protection.kills.get(message.worker_id)
-        again: list[TaskRecord] = []
-        for left in range(begun - 1, -1, -1):
-            # Each call that had begun goes on alone: the one that kills must not take the
-            # attempts of its neighbours.
-            rest = self.cut(record, record.offset + 1) if len(record.calls) > 1 else None
-            may_retry = not group.break_on_death and (
-                self.may_retry(record) if kill is None else self.protection.may_retry(record, kill)
-            )
-            record.attempts += 1
-            if late is not None and not left:
-                self.fail(record, late)
-            elif may_retry and not record.is_foreign:
-                if kill is not None:
-                    self.protection.delay(record)
-                elif not self.retries.delay(record):
-                    again.append(record)
-            else:
-                # Of another node's task the owner decides, who has counted all attempts.
-                is_open = record.is_foreign and (kill is None or may_retry)
-                self.fail(record, self._crash_error(record, message), crashed=is_open)
-            if rest is None:
-                break
-            record = rest
-        else:
-            again.append(record)
-        for record in reversed(again):
-            self.requeue(record)
-
-    def _crash_error(self, record: TaskRecord, message: WorkerLost) -> PoolrayError:
-        if record.class_queue.task_class.kind is _CREATE:
-            return self.actors.creation_error(record, message)
-        kill = self.protection.kills.get(message.worker_id)
-        if kill is not None:
-            return self.protection.error(record, message, kill)
-        return WorkerCrashedError(
-            task_name=record.class_queue.task_class.name,
-            task_id=record.root_id.hex(),
-            pid=message.pid,
-            exit_code=message.exit_code,
-            signal=message.signal,
-            attempts=record.attempts,
-        )
-
-    def on_lost_with_node(self, record: TaskRecord, node_id: NodeId) -> None:
-        """The node that a task was forwarded to died: it counts as tried."""
-        if record.is_elsewhere and not self.is_stopping(record):
-            self.actors.elsewhere.on_host_died(record)
-            return
-        if self.is_stopping(record):
-            self.fail(record, error_of(record))
-            return
-        may_retry = self.may_retry(record)
-        record.attempts += 1
-        if may_retry:
-            if not self.retries.delay(record):
-                self.try_again(record)
-            return
-        if record.class_queue.task_class.kind is _CREATE:
-            self.fail(record, self.actors.hosting.died_with(record, node_id))
-            return
-        self.fail(
-            record,
-            NodeDiedError(
-                task_name=record.class_queue.task_class.name,
-                task_id=record.root_id.hex(),
-                node_id=node_id.hex(),
-                attempts=record.attempts,
-            ),
-        )
-
-    def on_returned(self, record: TaskRecord) -> None:
-        """The node that a task was forwarded to could not begin it."""
-        if record.is_elsewhere and not self.is_stopping(record):
-            self.actors.elsewhere.try_again(record, returned=True)
-        else:
-            self.try_again(record)
 
     def cancel(self, task_ids: Iterable[TaskId], reason: str = "") -> None:
         """Drop tasks with all their parts, without asking whoever runs them.
@@ -881,36 +691,6 @@ class Tasks:
         """A group has ended: nobody will name its classes again."""
         self.functions.release_classes(group_id)
 
-    # ---- lineage ---------------------------------------------------------------------------------
-
-    def on_object_lost(self, object_id: ObjectId, record: ObjectRecord, reason: str) -> None:
-        """A value is not where it was: find a copy, make it again, or say that it is lost."""
-        if self.peers.find_again(object_id, record):
-            return
-        self.objects.lose(object_id, record)
-        if object_id not in self._state.objects:
-            return
-        task_id = task_of(object_id)
-        maker = self._lineage.pop(task_id, None)
-        running = self._state.tasks.get(task_id) if maker is None else None
-        if running is not None:
-            # Lost together with another return value, for which it runs again already.
-            self.streams.note_lost(object_id, running)
-            return
-        if maker is not None and self.may_retry(maker) and self.usable_group(maker) is not None:
-            self.streams.note_lost(object_id, maker)
-            self.run_again(maker)
-            return
-        error: ObjectLostError = ObjectLostError(object_id=object_id.hex(), reason=reason)
-        if maker is not None:
-            error = ObjectReconstructionFailedError(
-                object_id=object_id.hex(),
-                reason=f"{reason}, and its task was tried {maker.attempts + 1} time(s)",
-            )
-            self.drop_lineage(maker)
-        encoded = self._state.encode_error(error)
-        self.objects.seal(object_id, record, encoded, True, [], ClientId(b""))
-
     def give_back(self, record: TaskRecord) -> None:
         """Another node's task cannot run here: its owner decides again."""
         self.peers.send_back(record)
@@ -922,69 +702,12 @@ class Tasks:
         self._withdraw(record)
         self.give_back(record)
 
-    def run_again(self, maker: TaskRecord) -> None:
-        """An ended task makes its objects once more."""
-        maker.attempts += 1
-        self._state.tasks[maker.task_id] = maker
-        group = self._state.groups.get(maker.class_queue.task_class.group_id)
-        if group is not None:
-            group.unfinished += 1
-        maker.move(WAITING)
-        maker.node_id = None
-        self._wait_for_dependencies(maker)
-        if maker.actor_id:
-            self.actors.enter_again(maker)
-        elif maker.missing == 0 and maker.state is WAITING:
-            self.enqueue(maker, front=True)
-
-    def on_object_local(self, object_id: ObjectId) -> None:
-        """An object that was elsewhere, or was held by somebody, is not any more."""
-        maker = self._lineage.get(task_of(object_id)) if self._lineage else None
-        if maker is None:
-            return
-        for index in range(maker.class_queue.task_class.num_returns):
-            record = self._state.objects.get(return_id(maker.root_id, index))
-            if record is not None and record.location() is not None:
-                return
-        if self.streams.is_remote(maker.root_id):
-            return
-        del self._lineage[maker.root_id]
-        self.drop_lineage(maker)
-
-    def drop_lineage(self, maker: TaskRecord) -> None:
-        """What a task made can no longer be lost, or can no longer be made again."""
-        self.streams.forget_remote(maker.root_id)
-        self.unpin(maker)
-        queue = maker.class_queue
-        queue.tasks -= 1
-        if queue.released and not queue.tasks:
-            self.functions.forget_class(queue)
-
     # ---- what others need to know ----------------------------------------------------------------
 
     def forward(self, record: TaskRecord, node_id: NodeId) -> None:
         """A queued task goes to another node."""
         record.move(FORWARDED)
         record.node_id = node_id
-
-    def arguments_of(
-        self, record: TaskRecord, pins: list[ObjectId]
-    ) -> tuple[list[Value], list[int]]:
-        """Values of a task's dependencies, and which of them are errors.
-
-        What of them is in memory is pinned, and named in `pins`.
-        """
-        values: list[Value] = []
-        errors: list[int] = []
-        for index, object_id in enumerate(record.dependencies):
-            target = self._state.objects[object_id]
-            value = target.value
-            values.append(value)
-            if not isinstance(value, bytes):
-                self.store.send(object_id, value, pins)
-            if target.is_error:
-                errors.append(index)
-        return values, errors
 
     def check_invariants(self) -> None:
         """Raise AssertionError when records of tasks, parts, lineage and classes do not agree."""
@@ -1003,7 +726,7 @@ class Tasks:
         for record in self.actors.kept_creations():
             assert record.task_id not in state.tasks
             counts[record.class_queue.task_class.class_id] += 1
-        for root_id, record in self._lineage.items():
+        for root_id, record in self.lineage.tasks.items():
             assert record.state is SUCCEEDED, "lineage that runs"
             assert root_id not in state.tasks
             counts[record.class_queue.task_class.class_id] += 1
@@ -1014,7 +737,3 @@ class Tasks:
             assert queue.tasks == counts[class_id], (
                 f"{queue.task_class.name} counts its tasks wrong"
             )
-
-    def lineage(self) -> Iterable[TaskRecord]:
-        """Ended tasks that are kept to be run again."""
-        return self._lineage.values()

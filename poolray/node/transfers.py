@@ -415,7 +415,7 @@ class Transfers:
             if record is None or record.state is not READY:
                 continue
             if is_keepers or record.location() == node_id:
-                self.tasks.on_object_lost(object_id, record, _GONE)
+                self.tasks.lineage.on_object_lost(object_id, record, _GONE)
             elif record.location() is not None and object_id not in self._pulls:
                 self.pull(object_id)
 
