@@ -1,7 +1,8 @@
 """One actor, as the node that it lives on keeps it.
 
-What: the record, the lanes of its calls, and which calls a worker had begun when it died.
-Who calls: `node/actors.py` alone.
+What: the record, the lanes of its calls, which calls a worker had begun when it died, and the
+errors of calls that cannot be made.
+Who calls: `node/actors.py` and `node/actor_calls.py`.
 May touch: nothing.
 Invariants: those that `Actors.check_invariants` tests.
 """
@@ -13,6 +14,7 @@ from typing import final
 
 from poolray.actors.call_order import CallOrder
 from poolray.actors.lifecycle import ActorLife, ActorState
+from poolray.exceptions import ActorDiedError, ActorUnavailableError
 from poolray.ids import ClientId, NodeId, ObjectId, TaskId
 from poolray.node.workers import WorkerRecord
 from poolray.protocol.actors import CreateActor
@@ -214,3 +216,33 @@ def split_lost(actor: Actor, message: WorkerLost) -> tuple[list[TaskRecord], lis
 def restarts_text(restarts: int) -> str:
     """How often it was restarted, for the text of an error."""
     return f" after {restarts} restart(s)" if restarts else ""
+
+
+def died(actor: Actor, reason: str, pid: int = 0) -> ActorDiedError:
+    """The error of calls of an actor that is dead; who looks on is told the reason too."""
+    actor.cause = f"The actor {reason}."
+    return ActorDiedError(
+        actor_id=actor.message.actor_id.hex(),
+        class_name=actor.message.class_name,
+        reason=f"{reason}.",
+        pid=pid or actor.pid,
+    )
+
+
+def unavailable(actor: Actor) -> ActorUnavailableError:
+    """The error of a call that may not be tried again while its actor is restarted."""
+    return ActorUnavailableError(
+        actor_id=actor.message.actor_id.hex(),
+        class_name=actor.message.class_name,
+        reason=f"is unavailable: its process (pid {actor.pid}) died and it is being restarted. "
+        "The call may or may not have run; call again, or allow max_task_retries=.",
+    )
+
+
+def unknown(record: TaskRecord) -> ActorDiedError:
+    """The error of a call of an actor that nobody here has heard of."""
+    return ActorDiedError(
+        actor_id=record.actor_id.hex(),
+        class_name=record.class_queue.task_class.name.partition(".")[0],
+        reason="is not known here: it belongs to a runtime that was shut down.",
+    )

@@ -1,15 +1,15 @@
 """The node's actors: made, called, restarted, ended.
 
     CreateActor ──▶ a task of the class's own makes a worker the actor's ──ActorStarted──▶ ALIVE
-    CallActor ────▶ `CallOrder` ──packets──▶ that worker ──TasksFinished──▶ objects, as of tasks
+    CallActor ────▶ `ActorCalls` ──packets─▶ that worker ──TasksFinished──▶ objects, as of tasks
     WorkerLost ───▶ the constructor's task runs again, or all calls fail
 
-What: which worker is whose, which calls it has, and what the end of a process means for them.
-Who calls: `node/node.py` with requests and reports; `node/tasks.py` when a call is ready, tried
-again or over; `node/groups.py` when a worker is gone; `node/objects.py` with the last handle.
+What: which worker is whose, and what the end of a process means for the calls that it has.
+Who calls: `node/node.py` with requests and reports; `node/tasks.py` when a constructor's call is
+given up; `node/groups.py` when a worker is gone; `node/objects.py` with the last handle.
 May touch: nothing.
-Invariants: an actor that is ALIVE has a worker of its own and nobody else's; every call is in its
-`CallOrder` or was sent, until it ends; calls end once, also those of an actor that is dead.
+Invariants: an actor that is ALIVE has a worker of its own and nobody else's; calls end once,
+also those of an actor that is dead.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from typing import TYPE_CHECKING, final
 
 from poolray.actors.lifecycle import ALIVE, DEAD, PENDING, RESTARTING
 from poolray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
     InternalError,
     PoolrayError,
 )
-from poolray.ids import ActorId, ClientId, GroupId, ObjectId, TaskId, WorkerId, handle_of, return_id
+from poolray.ids import ActorId, ClientId, GroupId, ObjectId, TaskId, WorkerId, handle_of
+from poolray.node.actor_calls import ActorCalls
 from poolray.node.actor_record import (
     Actor,
-    Lane,
+    died,
     restarts_text,
     row_of,
     running_calls,
     split_lost,
+    unavailable,
 )
 from poolray.node.actors_elsewhere import ADOPTER, ActorsElsewhere
 from poolray.node.cancellation import error_of
-from poolray.node.effects import Reply, SendHead, SendWorker, TerminateWorker
+from poolray.node.effects import Reply, SendHead, TerminateWorker
 from poolray.node.state import NodeState
 from poolray.node.tasks import ACTOR_DIED, Tasks
-from poolray.node.workers import Packet, WorkerRecord, WorkerState
+from poolray.node.workers import WorkerRecord, WorkerState
 from poolray.objects.directory import ObjectRecord
 from poolray.protocol.actors import (
     ActorReply,
@@ -63,10 +63,6 @@ from poolray.protocol.values import CallKind
 from poolray.protocol.worker import (
     ActorExiting,
     ActorStarted,
-    ClassDefinition,
-    RunTasks,
-    TaskCall,
-    TasksFinished,
 )
 from poolray.tasks.lifecycle import DELAYED, QUEUED, RUNNING, SUCCEEDED, WAITING, TaskRecord
 
@@ -81,9 +77,6 @@ _CREATE = CallKind.CREATE
 _ACTOR = WorkerState.ACTOR
 _STOPPING = WorkerState.STOPPING
 
-#: Weight of a new report in the estimate of a call's run time.
-_NEW_WEIGHT = 0.4
-
 
 @final
 class Actors:
@@ -91,7 +84,6 @@ class Actors:
 
     __slots__ = (
         "_asked",
-        "_by_worker",
         "_dispatcher",
         "_groups",
         "_next_request",
@@ -102,6 +94,8 @@ class Actors:
         "_tasks",
         "actors",
         "by_creation",
+        "by_worker",
+        "calls",
         "elsewhere",
         "hosting",
     )
@@ -125,7 +119,8 @@ class Actors:
         self.hosting: Hosting
         #: Actors that live, and dead ones that somebody has a handle to.
         self.actors: dict[ActorId, Actor] = {}
-        self._by_worker: dict[WorkerId, Actor] = {}
+        self.by_worker: dict[WorkerId, Actor] = {}
+        self.calls = ActorCalls(state, objects, tasks, dispatcher, self)
         #: task id of the constructor's call -> actor that is not dead.
         self.by_creation: dict[TaskId, Actor] = {}
         #: client -> actors it made that are neither dead nor detached.
@@ -139,7 +134,7 @@ class Actors:
     def on_request(self, client_id: ClientId, message: ActorRequest) -> None:
         """What a client wants of an actor."""
         if isinstance(message, CallActor):
-            self._on_call(client_id, message)
+            self.calls.on_call(client_id, message)
         elif isinstance(message, CreateActor):
             if message.name:
                 self._ask_head(client_id, message)
@@ -302,7 +297,7 @@ class Actors:
         actor.worker = worker
         actor.pid = worker.pid
         self._observer.on_actor_made(record, worker)
-        self._by_worker[worker.worker_id] = actor
+        self.by_worker[worker.worker_id] = actor
         self.end_creation(record)
         self.come_alive(actor, record)
 
@@ -324,7 +319,7 @@ class Actors:
         else:
             self.hosting.tell(actor)
         self.after_call(actor)
-        self._feed(actor)
+        self.calls.feed(actor)
 
     def end_creation(self, record: TaskRecord) -> None:
         """The constructor's call is over; its class stays, for the worker holds its resources."""
@@ -340,7 +335,7 @@ class Actors:
         """What calls get of an actor whose constructor took the worker along."""
         actor = self.by_creation[record.task_id]
         how = self._tasks.protection.how(message)
-        return self._died(
+        return died(
             actor,
             f"died in its constructor: its process (pid {message.pid}) {how}"
             + restarts_text(record.attempts),
@@ -356,148 +351,6 @@ class Actors:
             actor.creation = None
             self.bury(actor, error)
 
-    # ---- calls -----------------------------------------------------------------------------------
-
-    def _on_call(self, client_id: ClientId, message: CallActor) -> None:
-        state, spec = self._state, message.task
-        queue = state.classes.get(spec.class_id)
-        if queue is None:
-            raise InternalError(f"call {spec.task_id.hex()} cannot be taken: its class is unknown")
-        record = TaskRecord(spec.task_id, spec.task_id, client_id, queue, spec.calls, 0, 0)
-        record.actor_id = message.actor_id
-        state.tasks[spec.task_id] = record
-        queue.tasks += 1
-        group = state.groups.get(queue.task_class.group_id)
-        if group is not None:
-            group.unfinished += 1
-        client = state.clients.get(client_id) or self._objects.client(client_id)
-        for index in range(queue.task_class.num_returns):
-            object_id = return_id(spec.task_id, index)
-            state.objects[object_id] = ObjectRecord(1)
-            client.held[object_id] = None
-        if spec.dependencies or spec.borrows:
-            self._tasks.inputs.take(record, spec)
-        if spec.parent:
-            self._tasks.cancellation.adopt(spec.parent, spec.task_id)
-        self.enter_again(record)
-
-    def enter_again(self, record: TaskRecord) -> None:
-        """A call that is in no order: to the actor itself, or to where it may be."""
-        actor_id = record.actor_id
-        actor, remote = self.actors.get(actor_id), self.elsewhere.find(actor_id)
-        if (
-            actor is not None
-            and self.is_here(actor_id)
-            # (Calls that were made before have to go first.)
-            and not (remote is not None and remote.unfinished)
-        ):
-            self.enter(actor, record)
-        elif handle_of(actor_id) in self._objects.handles:
-            self.elsewhere.enter(record)
-        else:
-            self._tasks.fail(record, self._unknown(record))
-
-    def is_here(self, actor_id: ActorId) -> bool:
-        """Whether calls of an actor may be made to it directly."""
-        actor = self.actors.get(actor_id)
-        return (
-            actor is not None
-            and actor.host is None
-            and (actor.hosted_for is None or actor.life.state is ALIVE)
-        )
-
-    def enter_here(self, record: TaskRecord) -> None:
-        """A call of an actor that is here."""
-        self.enter(self.actors[record.actor_id], record)
-
-    def enter(self, actor: Actor, record: TaskRecord) -> None:
-        """A call of an actor that lives here, will, or did."""
-        client_id, queue = record.client_id, record.class_queue
-        actor.unfinished += 1
-        if actor.message.counted:
-            actor.calls_by_caller[client_id] = actor.calls_by_caller.get(client_id, 0) + 1
-        if actor.life.state is DEAD:
-            self._tasks.fail_encoded(record, actor.death, ACTOR_DIED, actor.cause)
-        elif actor.life.state is RESTARTING and not queue.task_class.max_retries:
-            self._tasks.fail(record, self._unavailable(actor))
-        else:
-            waits = record.missing > 0
-            if not waits and record.state is not QUEUED:
-                record.move(QUEUED)
-            order = actor.lane_of(record).order
-            order.add(client_id, record, waits)
-            if order.ready and actor.worker is not None:
-                self._feed(actor)
-
-    def on_ready(self, record: TaskRecord) -> None:
-        """The arguments of a call are here."""
-        if record.is_elsewhere:
-            self.elsewhere.on_ready(record)
-            return
-        actor = self.actors[record.actor_id]
-        record.move(QUEUED)
-        actor.lane_of(record).order.on_ready(record.client_id, record)
-        if actor.life.state is RESTARTING:
-            self._refuse_ready(actor)
-        self._feed(actor)
-
-    def try_again(self, record: TaskRecord) -> None:
-        """A call raised and is tried once more, before all others."""
-        if record.is_elsewhere:
-            self.elsewhere.try_again(record, returned=False)
-            return
-        actor = self.actors[record.actor_id]
-        self._unsend(actor, record)
-        actor.put_back([record])
-
-    def _unsend(self, actor: Actor, record: TaskRecord) -> None:
-        actor.unmark_sent(record)
-        self._unpin(actor, record)
-        record.move(QUEUED)
-        record.worker_id = None
-
-    def withdraw(self, record: TaskRecord) -> None:
-        """A call that has not been sent is not wanted any more; the caller ends it."""
-        if record.is_elsewhere:
-            self.elsewhere.withdraw(record)
-            return
-        actor = self.actors.get(record.actor_id)
-        if actor is not None and record.state is not RUNNING:
-            actor.lane_of(record).order.remove(record.client_id, record)
-            if actor.life.state is RESTARTING:
-                self._refuse_ready(actor)
-            self._feed(actor)  # calls that waited behind it
-
-    def on_ended(self, record: TaskRecord) -> None:
-        """A call is over."""
-        if record.is_elsewhere:
-            self.elsewhere.on_ended(record)
-            return
-        actor = self.actors.get(record.actor_id)
-        if actor is None:
-            return
-        self._count_out(actor, record)
-        if actor.is_freed:
-            self.after_call(actor)
-
-    def leave(self, actor: Actor, record: TaskRecord) -> None:
-        """A call goes to where the actor is now, or may be."""
-        self._count_out(actor, record)
-        if record.state is RUNNING:
-            record.move(QUEUED)
-            record.worker_id = None
-
-    def _count_out(self, actor: Actor, record: TaskRecord) -> None:
-        actor.unmark_sent(record)
-        self._unpin(actor, record)
-        actor.unfinished -= 1
-        if actor.message.counted:
-            left = actor.calls_by_caller.get(record.client_id, 0) - 1
-            if left > 0:
-                actor.calls_by_caller[record.client_id] = left
-            else:
-                actor.calls_by_caller.pop(record.client_id, None)
-
     def after_call(self, actor: Actor) -> None:
         """Nobody may need the actor any more."""
         if actor.unfinished or not actor.is_freed:
@@ -512,133 +365,6 @@ class Actors:
             and actor.creation.state in (WAITING, QUEUED, DELAYED)
         ):
             self.kill(actor, "went out of scope before it was created")  # it may wait for ever
-
-    # ---- packets ---------------------------------------------------------------------------------
-
-    def _feed(self, actor: Actor) -> None:
-        """Send what the worker has room for."""
-        worker = actor.worker
-        if worker is None:
-            return
-        if not actor.is_serial:
-            for lane in actor.lanes.values():
-                while lane.order.ready and lane.sent < lane.limit:
-                    self._send_packet(actor, worker, lane, lane.limit - lane.sent)
-            return
-        lane, packets = actor.lane, actor.packets
-        packets_max = self._state.config.packets_per_worker_max
-        while (
-            lane.order.ready
-            and len(packets) < packets_max
-            and not (packets and _may_come_back(packets[-1][1][-1]))
-        ):
-            self._send_packet(actor, worker, lane, self._calls_allowed(actor))
-
-    def _calls_allowed(self, actor: Actor) -> int:
-        """How many calls the next packet may hold: about `packet_target_s` of work."""
-        config, estimate = self._state.config, actor.estimate_s
-        if estimate is None:
-            return 1
-        if estimate * config.packet_calls_max <= config.packet_target_s:
-            return config.packet_calls_max
-        return max(1, int(config.packet_target_s / estimate))
-
-    def _send_packet(self, actor: Actor, worker: WorkerRecord, lane: Lane, limit: int) -> None:
-        ready, config = lane.order.ready, self._state.config
-        limit = min(limit, config.packet_calls_max)
-        worker.sequence = sequence = worker.sequence + 1
-        calls: list[TaskCall] = []
-        records: list[TaskRecord] = []
-        classes: list[ClassDefinition] = []
-        size = 0
-        while ready and len(calls) < limit:
-            record = ready[0]
-            call, bytes_ = self._call_of(actor, worker, record, classes)
-            if calls and size + bytes_ > config.packet_bytes_max:
-                self._unpin(actor, record)
-                break
-            ready.popleft()
-            size += bytes_
-            record.move(RUNNING)
-            record.worker_id = worker.worker_id
-            record.sequence = sequence
-            actor.mark_sent(lane, record)
-            records.append(record)
-            calls.append(call)
-            if actor.is_serial and _may_come_back(record):
-                break  # what is behind it would run before its next attempt
-        if actor.is_serial:
-            actor.packets.append((sequence, records))
-            self._watch(actor, worker, records)
-        forget, worker.forget = worker.forget, []
-        message = RunTasks(sequence=sequence, tasks=calls, classes=classes, forget=forget)
-        self._state.effects.append(SendWorker(worker.worker_id, message))
-
-    def _call_of(
-        self,
-        actor: Actor,
-        worker: WorkerRecord,
-        record: TaskRecord,
-        classes: list[ClassDefinition],
-    ) -> tuple[TaskCall, int]:
-        """A call as the worker reads it, and its bytes."""
-        task_class = record.class_queue.task_class
-        index = worker.class_indexes.get(task_class.class_id)
-        if index is None:
-            index = worker.class_indexes[task_class.class_id] = worker.next_class_index
-            worker.next_class_index += 1
-            classes.append(ClassDefinition(index=index, task_class=task_class))
-        payload = record.calls[0]
-        size = len(payload) + 64 if isinstance(payload, bytes) else 128
-        if not record.dependencies and isinstance(payload, bytes):
-            call = TaskCall(task_id=record.task_id, class_index=index, calls=record.calls)
-            return call, size
-        packet = Packet(0, record.class_queue, self._state.now)
-        call = self._dispatcher.call_with_arguments(record, packet, index)
-        if packet.pins:
-            actor.pins[record.task_id] = packet.pins
-        return call, size + packet.size_bytes
-
-    def _unpin(self, actor: Actor, record: TaskRecord) -> None:
-        """A worker does not look at what a call brought any more."""
-        pins = actor.pins.pop(record.task_id, None) if actor.pins else None
-        if pins:
-            self._tasks.store.unpin_many(pins)
-
-    def on_reported(self, worker: WorkerRecord, message: TasksFinished, calls: int) -> None:
-        """An actor's worker has sent results, which have been dealt with."""
-        actor = self._by_worker.get(worker.worker_id)
-        if actor is None:
-            return
-        packets = actor.packets
-        if packets and packets[0][0] <= message.sequence:
-            while packets and packets[0][0] <= message.sequence:
-                packets.popleft()
-            if packets:  # its time begins now
-                self._watch(actor, worker, packets[0][1])
-        if calls and message.elapsed_ns:
-            new, old = message.elapsed_ns * 1e-9 / calls, actor.estimate_s
-            actor.estimate_s = new if old is None else old + _NEW_WEIGHT * (new - old)
-        self._feed(actor)
-
-    def _watch(self, actor: Actor, worker: WorkerRecord, records: list[TaskRecord]) -> None:
-        """Wonder about a packet of several calls when it takes longer than such calls do."""
-        if len(records) > 1:
-            estimate_s = actor.estimate_s or 0.0
-            patience_s = self._state.config.nudge_after_s + 2.0 * estimate_s * len(records)
-            self._dispatcher.watch(worker, self._state.now + patience_s)
-
-    def may_nudge(self, worker: WorkerRecord) -> bool:
-        """Whether results may wait behind a long call of the packet that a worker runs."""
-        actor = self._by_worker.get(worker.worker_id)
-        if actor is None or not actor.packets:
-            return False
-        sequence, records = actor.packets[0]
-        return len(records) > 1 and worker.nudged_sequence != sequence
-
-    def nudged(self, worker: WorkerRecord) -> None:
-        """A worker was signalled to send the results it has."""
-        worker.nudged_sequence = self._by_worker[worker.worker_id].packets[0][0]
 
     # ---- ends ------------------------------------------------------------------------------------
 
@@ -656,7 +382,7 @@ class Actors:
         worker = actor.worker
         self._move_out(actor)
         self.hosting.end_hosted(actor, "")
-        self.bury(actor, self._state.encode_error(self._died(actor, "went out of scope")))
+        self.bury(actor, self._state.encode_error(died(actor, "went out of scope")))
         if worker is not None and worker.state is not _STOPPING:
             self._groups.stop(worker)
 
@@ -677,7 +403,7 @@ class Actors:
 
     def in_worker(self, worker_id: WorkerId) -> tuple[ClientId, bool] | None:
         """Who made the actor that lives in a worker, and whether it would be restarted."""
-        actor = self._by_worker.get(worker_id)
+        actor = self.by_worker.get(worker_id)
         if actor is None:
             return None
         creation = actor.creation
@@ -699,7 +425,7 @@ class Actors:
     def kill(self, actor: Actor, reason: str, error: bytes = b"") -> None:
         """It ends by force, for good; its calls fail at once."""
         worker, creation = self._worker_of(actor), actor.creation
-        error = error or self._state.encode_error(self._died(actor, reason))
+        error = error or self._state.encode_error(died(actor, reason))
         self._move_out(actor)
         self.hosting.end_hosted(actor, reason or "is dead")
         if worker is not None:
@@ -716,19 +442,19 @@ class Actors:
 
     def on_exiting(self, message: ActorExiting) -> None:
         """An actor ends itself; what it answers to the call that does so is its death."""
-        actor = self._by_worker.get(message.worker_id)
+        actor = self.by_worker.get(message.worker_id)
         if actor is None or actor.message.actor_id != message.actor_id:
             return
         worker = actor.worker
         assert worker is not None
         self._move_out(actor)
-        self.bury(actor, self._state.encode_error(self._died(actor, message.reason)))
+        self.bury(actor, self._state.encode_error(died(actor, message.reason)))
         if worker.state is not _STOPPING:
             worker.move(_STOPPING)  # its exit follows
 
     def on_worker_lost(self, message: WorkerLost) -> None:
         """The process of an actor has ended."""
-        actor = self._by_worker.get(message.worker_id)
+        actor = self.by_worker.get(message.worker_id)
         if actor is None:
             return
         begun, untouched = split_lost(actor, message)
@@ -751,7 +477,7 @@ class Actors:
                 self._tasks.fail(record, self._tasks.protection.error(record, message, kill))
         how = self._tasks.protection.how(message)
         restarts = 0 if creation is None else creation.attempts
-        error = self._died(
+        error = died(
             actor,
             f"died: its process (pid {message.pid}) {how}" + restarts_text(restarts),
             message.pid,
@@ -764,12 +490,12 @@ class Actors:
         assert creation is not None
         how = self._tasks.protection.how(message)
         text = f"died: its process (pid {message.pid}) {how}" + restarts_text(creation.attempts)
-        died = self._state.encode_error(self._died(actor, text, message.pid))
+        death = self._state.encode_error(died(actor, text, message.pid))
         limit = actor.message.max_restarts
         again = limit < 0 or creation.attempts < limit
-        error = self._state.encode_error(self._unavailable(actor)) if again else died
+        error = self._state.encode_error(unavailable(actor)) if again else death
         self.hosting.bounce(actor, begun, error)
-        self.bury(actor, died, may_restart=True)
+        self.bury(actor, death, may_restart=True)
 
     def _restart(
         self,
@@ -792,21 +518,13 @@ class Actors:
                 again.append(record)
         again.extend(r for r in untouched if r.class_queue.task_class.max_retries)
         for record in again:
-            self._unsend(actor, record)
+            self.calls.unsend(actor, record)
         refused = list(actor.sent.values())
         actor.put_back(again)
         self._tasks.lineage.run_again(creation)
         for record in refused:
-            self._tasks.fail(record, self._unavailable(actor))
-        self._refuse_ready(actor)
-
-    def _refuse_ready(self, actor: Actor) -> None:
-        """Calls that could go to an actor that is being restarted, and may not be tried again."""
-        for lane in actor.lanes.values():
-            ready = lane.order.ready
-            for record in [r for r in ready if not r.class_queue.task_class.max_retries]:
-                ready.remove(record)
-                self._tasks.fail(record, self._unavailable(actor))
+            self._tasks.fail(record, unavailable(actor))
+        self.calls.refuse_ready(actor)
 
     def on_client_lost(self, client_id: ClientId) -> None:
         """Who made these actors has died: they end, wherever they have handles."""
@@ -818,14 +536,14 @@ class Actors:
     def end_in(self, worker_ids: list[WorkerId], reason: str) -> None:
         """These workers are killed: actors that live in them are not made again."""
         for worker_id in worker_ids:
-            actor = self._by_worker.get(worker_id)
+            actor = self.by_worker.get(worker_id)
             if actor is not None:
                 self.kill(actor, reason)
 
     def _move_out(self, actor: Actor) -> None:
         """The worker is not the actor's any more."""
         if actor.worker is not None:
-            del self._by_worker[actor.worker.worker_id]
+            del self.by_worker[actor.worker.worker_id]
             actor.worker = None
         actor.packets.clear()
 
@@ -858,32 +576,6 @@ class Actors:
     def _forget(self, actor: Actor) -> None:
         """It is dead, and nobody has a handle to it."""
         self.actors.pop(actor.message.actor_id, None)
-
-    # ---- errors ----------------------------------------------------------------------------------
-
-    def _died(self, actor: Actor, reason: str, pid: int = 0) -> ActorDiedError:
-        actor.cause = f"The actor {reason}."
-        return ActorDiedError(
-            actor_id=actor.message.actor_id.hex(),
-            class_name=actor.message.class_name,
-            reason=f"{reason}.",
-            pid=pid or actor.pid,
-        )
-
-    def _unavailable(self, actor: Actor) -> ActorUnavailableError:
-        return ActorUnavailableError(
-            actor_id=actor.message.actor_id.hex(),
-            class_name=actor.message.class_name,
-            reason=f"is unavailable: its process (pid {actor.pid}) died and it is being restarted. "
-            "The call may or may not have run; call again, or allow max_task_retries=.",
-        )
-
-    def _unknown(self, record: TaskRecord) -> ActorDiedError:
-        return ActorDiedError(
-            actor_id=record.actor_id.hex(),
-            class_name=record.class_queue.task_class.name.partition(".")[0],
-            reason="is not known here: it belongs to a runtime that was shut down.",
-        )
 
     # ---- looking in ------------------------------------------------------------------------------
 
@@ -924,7 +616,7 @@ class Actors:
 
     def running(self) -> Iterator[TaskId]:
         """Calls that workers are at."""
-        for actor in self._by_worker.values():
+        for actor in self.by_worker.values():
             yield from running_calls(actor)
 
     def count(self) -> int:
@@ -958,7 +650,7 @@ class Actors:
             for lane in actor.lanes.values():
                 lane.order.check_invariants()
             self._check_sent(actor)
-        for worker_id, actor in self._by_worker.items():
+        for worker_id, actor in self.by_worker.items():
             assert actor.worker is not None
             assert actor.worker is state.workers[worker_id]
             assert actor.worker.state is _ACTOR
@@ -981,8 +673,3 @@ class Actors:
                 assert actor.lane_of(record) is lane
         sent = [actor.lane_of(record) for record in actor.sent.values()]
         assert all(lane.sent == sent.count(lane) for lane in actor.lanes.values())
-
-
-def _may_come_back(record: TaskRecord) -> bool:
-    """Whether what a call raises may be tried again."""
-    return bool(record.class_queue.task_class.retry_exceptions)

@@ -182,7 +182,7 @@ class ActorsElsewhere:
         if remote.stage is not _ALIVE or remote.held_back or not ready:
             return
         if remote.host == self._state.node_id:
-            if not remote.sent and self.local.is_here(remote.actor_id):
+            if not remote.sent and self.local.calls.is_here(remote.actor_id):
                 self._hand_in(remote)
             return  # (if it is not, it has ended again, as the head is about to say)
         if remote.host in self.peers.dead:
@@ -206,7 +206,7 @@ class ActorsElsewhere:
         for record in ready:
             record.is_elsewhere = False
             remote.unfinished -= 1
-            self.local.enter_here(record)
+            self.local.calls.enter_here(record)
         # (With the last handle it may end; by then the calls are its own.)
         self._objects.release_all([handle_of(remote.actor_id)] * len(ready))
 

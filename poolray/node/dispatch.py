@@ -512,7 +512,7 @@ class Dispatcher:
         if worker.state is _BUSY:
             self._feed(worker)
         elif worker.state is _ACTOR:
-            self.actors.on_reported(worker, message, calls)
+            self.actors.calls.on_reported(worker, message, calls)
         elif not packets:
             if worker.state is _BLOCKED:  # the task is over all the same: its thread waits on
                 worker.move(_BUSY)

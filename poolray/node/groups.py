@@ -405,7 +405,7 @@ class Groups:
         elif worker.state is _BUSY:
             self._dispatcher.on_silent(worker, now)
         elif worker.state is _ACTOR:
-            self.actors.nudged(worker)
+            self.actors.calls.nudged(worker)
             self._state.effects.append(Nudge(worker.worker_id))
         else:
             self.stop(worker)
@@ -419,7 +419,7 @@ class Groups:
                 len(worker.packets) > 1 and bool(worker.group.idle)
             )
         if worker.state is _ACTOR:
-            return self.actors.may_nudge(worker)
+            return self.actors.calls.may_nudge(worker)
         return worker.state is _IDLE and self._is_surplus(worker.group)
 
     def _is_surplus(self, group: Group) -> bool:

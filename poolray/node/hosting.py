@@ -375,7 +375,7 @@ class Hosting:
             self._tasks.give_back(record)  # who calls has yet to hear of that
             return True
         record.actor_id = task.actor_id
-        self._local.enter(actor, record)
+        self._local.calls.enter(actor, record)
         return True
 
     def _host(self, node_id: NodeId, task: ForwardedTask, message: CreateActor) -> None:
@@ -423,7 +423,7 @@ class Hosting:
             if record.is_foreign:
                 self._tasks.give_back(record)
             elif handle_of(record.actor_id) in self._state.objects:
-                self._local.leave(actor, record)
+                self._local.calls.leave(actor, record)
                 self._elsewhere.enter(record)
             else:  # its caller has let go of the actor, which goes with its calls
                 text = "has died, and nobody can call it any more."

@@ -77,7 +77,7 @@ class Lineage:
         maker.node_id = None
         self._tasks.inputs.wait(maker)
         if maker.actor_id:
-            self._tasks.actors.enter_again(maker)
+            self._tasks.actors.calls.enter_again(maker)
         elif maker.missing == 0 and maker.state is WAITING:
             self._tasks.enqueue(maker, front=True)
 

@@ -257,7 +257,7 @@ class Tasks:
     def enqueue(self, record: TaskRecord, front: bool = False) -> None:
         """A task may run: queue it and see whether a worker is free for it."""
         if record.actor_id:
-            self.actors.on_ready(record)
+            self.actors.calls.on_ready(record)
             return
         group = self.usable_group(record)
         if group is None:
@@ -498,7 +498,7 @@ class Tasks:
             if group.unfinished == 0 and group.state is not _OPEN:
                 self.groups.on_group_empty(group)
         if record.actor_id:
-            self.actors.on_ended(record)
+            self.actors.calls.on_ended(record)
 
     def _end_part(self, record: TaskRecord) -> None:
         parts = self._parts[record.root_id]
@@ -532,7 +532,7 @@ class Tasks:
             self.fail(record, error_of(record))
             return
         if record.actor_id:
-            self.actors.try_again(record)
+            self.actors.calls.try_again(record)
             return
         if record.dependencies:
             record.has_restored = True  # what has left memory meanwhile is mapped from its file
@@ -642,7 +642,7 @@ class Tasks:
     def _withdraw(self, record: TaskRecord) -> None:
         """Take a task from where it is, before it ends."""
         if record.actor_id:
-            self.actors.withdraw(record)
+            self.actors.calls.withdraw(record)
         elif record.state is QUEUED:
             queue = record.class_queue
             queue.remove(record)
