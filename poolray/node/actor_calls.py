@@ -286,7 +286,7 @@ class ActorCalls:
             call = TaskCall(task_id=record.task_id, class_index=index, calls=record.calls)
             return call, size
         packet = Packet(0, record.class_queue, self._state.now)
-        call = self._dispatcher.call_with_arguments(record, packet, index)
+        call = self._dispatcher.packets.call_with_arguments(record, packet, index)
         if packet.pins:
             actor.pins[record.task_id] = packet.pins
         return call, size + packet.size_bytes

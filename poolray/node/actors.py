@@ -265,7 +265,7 @@ class Actors:
             return
         packet = worker.packets.popleft()
         record = packet.records[0] if packet.records else None
-        self._dispatcher.let_go(packet)
+        self._dispatcher.packets.let_go(packet)
         actor = None if record is None else self.by_creation.get(record.task_id)
         if (
             actor is None

@@ -1,7 +1,7 @@
 """Who runs what: packets, leases, turns.
 
-What: gives workers packets of calls, takes back what they cannot get to, and decides what a
-worker's death means for the calls it had.
+What: gives workers packets of calls (`node/packets.py` fills them), takes back what they cannot get
+to, and decides what a worker's death means for the calls it had.
 Who calls: `node/node.py` with what workers and shells report; `node/tasks.py` when a task is ready;
 `node/groups.py` when a worker is ready or gone.
 May touch: nothing.
@@ -14,23 +14,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sized
 from typing import TYPE_CHECKING, final
 
-from poolray.ids import FunctionId, GroupId, ObjectId, WorkerId
+from poolray.ids import GroupId, WorkerId
 from poolray.node.effects import Notice, Nudge, SendWorker, TakeBack
+from poolray.node.packets import Packets, is_in
 from poolray.node.state import NodeState
 from poolray.node.tasks import Tasks
 from poolray.node.workers import Group, GroupState, Packet, WorkerRecord, WorkerState
 from poolray.protocol.node import PacketsTakenBack, WorkerLost
-from poolray.protocol.values import FunctionDefinition, TaskClass, Value
 from poolray.protocol.worker import (
-    ClassDefinition,
     RunTasks,
     StopWorker,
-    TaskCall,
     TasksFinished,
     TasksHandedBack,
 )
 from poolray.tasks.class_queue import ClassQueue, Obstacle
-from poolray.tasks.lifecycle import RUNNING, TaskRecord
+from poolray.tasks.lifecycle import RUNNING
 
 if TYPE_CHECKING:
     from poolray.node.actors import Actors
@@ -54,23 +52,6 @@ _PASSED_OVER_MAX = 64
 
 
 @final
-class _News:
-    """What a worker is told with a packet."""
-
-    __slots__ = ("classes", "forget", "functions")
-
-    def __init__(
-        self,
-        classes: list[ClassDefinition],
-        functions: list[FunctionDefinition],
-        forget: list[FunctionId],
-    ) -> None:
-        self.classes = classes
-        self.functions = functions
-        self.forget = forget
-
-
-@final
 class Dispatcher:
     """The worker side of a node: what is sent to workers and what they report."""
 
@@ -86,6 +67,7 @@ class Dispatcher:
         "groups",
         "is_hopeless",
         "orders",
+        "packets",
         "peers",
         "place_elsewhere",
         "timeouts",
@@ -95,6 +77,7 @@ class Dispatcher:
     def __init__(self, state: NodeState, tasks: Tasks) -> None:
         self._state = state
         self._tasks = tasks
+        self.packets = Packets(state, tasks)
         self.actors: Actors
         self.groups: Groups
         self.timeouts: CallTimeouts
@@ -301,13 +284,13 @@ class Dispatcher:
             or worker.forget
             or (task_class.function_id and task_class.function_id not in worker.functions)
         ):
-            index, news = self._introduce(worker, packet, task_class)
+            index, news = self.packets.introduce(worker, packet, task_class)
         else:
             news = None
         limit = 1
         if queue.queued_calls > 1 and not (self.peers and self._may_leave(group, queue)):
             limit = self._calls_allowed(group, worker, queue)
-        calls = self._fill_packet(worker, packet, queue, limit, index)
+        calls = self.packets.fill(worker, packet, queue, limit, index)
         worker.packets.append(packet)
         worker.calls_sent += packet.calls
         if task_class.max_calls:
@@ -330,35 +313,6 @@ class Dispatcher:
                 attempt=packet.records[0].attempts,
             )
         state.effects.append(SendWorker(worker.worker_id, message))
-
-    def _introduce(
-        self, worker: WorkerRecord, packet: Packet, task_class: TaskClass
-    ) -> tuple[int, _News]:
-        """What a worker has to learn before it can run calls of a class, and the class's index."""
-        news = _News([], [], [])
-        index = worker.class_indexes.get(task_class.class_id)
-        if index is None:
-            if worker.free_indexes:
-                index = worker.free_indexes.pop()
-            else:
-                index = worker.next_class_index
-                worker.next_class_index += 1
-            worker.class_indexes[task_class.class_id] = index
-            packet.defines_class = True
-            devices = self._state.resources.ids_of(worker.devices) if worker.devices else {}
-            definition = ClassDefinition(index=index, task_class=task_class, devices=devices)
-            news.classes.append(definition)
-        function_id = task_class.function_id
-        if function_id and function_id not in worker.functions:
-            worker.functions[function_id] = None
-            packet.functions = [function_id]
-            news.functions.append(self._tasks.definition(function_id))
-            if function_id in worker.forget:
-                worker.forget.remove(function_id)
-        if worker.forget:
-            packet.forget, worker.forget = worker.forget, []
-            news.forget.extend(packet.forget)
-        return index, news
 
     def _calls_allowed(self, group: Group, worker: WorkerRecord, queue: ClassQueue) -> int:
         limit = queue.packet_calls(self._state.config, len(group.workers) - group.actors)
@@ -401,84 +355,6 @@ class Dispatcher:
         else:
             group.stocked.pop(worker.worker_id, None)
 
-    def _fill_packet(
-        self, worker: WorkerRecord, packet: Packet, queue: ClassQueue, limit: int, index: int
-    ) -> list[TaskCall]:
-        """Move tasks from the queue to the packet, up to the limits of calls and bytes."""
-        bytes_max = self._state.config.packet_bytes_max
-        worker_id, sequence = worker.worker_id, packet.sequence
-        calls: list[TaskCall] = []
-        while queue.queued_calls and packet.calls < limit:
-            record = queue.first() if queue.removed else queue.queue[0]
-            if record.attempts and calls:
-                break  # it lost a worker before: it travels alone
-            payloads = record.calls
-            if len(payloads) == 1:
-                payload = payloads[0]
-                wanted, size = 1, (len(payload) + 16 if isinstance(payload, bytes) else 128)
-            else:
-                wanted, size = _fitting(
-                    payloads, limit - packet.calls, bytes_max - packet.size_bytes
-                )
-            if calls and packet.size_bytes + size > bytes_max:
-                break
-            queue.queue.popleft()
-            queue.queued_calls -= wanted
-            if wanted < len(payloads):
-                queue.queue.appendleft(self._tasks.cut(record, record.offset + wanted))
-            record.move(RUNNING)
-            record.worker_id = worker_id
-            record.sequence = sequence
-            record.sent_offset = record.offset
-            packet.records.append(record)
-            packet.bases.append(packet.calls)
-            packet.calls += wanted
-            packet.size_bytes += size
-            if record.dependencies:
-                calls.append(self.call_with_arguments(record, packet, index))
-                break  # inline arguments can be large together: such a task travels last
-            sent = record.calls
-            if record.borrows:
-                sent = self._current_payloads(sent, packet)
-            calls.append(TaskCall(task_id=record.task_id, class_index=index, calls=sent))
-            if record.attempts:
-                break
-        return calls
-
-    def call_with_arguments(self, record: TaskRecord, packet: Packet, index: int) -> TaskCall:
-        """A call as the worker reads it, with the values of refs among its arguments."""
-        pins: list[ObjectId] = []
-        arguments, errors = self._tasks.inputs.values_of(record, pins)
-        packet.pins = (packet.pins or []) + pins
-        packet.size_bytes += sum(
-            len(value) if isinstance(value, bytes) else 128 for value in arguments
-        )
-        return TaskCall(
-            task_id=record.task_id,
-            class_index=index,
-            calls=self._current_payloads(record.calls, packet),
-            arguments=arguments,
-            slots=record.slots,
-            error_arguments=errors,
-        )
-
-    def _current_payloads(self, payloads: list[Value], packet: Packet) -> list[Value]:
-        """Payloads as a worker finds them now: large ones may have moved since they were sent."""
-        if all(isinstance(payload, bytes) for payload in payloads):
-            return payloads
-        store = self._tasks.store
-        pins: list[ObjectId] = []
-        found: list[Value] = []
-        for payload in payloads:
-            if not isinstance(payload, bytes):
-                object_id = payload.object_id
-                payload = store.place_of(payload)
-                if not isinstance(payload, bytes):
-                    store.send(object_id, payload, pins)
-            found.append(payload)
-        packet.pins = (packet.pins or []) + pins
-        return found
-
     def _patience(self, queue: ClassQueue, calls: int) -> float:
         """How long a worker may be silent about that many calls before it is nudged."""
         return self._state.config.nudge_after_s + 2.0 * (queue.estimate_s or 0.0) * calls
@@ -506,7 +382,7 @@ class Dispatcher:
         packets = worker.packets
         while packets and packets[0].sequence <= message.sequence:
             packet = packets.popleft()
-            self.let_go(packet)
+            self.packets.let_go(packet)
         if len(packets) < 2 and worker.group.stocked:
             worker.group.stocked.pop(worker.worker_id, None)
         if worker.state is _BUSY:
@@ -597,7 +473,7 @@ class Dispatcher:
         taken = [packet for packet in worker.packets if packet.sequence in wanted]
         for packet in reversed(taken):
             worker.packets.remove(packet)
-            self._unsend(worker, packet)
+            self.packets.unsend(worker, packet)
         if worker.state is _STOPPING:
             # Its order to stop was taken back too, if it was not read.
             self._state.effects.append(SendWorker(worker.worker_id, StopWorker()))
@@ -613,35 +489,6 @@ class Dispatcher:
         else:
             self.offer(worker.group)
 
-    def _unsend(self, worker: WorkerRecord, packet: Packet) -> None:
-        """A packet was not read: its calls are queued again, its definitions unknown again."""
-        self._uncount(worker, packet, packet.calls)
-        self.let_go(packet)
-        if packet.defines_class:
-            worker.class_indexes.pop(packet.queue.task_class.class_id, None)
-        for function_id in packet.functions or ():
-            worker.functions.pop(function_id, None)
-        worker.forget.extend(packet.forget or ())
-        for record in reversed(packet.records):
-            if _is_in(record, worker, packet.sequence):
-                self._tasks.requeue(record)
-
-    def let_go(self, packet: Packet) -> None:
-        """A worker is done with a packet: it no longer looks at what that brought."""
-        if packet.pins is not None:
-            self._tasks.store.unpin_many(packet.pins)
-        if packet.cancelled is not None:
-            self._tasks.unpin_cancelled(packet)
-
-    def _uncount(self, worker: WorkerRecord, packet: Packet, calls: int) -> None:
-        """That many calls of a packet were not begun and will not be."""
-        packet.calls -= calls
-        worker.calls_sent -= calls
-        task_class = packet.queue.task_class
-        if task_class.max_calls:
-            sent = worker.calls_by_class.get(task_class.class_id, 0)
-            worker.calls_by_class[task_class.class_id] = max(0, sent - calls)
-
     def on_handed_back(self, message: TasksHandedBack) -> None:
         """Calls that a worker had read but not begun are ours again."""
         worker = self._state.workers.get(message.worker_id)
@@ -655,12 +502,12 @@ class Dispatcher:
             packet = packets[record.sequence]
             stop = record.sent_offset + first
             if stop <= record.offset:
-                self._uncount(worker, packet, len(record.calls))
+                self.packets.uncount(worker, packet, len(record.calls))
                 self._tasks.requeue(record)
             elif stop < record.offset + len(record.calls):
                 # The worker keeps the calls before `first` under the id it knows.
                 rest = self._tasks.cut(record, stop)
-                self._uncount(worker, packet, len(rest.calls))
+                self.packets.uncount(worker, packet, len(rest.calls))
                 self._tasks.requeue(rest)
         if worker.state is _BUSY and worker.runs is not None:
             # Something long runs there: nothing is to wait behind it until it has reported.
@@ -732,11 +579,11 @@ class Dispatcher:
         worker.packets.clear()
         observer = self._tasks.observer
         for packet in reversed(packets):
-            self.let_go(packet)
+            self.packets.let_go(packet)
             observer.lost_since_s = packet.sent_s
             for position in range(len(packet.records) - 1, -1, -1):
                 record = packet.records[position]
-                if not _is_in(record, worker, packet.sequence):
+                if not is_in(record, worker, packet.sequence):
                     continue
                 count = len(record.calls)
                 if packet.sequence == message.sequence:
@@ -870,27 +717,3 @@ class Dispatcher:
 def _spreads(queue: ClassQueue) -> bool:
     placement = queue.task_class.placement
     return placement is not None and placement.spread
-
-
-def _is_in(record: TaskRecord, worker: WorkerRecord, sequence: int) -> bool:
-    """Whether a task that was sent in a packet is there still."""
-    return (
-        record.state is RUNNING
-        and record.worker_id == worker.worker_id
-        and record.sequence == sequence
-    )
-
-
-def _fitting(payloads: list[Value], calls_max: int, bytes_max: int) -> tuple[int, int]:
-    """How many of the first payloads fit, at least one, and their bytes."""
-    size = 0
-    count = 0
-    for payload in payloads:
-        length = len(payload) + 16 if isinstance(payload, bytes) else 128
-        if count and size + length > bytes_max:
-            break
-        size += length
-        count += 1
-        if count >= calls_max:
-            break
-    return count, size
