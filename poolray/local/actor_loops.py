@@ -89,14 +89,14 @@ class _Lane:
 
     async def _run_call(self, task: TaskCall, running: _Running) -> None:
         worker = self._worker
-        function = worker.classes[task.class_index]
+        function = worker.functions.classes[task.class_index]
         running.has_begun = True
         outcome: bytes | Outcome
         try:
             if running.is_cancelled:
                 raise asyncio.CancelledError
             begin(task, function.task_class.name, function.name)
-            call = function.call or worker.load_function(function)
+            call = function.call or worker.functions.load(function)
             args, kwargs = worker.arguments(task, task.calls[0], function.task_class)
             result = call(*args, **kwargs)
             args = kwargs = None
@@ -105,7 +105,7 @@ class _Lane:
             if function.count < 0:
                 outcome = await worker.streams.run_async(result, task, function)
             else:
-                outcome = worker.returned(result, task, function)
+                outcome = worker.outcomes.returned(result, task, function)
         except SystemExit as error:
             self._reports.send()  # calls that have ended keep their results
             await self._host.leave_loop(error)
@@ -114,9 +114,9 @@ class _Lane:
             if running.is_cancelled:
                 outcome = cancelled_outcome(task.task_id, function.task_class.name)
             else:  # by the actor's own code
-                outcome = worker.raised(error, task, function)
+                outcome = worker.outcomes.raised(error, task, function)
         except BaseException as error:
-            outcome = worker.raised(error, task, function)
+            outcome = worker.outcomes.raised(error, task, function)
         result = None
         del self._running[task.task_id]
         self._report(task, outcome)
@@ -146,7 +146,7 @@ class _Lane:
             for task in self._waiting:
                 if task.task_id == order.task_id:
                     self._waiting.remove(task)
-                    name = self._worker.classes[task.class_index].task_class.name
+                    name = self._worker.functions.classes[task.class_index].task_class.name
                     self._report(task, cancelled_outcome(task.task_id, name))
                     break
 
@@ -201,7 +201,7 @@ class Loops:
             if type(message) is not RunTasks:
                 self._loop.stop()
                 return
-            worker.read_definitions(message)
+            worker.functions.read(message)
             self._last_sequence = message.sequence
             if len(self._lanes) == 1:
                 self._lanes[""].add(message.tasks)
@@ -213,7 +213,7 @@ class Loops:
 
     def _spread(self, tasks: list[TaskCall]) -> None:
         """A packet's calls are of one group."""
-        name = self._worker.classes[tasks[0].class_index].task_class.concurrency_group
+        name = self._worker.functions.classes[tasks[0].class_index].task_class.concurrency_group
         lane = self._lanes.get(name, self._lanes[""])
         if lane.loop is self._loop:
             lane.add(tasks)

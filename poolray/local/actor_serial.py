@@ -90,7 +90,7 @@ class SerialCalls:
                 if not read:
                     break
         tasks: list[TaskCall] = packet.tasks[begun:]
-        names = {index: known.task_class.name for index, known in worker.classes.items()}
+        names = {index: known.task_class.name for index, known in worker.functions.classes.items()}
         for read in self._read_ahead:
             message = worker.decode(read) if read else None
             if isinstance(message, RunTasks):

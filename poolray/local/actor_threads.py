@@ -82,7 +82,7 @@ class Threads:
                 for pool in self._pools.values():
                     pool.shutdown(wait=False)
                 return
-            worker.read_definitions(message)
+            worker.functions.read(message)
             self._take(message)
             packet = message = None
 
@@ -96,7 +96,9 @@ class Threads:
         for order in early.values():
             self._stop(order)
         for call in calls:
-            group = self._worker.classes[call.task.class_index].task_class.concurrency_group
+            group = self._worker.functions.classes[
+                call.task.class_index
+            ].task_class.concurrency_group
             self._pools.get(group, self._pools[""]).submit(self._run_call, call)
         self._reports.send()
 
@@ -106,24 +108,24 @@ class Threads:
             if call.is_cancelled:
                 return
             call.has_begun = True
-        function = worker.classes[task.class_index]
+        function = worker.functions.classes[task.class_index]
         outcome: bytes | Outcome
         try:
             begin(task, function.task_class.name, function.name)
-            method = function.call or worker.load_function(function)
+            method = function.call or worker.functions.load(function)
             args, kwargs = worker.arguments(task, task.calls[0], function.task_class)
             result = method(*args, **kwargs)
             args = kwargs = None
             if process_state.is_current_task_cancelled():
                 outcome = cancelled_outcome(task.task_id, function.task_class.name)
             else:
-                outcome = worker.returned(result, task, function)
+                outcome = worker.outcomes.returned(result, task, function)
         except SystemExit as error:
             self._reports.send()  # calls that have ended keep their results
             self._host.leave_at_once(error)
             return
         except BaseException as error:
-            outcome = worker.raised(error, task, function)
+            outcome = worker.outcomes.raised(error, task, function)
         result = None
         with self._lock:
             del self._calls[task.task_id]
@@ -151,7 +153,7 @@ class Threads:
             call.is_cancelled = True
             del self._calls[order.task_id]
         task = call.task
-        name = self._worker.classes[task.class_index].task_class.name
+        name = self._worker.functions.classes[task.class_index].task_class.name
         self._reports.add(task, cancelled_outcome(task.task_id, name))
 
 

@@ -28,7 +28,8 @@ from poolray.protocol.worker import ActorExiting, ActorStarted, RunTasks, TaskCa
 
 if TYPE_CHECKING:
     from poolray.local.actor_loops import Loops
-    from poolray.local.worker import Function, Worker
+    from poolray.local.worker import Worker
+    from poolray.local.worker_functions import Function
 
 
 #: Of what an actor says of itself, those who look on are told so much.
@@ -48,9 +49,9 @@ def run_actor(worker: Worker, message: RunTasks, receive: Callable[[], bytes]) -
         The actor ended itself, or its constructor raised.
     """
     worker.mark_begun(message.sequence)
-    worker.read_definitions(message)
+    worker.functions.read(message)
     task = message.tasks[0]
-    function = worker.classes[task.class_index]
+    function = worker.functions.classes[task.class_index]
     process_state.set_reconstructed(message.attempt > 0)
     host = ActorHost(worker, task, function)
     host.run(receive)
@@ -94,7 +95,7 @@ class ActorHost:
         loops: Loops | None = None
         try:
             args, kwargs = self._read()
-            actor_class = worker.load_function(self._function)
+            actor_class = worker.functions.load(self._function)
         except BaseException as error:
             self._fail(error)
         if has_coroutines(actor_class):  # type: ignore[arg-type]

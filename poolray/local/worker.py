@@ -27,26 +27,25 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from poolray.exceptions import ObjectLostError, PoolrayError, TaskCancelledError
-from poolray.ids import FunctionId, ObjectId, WorkerId, return_id
+from poolray.exceptions import ObjectLostError
+from poolray.ids import WorkerId
 from poolray.local import process_state, worker_process
 from poolray.local.actor_reports import cancelled_outcome
 from poolray.local.channel import SpinningReader
 from poolray.local.reactor import Guard
 from poolray.local.worker_client import WorkerClient, WorkerLink
 from poolray.local.worker_errors import DependencyFailed, OutOfTime, UnpicklableResult
+from poolray.local.worker_functions import Functions
+from poolray.local.worker_outcomes import Outcomes
 from poolray.local.worker_streams import END, WorkerStreams
 from poolray.objects.serialization import (
     PICKLE_FIRST_BYTE,
-    Serialized,
-    Serializer,
     deserialize,
 )
 from poolray.objects.shared_memory import Arena
 from poolray.protocol.values import (
     CallKind,
     Delivery,
-    FunctionDefinition,
     InArena,
     InFile,
     Outcome,
@@ -82,8 +81,6 @@ _CALLER = Delivery.CALLER
 
 #: User code that could not be interrupted where it was is looked at again after this long.
 _LOOK_AGAIN_S = 1e-3
-#: What those who look on are told of an error.
-_SUMMARY_CHARS_MAX = 2000
 #: Results are sent early when they add up to this much.
 _FLUSH_BYTES = 64 * 1024
 
@@ -133,38 +130,6 @@ class ToldToExit(BaseException):
 
 
 @final
-class Function:
-    """A task class as the worker knows it."""
-
-    __slots__ = (
-        "call",
-        "count",
-        "for_caller",
-        "kind",
-        "name",
-        "retry_exceptions",
-        "serializer",
-        "task_class",
-    )
-
-    def __init__(self, task_class: TaskClass, serializer: Serializer, name: str) -> None:
-        #: Module and name of what it calls.
-        self.name = name
-        self.task_class = task_class
-        self.kind = _CALL if task_class.kind is CallKind.METHOD else task_class.kind
-        #: Its results go straight to the caller, and are no objects.
-        self.for_caller = task_class.delivery is _CALLER
-        #: Return values; negative: what it returns is a generator.
-        self.count = -1 if task_class.stream else task_class.num_returns
-        #: For its results.
-        self.serializer = serializer
-        #: None: not loaded yet.
-        self.call: Callable[..., Any] | None = None
-        #: None: not loaded yet.
-        self.retry_exceptions: tuple[type[BaseException], ...] | None = None
-
-
-@final
 class Worker:
     """The main loop and its buffers."""
 
@@ -182,16 +147,16 @@ class Worker:
         self._slot = command.slot
         self._reports = reports
         self._arena = arena
-        self._config = config
+        self.config = config
         self.tasks = tasks
-        self._accelerators = setup.accelerators
+        self.accelerators = setup.accelerators
         self.reader = SpinningReader(tasks, config.spin_s)
         self.inline_max_bytes = config.inline_max_bytes
         self.streams = WorkerStreams(self, config.result_delay_max_s)
         self.encode = msgspec.msgpack.Encoder().encode
         self.decode = msgspec.msgpack.Decoder(ToWorkerQueue).decode
-        #: Index of a task class -> what to call.
-        self.classes: dict[int, Function] = {}
+        self.functions = Functions(self)
+        self.outcomes = Outcomes(self)
         #: Once an actor lives here: gives its methods by name.
         self.bind_method: Callable[[str], Callable[..., Any]] | None = None
         self.actor_class_name = ""  #: with its module
@@ -203,9 +168,6 @@ class Worker:
         self._is_cancelled = False
         #: The node has asked for results of an actor's packet: none waits for the packet's end.
         self._eager = False
-        #: Functions as defined; loaded at their first call.
-        self._definitions: dict[FunctionId, FunctionDefinition] = {}
-        self._loaded: dict[FunctionId, Callable[..., Any]] = {}
         # The packet at hand, as the nudge handler sees it:
         self._packet: RunTasks | None = None
         self._position = 0  #: index of the task that runs
@@ -231,7 +193,7 @@ class Worker:
         self._finished: list[TaskResult] = []
         self._partial: list[bytes | Outcome] = []
         self._partial_start = 0
-        self._buffered_bytes = 0
+        self.buffered_bytes = 0
         self._started_ns = 0  #: since when `elapsed_ns` of the next report counts
 
     # ---- life ------------------------------------------------------------------------------------
@@ -305,31 +267,10 @@ class Worker:
 
     # ---- packets ---------------------------------------------------------------------------------
 
-    def read_definitions(self, message: RunTasks) -> None:
-        """Learn what comes with a packet."""
-        if message.forget:
-            self._forget(message.forget)
-        for definition in message.functions:
-            self._definitions[definition.function_id] = definition
-            self._loaded.pop(definition.function_id, None)
-        for known in message.classes:
-            serializer = self.client.serializer_for(known.task_class.delivery)
-            self.classes[known.index] = Function(
-                known.task_class, serializer, self._name_of(known.task_class)
-            )
-            if known.devices:
-                process_state.use_devices(known.devices, self._accelerators)
-
-    def _name_of(self, task_class: TaskClass) -> str:
-        if task_class.method:
-            return f"{self.actor_class_name}.{task_class.method}"
-        definition = self._definitions.get(task_class.function_id)
-        return definition.name if definition is not None else ""
-
     def run_packet(self, message: RunTasks) -> None:
         """Run the calls of a packet, one after the other."""
         if message.classes or message.functions or message.forget:
-            self.read_definitions(message)
+            self.functions.read(message)
         self._task_limit = len(message.tasks)
         self._position = 0
         self._call_index = self._call_limit = 0
@@ -340,7 +281,7 @@ class Worker:
         self._started_ns = time.perf_counter_ns()
         progress, slot = self._arena.progress, self._slot * 8
         word = message.sequence << 24
-        delay_ns = int(self._config.result_delay_max_s * 1e9)
+        delay_ns = int(self.config.result_delay_max_s * 1e9)
         skipped = self.serial.skipped if self.serial is not None else None
         while self._position < self._task_limit:
             task = message.tasks[self._position]
@@ -365,7 +306,7 @@ class Worker:
                     self._flush(message, False)
                 elif (
                     time.perf_counter_ns() - self._started_ns > delay_ns
-                    or self._buffered_bytes > _FLUSH_BYTES
+                    or self.buffered_bytes > _FLUSH_BYTES
                     or self._eager
                 ) and (
                     # After the last call the packet's end is reported at once, in one message.
@@ -376,16 +317,6 @@ class Worker:
             self._position += 1
         self._packet = None
         self._flush(message, True)
-
-    def _forget(self, function_ids: list[FunctionId]) -> None:
-        """Nobody will call these any more."""
-        for function_id in function_ids:
-            self._definitions.pop(function_id, None)
-            self._loaded.pop(function_id, None)
-        gone = set(function_ids)
-        for index, known in list(self.classes.items()):
-            if known.task_class.function_id in gone:
-                del self.classes[index]
 
     def _end_task(self, task: TaskCall) -> None:
         if self._partial or not task.calls:
@@ -434,7 +365,7 @@ class Worker:
             unpinned=unpinned,
         )
         self._finished = []
-        self._buffered_bytes = 0
+        self.buffered_bytes = 0
         self._started_ns = now
         self.send(self.encode(report))
         if self.client.api.dropped_streams:
@@ -511,7 +442,7 @@ class Worker:
             self._is_cancelled = True  # an actor's state is not torn: its method may ask
         word = self._arena.progress[self._slot * 8]
         if any(word == order.sequence << 24 | order.index for order in orders):
-            task_class = self.classes[packet.tasks[self._position].class_index].task_class
+            task_class = self.functions.classes[packet.tasks[self._position].class_index].task_class
             self.late = OutOfTime(task_class.name, task_class.timeout_s)
             raise self.late
 
@@ -546,8 +477,10 @@ class Worker:
                 break
             except KeyboardInterrupt:
                 continue  # a second order, before the first was dealt with
-        self._partial.append(self.raised(interrupt, task, self.classes[task.class_index]))
-        self._buffered_bytes += 256
+        self._partial.append(
+            self.outcomes.raised(interrupt, task, self.functions.classes[task.class_index])
+        )
+        self.buffered_bytes += 256
 
     # ---- handing back ----------------------------------------------------------------------------
 
@@ -585,12 +518,12 @@ class Worker:
 
     def _run_call(self, task: TaskCall) -> None:
         payload = task.calls[self._call_index]
-        function = self.classes[task.class_index]
+        function = self.functions.classes[task.class_index]
         task_class = function.task_class
         for_caller = function.for_caller
         outcome: Outcome | bytes
         try:
-            call = function.call or self.load_function(function)
+            call = function.call or self.functions.load(function)
             kind = function.kind
             if not for_caller:
                 process_state.begin_task(
@@ -611,7 +544,7 @@ class Worker:
                 result = call(*args, **kwargs)
             elif kind is _APPLY:
                 call, args, kwargs = self.load(payload, True)
-                call = self.dress(call, task_class)
+                call = self.functions.dress(call, task_class)
                 self._in_user_code = True
                 result = call(*args, **kwargs)
             elif kind is _MAP:
@@ -631,15 +564,15 @@ class Worker:
                     data = function.serializer.dumps(result)
                 except Exception as error:
                     raise UnpicklableResult(error, repr(result)) from error
-                if type(data) is bytes and len(data) <= self._config.inline_max_bytes:
+                if type(data) is bytes and len(data) <= self.config.inline_max_bytes:
                     self._partial.append(data)
-                    self._buffered_bytes += len(data)
+                    self.buffered_bytes += len(data)
                     return
-                outcome = Outcome(values=[self._place(data, task, 0)])
+                outcome = Outcome(values=[self.outcomes.place(data, task, 0)])
             elif self._is_cancelled:
                 outcome = cancelled_outcome(task.task_id, task_class.name)
             else:
-                outcome = self.returned(result, task, function)
+                outcome = self.outcomes.returned(result, task, function)
         except ToldToExit:
             raise
         except SystemExit as error:
@@ -650,13 +583,13 @@ class Worker:
                 if self._finished or self._partial:
                     self._flush(self._packet, False)
                 raise ToldToExit(exit_code_of(error)) from None
-            outcome = self.raised(error, task, function)
+            outcome = self.outcomes.raised(error, task, function)
         except BaseException as error:
             self._in_user_code = False
-            outcome = self.raised(error, task, function)
+            outcome = self.outcomes.raised(error, task, function)
         self._is_cancelled = False
         self._partial.append(outcome)
-        self._buffered_bytes += 256
+        self.buffered_bytes += 256
 
     # ---- generators ------------------------------------------------------------------------------
 
@@ -687,48 +620,6 @@ class Worker:
         if is_main:
             self._in_user_code = False
 
-    def returned(self, result: Any, task: TaskCall, function: Function) -> Outcome | bytes:
-        """A task's return values, serialized each on its own."""
-        serializer = function.serializer
-        count = function.count
-        if count == 1:
-            values = [result]
-        elif count == 0:
-            return b""
-        elif count < 0:
-            return self.streams.run(result, task, function)
-        else:
-            if not hasattr(result, "__len__"):
-                result = list(result)
-            if len(result) != count:
-                raise ValueError(f"Task returned {len(result)} objects, but num_returns={count}.")
-            values = list(result)
-        placed: list[bytes | InArena | InFile] = []
-        contained: list[list[ObjectId]] = []
-        for index, value in enumerate(values):
-            data = serializer.dumps_flat(value)
-            placed.append(self._place(data, task, index))
-            contained.append(data.refs if isinstance(data, Serialized) else [])
-        if count == 1 and isinstance(placed[0], bytes) and not contained[0]:
-            self._buffered_bytes += len(placed[0])
-            return placed[0]
-        return Outcome(values=placed, contained=contained)
-
-    def _place(
-        self, data: bytes | Serialized, task: TaskCall, index: int
-    ) -> bytes | InArena | InFile:
-        """A serialized value where its reader will find it: inline, in the arena, in a file."""
-        size = len(data) if isinstance(data, bytes) else data.size_bytes
-        if size <= self._config.inline_max_bytes:
-            self._buffered_bytes += size
-            return data if isinstance(data, bytes) else data.to_bytes()
-        object_id = (
-            self.client.next_object_id()
-            if len(task.task_id) != 24 or len(task.calls) > 1
-            else return_id(task.task_id, index)
-        )
-        return self.client.store(object_id, data)
-
     def arguments(
         self, task: TaskCall, payload: bytes | InArena | InFile, task_class: TaskClass
     ) -> tuple[Any, Any]:
@@ -758,34 +649,6 @@ class Worker:
             return deserialize(value, writable)
         return self.client.load(value, writable)
 
-    def load_function(self, function: Function) -> Callable[..., Any]:
-        """What to call for a class of tasks, or of an actor's methods."""
-        function_id = function.task_class.function_id
-        if not function_id:
-            if self.bind_method is not None and function.task_class.method:
-                function.call = self.bind_method(function.task_class.method)
-                return function.call
-            return _no_function
-        loaded = self._loaded.get(function_id)
-        if loaded is None:
-            definition = self._definitions[function_id]
-            for entry in definition.sys_path:
-                if entry not in sys.path:
-                    sys.path.append(entry)
-            loaded = self._loaded[function_id] = self.load(definition.blob, False)
-        function.call = self.dress(loaded, function.task_class)
-        return function.call
-
-    def dress(self, call: Callable[..., Any], task_class: TaskClass) -> Callable[..., Any]:
-        """A callable with what its calls want around it; usually as it is."""
-        if self.extras is not None:
-            call = self.extras.dress(call)
-        if not task_class.timeout_s:
-            return call
-        from poolray.local.worker_extras import LimitedCall
-
-        return LimitedCall(call, self)
-
     def send_results(self) -> None:
         """From user code: send what has ended, so that it is not lost with the running call."""
         if self._packet is not None and (self._finished or self._partial):
@@ -795,50 +658,6 @@ class Worker:
     def words(self) -> tuple[memoryview, int]:
         """This worker's words on the control page: the memory, and where they begin in it."""
         return self._arena.progress, self._slot * 8
-
-    # ---- errors ----------------------------------------------------------------------------------
-
-    def raised(self, error: BaseException, task: TaskCall, function: Function) -> Outcome:
-        """What the caller gets for an exception."""
-        from poolray.local import worker_errors
-
-        task_class = function.task_class
-        if isinstance(error, DependencyFailed):
-            encoded = worker_errors.encode_dependency_error(error.error, task_class.name)
-            return Outcome(values=[encoded], is_error=True, summary=_summary(error.error))
-        if function.for_caller:
-            encoded = worker_errors.encode_plain(error)
-        elif isinstance(error, KeyboardInterrupt):
-            cancelled = TaskCancelledError(
-                task_id=task.task_id.hex(),
-                task_name=task_class.name,
-                reason=worker_errors.describe_interrupt(error),
-            )
-            encoded = pickle.dumps(cancelled)
-        else:
-            encoded = worker_errors.encode_task_error(error, task_class.name, os.getpid())
-        retriable = self._is_retriable(error, function)
-        value: bytes | InArena | InFile = encoded
-        if len(encoded) > self._config.inline_max_bytes:
-            value = self.client.store(self.client.next_object_id(), encoded)
-        return Outcome(
-            values=[value],
-            is_error=True,
-            retriable=retriable,
-            summary=_summary(error),
-            raised=not isinstance(error, KeyboardInterrupt),
-        )
-
-    def _is_retriable(self, error: BaseException, function: Function) -> bool:
-        names = function.task_class.retry_exceptions
-        # (The first is a cancellation, the second the worker's end.)
-        if not names or isinstance(error, (KeyboardInterrupt, SystemExit)):
-            return False
-        if names == b"*":
-            return True
-        if function.retry_exceptions is None:
-            function.retry_exceptions = tuple(pickle.loads(names))
-        return isinstance(error, function.retry_exceptions)
 
 
 #: Where user code may be interrupted: in itself, and where it waits in ours.
@@ -868,14 +687,6 @@ def _is_interruptible(frame: FrameType | None) -> bool:
     return False
 
 
-def _summary(error: object) -> str:
-    """An error's class and text, if it can say them."""
-    try:
-        return f"{type(error).__name__}: {error}"[:_SUMMARY_CHARS_MAX]
-    except Exception:
-        return type(error).__name__  # its own text fails
-
-
 def exit_code_of(error: SystemExit) -> int:
     """The code that a process ends with."""
     if isinstance(error.code, int):
@@ -884,7 +695,3 @@ def exit_code_of(error: SystemExit) -> int:
         return 0
     sys.stderr.write(f"{error.code}\n")
     return 1
-
-
-def _no_function(*args: Any) -> None:
-    raise PoolrayError("a call without a function was sent: this is a bug in poolray")

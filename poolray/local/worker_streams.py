@@ -34,7 +34,8 @@ from poolray.protocol.streams import (
 from poolray.protocol.values import InArena, InFile, Outcome
 
 if TYPE_CHECKING:
-    from poolray.local.worker import Function, Worker
+    from poolray.local.worker import Worker
+    from poolray.local.worker_functions import Function
     from poolray.protocol.worker import TaskCall
 
 #: Items are sent early when they add up to this much.
@@ -375,7 +376,7 @@ class WorkerStreams:
         """It raised; of a list of items the error is the last, if nothing is tried again."""
         worker = self._worker
         if source.mode == _DYNAMIC and isinstance(error, Exception):
-            outcome = worker.raised(error, source.task, function)
+            outcome = worker.outcomes.raised(error, source.task, function)
             if not outcome.retriable:
                 index = source.produced
                 source.produced += 1
