@@ -33,7 +33,6 @@ from poolray.actor_options import (
     check_names,
     method,
 )
-from poolray.api import find_client, namespace_of_driver
 from poolray.client import Client
 from poolray.exceptions import (
     ActorAlreadyExistsError,
@@ -51,6 +50,7 @@ from poolray.protocol.values import CallKind, TaskClass
 from poolray.remote_function import demand_of, retry_spec
 from poolray.remote_placement import make_placement
 from poolray.scheduling.resources import UNIT
+from poolray.session import find_client, namespace_of_driver
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

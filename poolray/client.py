@@ -13,17 +13,18 @@ from __future__ import annotations
 import pickle
 import sys
 import threading
-import time
 import traceback
 import types
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import msgspec
 
 from poolray.client_functions import Definitions, level_of_caller
+from poolray.client_link import Link
+from poolray.client_values import load_from_disk, named, ready_to_raise
 from poolray.config import Config
 from poolray.exceptions import (
     GetTimeoutError,
@@ -32,7 +33,6 @@ from poolray.exceptions import (
     ObjectStoreFullError,
     OutOfDiskError,
     PoolrayError,
-    TaskError,
 )
 from poolray.ids import (
     PLAIN_TASKS,
@@ -55,8 +55,6 @@ from poolray.objects.serialization import (
 from poolray.objects.shared_memory import Arena
 from poolray.objects.spill_files import (
     DISK_FULL_ERRORS,
-    SpillFileError,
-    load_value,
     write_value_file,
 )
 from poolray.protocol.actors import CallActor
@@ -67,13 +65,11 @@ from poolray.protocol.client import (
     ObjectValues,
     PinObjects,
     PutObject,
-    RangeGranted,
     ReleaseReferences,
     ReturnRange,
     SubmitTasks,
     UnpinObjects,
 )
-from poolray.protocol.state import StateKind, StateRow
 from poolray.protocol.streams import DropStream, OpenStream, item_id
 from poolray.protocol.values import InArena, InFile, TaskClass, TaskSpec
 
@@ -81,50 +77,6 @@ _REF = ObjectRef
 #: Refs that a `wait` looks at before it looks at all.
 _WAIT_BLOCK = 64
 _NO_TASK = TaskId(b"")
-
-
-class Link(Protocol):
-    """How a client reaches its node."""
-
-    def enter(self) -> None:
-        """Hold Ctrl-C back: what is begun now is finished."""
-
-    def leave(self) -> None:
-        """The end of `enter`: an interrupt that came meanwhile is raised now."""
-
-    def send(self, message: Any) -> None:
-        """Tell the node something; it keeps the order."""
-
-    def get(self, object_ids: list[ObjectId], timeout_s: float | None) -> ObjectValues | None:
-        """Values once all are ready or one has failed; None when the time is up."""
-
-    def wait(self, object_ids: list[ObjectId], count: int, timeout_s: float | None) -> list[int]:
-        """Indexes of the ready ones, once there are `count` or the time is up."""
-
-    def allocate(self, object_id: ObjectId, size_bytes: int) -> RangeGranted:
-        """Where to write an object; waits while the node makes room.
-
-        Raises
-        ------
-        KeyboardInterrupt
-            Ctrl-C while it waited, in the main thread: nothing has been granted.
-        """
-
-    def query(self, kind: StateKind) -> list[StateRow]:
-        """What the node tells of its tasks, workers, objects or itself."""
-
-    def when_ready(
-        self, object_id: ObjectId, call: Callable[[ObjectValues], None]
-    ) -> Callable[[], None]:
-        """Call back once, from some thread, with the object's value; what it gives takes that
-        back, as far as it has not happened.
-        """
-
-    def when_there(self, object_id: ObjectId, call: Callable[[], None]) -> Callable[[], None]:
-        """The same for an object of which only the arrival matters."""
-
-    def ask(self, make: Callable[[int], Any]) -> Any:
-        """Send the request that `make` makes of its number; gives the answer, which comes soon."""
 
 
 @final
@@ -649,7 +601,7 @@ class Client:
         if isinstance(value, bytes):
             return deserialize(value, writable)
         if isinstance(value, InFile):
-            return _load_from_disk(value, writable)
+            return load_from_disk(value, writable)
         object_id = value.object_id
         self._count(object_id, is_view=True)
         if not is_counted:
@@ -714,7 +666,7 @@ class Client:
             first = reply.errors[0]
             pairs = zip(reply.values, refs, strict=True)
             self._let_go(pair for index, pair in enumerate(pairs) if index != first)
-            raise self.load_error(_named(reply.values[first], refs[first]._id))
+            raise self.load_error(named(reply.values[first], refs[first]._id))
         pairs = zip(reply.values, refs, strict=True)
         try:
             return [
@@ -734,7 +686,7 @@ class Client:
 
     def _load_as(self, value: bytes | InArena | InFile, object_id: ObjectId, writable: bool) -> Any:
         """Load under the name by which we hold it (a copy of a remote object has two)."""
-        return self.load(_named(value, object_id), writable)
+        return self.load(named(value, object_id), writable)
 
     def load_error(self, value: bytes | InArena | InFile) -> BaseException:
         """The exception to raise for an object that is an error."""
@@ -790,7 +742,7 @@ class Client:
         """The error to raise for an object, or None and its value."""
         try:
             if reply.errors:
-                return self.load_error(_named(reply.values[0], ref._id)), None
+                return self.load_error(named(reply.values[0], ref._id)), None
             return None, self._load_as(reply.values[0], ref._id, writable)
         except Exception as error:
             return error, None
@@ -875,42 +827,4 @@ def _stale(object_id: ObjectId, why: str) -> ValueError:
 _CALL_SITE_FRAMES = 3
 
 
-def _named(value: bytes | InArena | InFile, object_id: ObjectId) -> bytes | InArena | InFile:
-    """A place under the name by which this process asked for it."""
-    if isinstance(value, InArena) and value.object_id != object_id:
-        return InArena(object_id=object_id, offset=value.offset, size_bytes=value.size_bytes)
-    return value
-
-
-def _load_from_disk(place: InFile, writable: bool) -> Any:
-    try:
-        return load_value(
-            place.path, place.offset, place.size_bytes, place.checksum, writable=writable
-        )
-    except SpillFileError as error:
-        raise ObjectLostError(object_id=place.object_id.hex(), reason=error.reason) from error
-
-
 _PICKLING_ERRORS = (TypeError, AttributeError, pickle.PicklingError)
-
-
-def ready_to_raise(error: Any) -> BaseException:
-    """An error as `get` raises it: of the cause's class too, with the remote traceback as cause."""
-    if not isinstance(error, BaseException):
-        return InternalError(f"a task's error is {error!r}: this is a bug in poolray")
-    if isinstance(error, TaskError):
-        raised = error.as_instanceof_cause()
-        cause = error.cause
-        frames = getattr(error, "_traceback_dict", None)
-        if frames is not None:
-            import tblib
-
-            cause.__traceback__ = tblib.Traceback.from_dict(frames).as_traceback()
-        raised.__cause__ = cause
-        return raised
-    return error
-
-
-def deadline_of(timeout_s: float | None) -> float | None:
-    """The moment, on `time.monotonic`'s clock, when a timeout is over."""
-    return None if timeout_s is None else time.monotonic() + timeout_s

@@ -1,7 +1,7 @@
 """This process's connection to a cluster, if it has one.
 
 What: finds the cluster that an address means, signs on, and lets go of it.
-Who calls: `api.py`.
+Who calls: `session.py`.
 May touch: nothing by itself; ZeroMQ is imported with the first address.
 Invariants: a process has one connection at a time, and it is not that of the process it was forked
 from.

@@ -11,11 +11,11 @@ from __future__ import annotations
 import time
 from typing import Any, cast
 
-from poolray.api import find_client, ids_of_process
 from poolray.local import process_state
 from poolray.local.machine import NODE_ADDRESS
 from poolray.protocol.state import NodeRow, StateKind, StateRow, TaskRow
 from poolray.scheduling.resources import from_fixed
+from poolray.session import find_client, ids_of_process
 
 __all__ = ["available_resources", "cluster_resources", "get_gpu_ids", "nodes", "timeline"]
 

@@ -17,7 +17,7 @@ import tempfile
 import time
 from typing import Any, final
 
-from poolray import api
+from poolray import session
 from poolray.cluster import launch, places
 from poolray.cluster.asking import ask
 from poolray.cluster.auth import Credentials, make_token, write_token
@@ -163,7 +163,7 @@ class Cluster:
 
     def connect(self, namespace: str | None = None) -> Any:
         """Call `init` with this cluster's address."""
-        context = api.init(address=self.address, namespace=namespace, ignore_reinit_error=True)
+        context = session.init(address=self.address, namespace=namespace, ignore_reinit_error=True)
         self.connected = True
         return context
 
@@ -274,9 +274,9 @@ class Cluster:
         """
         if node is not self.head_node and node not in self.worker_nodes:
             raise ValueError(f"{node!r} is not a node of this cluster, or not any more")
-        runtime = api.cluster_runtime()
+        runtime = session.cluster_runtime()
         if runtime is not None and runtime.node_id.hex() == node.node_id:
-            api.shutdown()
+            session.shutdown()
             raise ValueError(
                 "Removing a node that is connected to this client is not allowed because it will "
                 "break the driver."

@@ -397,7 +397,7 @@ def retry_spec(value: bool | list[Any] | tuple[Any, ...]) -> bytes:
 
 
 def _rebuild(function: Callable[..., Any], options: dict[str, Any]) -> RemoteFunction[Any, Any]:
-    from poolray.api import find_client
+    from poolray.session import find_client
 
     return RemoteFunction(function, options, find_client)
 

@@ -214,13 +214,13 @@ class PlacementGroup:
 
 
 def _client() -> Client:
-    from poolray.api import find_client
+    from poolray.session import find_client
 
     return find_client()
 
 
 def _namespace() -> str:
-    from poolray.api import namespace_of_driver
+    from poolray.session import namespace_of_driver
 
     setup = process_state.setup()
     return namespace_of_driver() if setup is None else setup.namespace
@@ -292,7 +292,7 @@ def placement_group(
             "bundle_label_selector with the labels of the nodes."
         )
     labels = _check_selectors(bundle_label_selector, len(bundles))
-    from poolray.api import ids_of_process
+    from poolray.session import ids_of_process
 
     client = _client()
     job_id = ids_of_process()[1]

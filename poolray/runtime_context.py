@@ -11,16 +11,16 @@ from __future__ import annotations
 from typing import Any, final
 
 from poolray.actor import ActorHandle, current_actor
-from poolray.api import (
+from poolray.local import process_state
+from poolray.local import runtime as local_runtime
+from poolray.scheduling.resources import from_fixed
+from poolray.session import (
     cluster_runtime,
     find_client,
     ids_of_process,
     namespace_of_driver,
     runtime_of_driver,
 )
-from poolray.local import process_state
-from poolray.local import runtime as local_runtime
-from poolray.scheduling.resources import from_fixed
 
 __all__ = ["RuntimeContext", "get_runtime_context"]
 

@@ -5,7 +5,7 @@
        └── values ◀── arena, mapped; replies, what workers print ◀══╝
 
 What: the driver's side of the conversation that `cluster/sessions.py` leads.
-Who calls: `api.py`, when it is given an address; its client, through `Link`.
+Who calls: `session.py`, when it is given an address; its client, through `Link`.
 May touch: a socket, threads, standard streams.
 Invariants: replies are read by one thread at a time; when the daemon is gone, everybody who waits
 is told so.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-from poolray.api import find_client, is_initialized
 from poolray.exceptions import PoolrayError
 from poolray.protocol.inquiry import AskHead, HeadQuestion, read_answer
 from poolray.protocol.node import (
@@ -23,6 +22,7 @@ from poolray.protocol.node import (
     KeyValueList,
     KeyValuePut,
 )
+from poolray.session import find_client, is_initialized
 
 __all__ = [
     "_internal_kv_del",

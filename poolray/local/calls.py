@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, final
 
-from poolray.client import ready_to_raise
 from poolray.client_functions import DefinedFunction, function_id_of
+from poolray.client_values import ready_to_raise
 from poolray.exceptions import InternalError
 from poolray.ids import ClassId, FunctionId
 from poolray.local.runtime import GroupHandle, LocalRuntime, Sink, group_has_ended

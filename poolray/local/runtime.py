@@ -5,7 +5,7 @@
             └── values, call results ───────┘
 What: what a driver adds to `local/node_shell.py`: its threads' requests, calls of Pools and
 Executors with their results, the head of a cluster of one, its end.
-Who calls: `api.py`, `pool.py`, `executor.py`; the reactor through `Pumped`.
+Who calls: `session.py`, `pool.py`, `executor.py`; the reactor through `Pumped`.
 May touch: processes, sockets, threads, the clock, the temporary folder.
 Invariants: the machine is fed under the guard only; user code runs outside of it; after `shutdown`
 no process, descriptor, thread or file of ours is left.

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import msgspec
 
-from poolray.client import Client, deadline_of
+from poolray.client import Client
+from poolray.client_values import deadline_of
 from poolray.exceptions import PoolrayError
 from poolray.ids import ObjectId, TaskId, TaskIdSource, WorkerId
 from poolray.local import process_state

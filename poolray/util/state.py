@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar, cast, final
 
-from poolray.api import find_client, ids_of_process
 from poolray.cluster_state import ask, wall_clock_offset_s
 from poolray.local import process_state
 from poolray.local import runtime as local_runtime
@@ -23,6 +22,7 @@ from poolray.local.machine import NODE_ADDRESS
 from poolray.protocol.state import ActorRow, NodeRow, ObjectRow, StateKind, TaskRow, WorkerRow
 from poolray.protocol.values import CallKind
 from poolray.scheduling.resources import from_fixed
+from poolray.session import find_client, ids_of_process
 
 __all__ = [
     "ActorState",

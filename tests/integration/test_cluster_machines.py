@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import poolray
-from poolray.api import find_client
 from poolray.cluster_utils import Cluster
 from poolray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from poolray.protocol.directory import DrainNode
 from poolray.protocol.inquiry import AskHead
+from poolray.session import find_client
 from tests.integration.support import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons need Linux")

@@ -36,7 +36,7 @@ FLOORS = (
     Floor(("protocol",)),
     Floor(("tasks", "actors", "objects", "scheduling")),
     Floor(("node", "head")),
-    Floor(("client", "client_functions"), open_plan=True),
+    Floor(("client", "client_functions", "client_link", "client_values"), open_plan=True),
     Floor(("runtime_env",)),
     Floor(("local", "cluster")),
     Floor(
@@ -56,6 +56,9 @@ FLOORS = (
             "generators",
             "remote_placement",
             "remote_strategies",
+            "session",
+            "init_checks",
+            "wait_lists",
         ),
         open_plan=True,
     ),

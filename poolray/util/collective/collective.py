@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from poolray.actor import ActorHandle, get_actor, kill
-from poolray.api import get, ids_of_process, remote
+from poolray.api import get, remote
 from poolray.local import process_state
+from poolray.session import ids_of_process
 from poolray.util.collective.group import SharedMemoryGroup
 from poolray.util.collective.operands import Operand, check_tensor, open_operand
 from poolray.util.collective.types import Backend, ReduceOp

@@ -1,0 +1,60 @@
+"""How a client reaches its node.
+
+What: the interface alone; `local/`, `cluster/` and workers have an implementation each.
+Who calls: `client.py` and what makes clients.
+May touch: nothing.
+Invariants: messages keep their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from poolray.ids import ObjectId
+from poolray.protocol.client import ObjectValues, RangeGranted
+from poolray.protocol.state import StateKind, StateRow
+
+
+class Link(Protocol):
+    """How a client reaches its node."""
+
+    def enter(self) -> None:
+        """Hold Ctrl-C back: what is begun now is finished."""
+
+    def leave(self) -> None:
+        """The end of `enter`: an interrupt that came meanwhile is raised now."""
+
+    def send(self, message: Any) -> None:
+        """Tell the node something; it keeps the order."""
+
+    def get(self, object_ids: list[ObjectId], timeout_s: float | None) -> ObjectValues | None:
+        """Values once all are ready or one has failed; None when the time is up."""
+
+    def wait(self, object_ids: list[ObjectId], count: int, timeout_s: float | None) -> list[int]:
+        """Indexes of the ready ones, once there are `count` or the time is up."""
+
+    def allocate(self, object_id: ObjectId, size_bytes: int) -> RangeGranted:
+        """Where to write an object; waits while the node makes room.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            Ctrl-C while it waited, in the main thread: nothing has been granted.
+        """
+
+    def query(self, kind: StateKind) -> list[StateRow]:
+        """What the node tells of its tasks, workers, objects or itself."""
+
+    def when_ready(
+        self, object_id: ObjectId, call: Callable[[ObjectValues], None]
+    ) -> Callable[[], None]:
+        """Call back once, from some thread, with the object's value; what it gives takes that
+        back, as far as it has not happened.
+        """
+
+    def when_there(self, object_id: ObjectId, call: Callable[[], None]) -> Callable[[], None]:
+        """The same for an object of which only the arrival matters."""
+
+    def ask(self, make: Callable[[int], Any]) -> Any:
+        """Send the request that `make` makes of its number; gives the answer, which comes soon."""

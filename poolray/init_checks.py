@@ -1,0 +1,170 @@
+"""What `init` was given, checked before anything is started.
+
+What: raises for options that are unknown, out of range or of no use together.
+Who calls: `session.py`.
+May touch: the file system, for folders that objects may be spilled to.
+Invariants: nothing is started when it raises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from poolray.config import Config
+from poolray.local.machine import HEAD_RESOURCE, memory_bytes
+from poolray.objects import spill_urls
+
+
+def check_no_node(
+    labels: object, spill_directories: object, memory: object, options: dict[str, Any]
+) -> None:
+    """A cluster's nodes are started already: what they are made with cannot be said here."""
+    given = {
+        "labels": labels,
+        "object_spilling_directory": spill_directories,
+        "_memory": memory,
+        **options,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise ValueError(
+            f"When connecting to an existing cluster, {', '.join(names)} must not be provided: "
+            "give it to `poolray start`."
+        )
+
+
+def check_init(
+    address: str | None,
+    num_cpus: float | None,
+    num_gpus: float | None,
+    resources: dict[str, float] | None,
+    object_store_memory: int | None,
+    namespace: str | None,
+    options: dict[str, Any],
+) -> None:
+    unknown = [name for name in options if name not in Config.__dataclass_fields__]
+    if unknown:
+        raise RuntimeError(f"Unknown keyword argument(s): {', '.join(unknown)}")
+    if address is not None:
+        if num_cpus is not None or num_gpus is not None:
+            raise ValueError(
+                "When connecting to an existing cluster, num_cpus and num_gpus must not be "
+                "provided."
+            )
+        if resources is not None:
+            raise ValueError(
+                "When connecting to an existing cluster, resources must not be provided."
+            )
+        if object_store_memory is not None:
+            raise ValueError(
+                "When connecting to an existing cluster, object_store_memory must not be provided."
+            )
+    for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)):
+        _check_whole(name, amount)
+    _check_custom(resources)
+    if object_store_memory is not None and object_store_memory < _STORE_MIN_BYTES:
+        raise ValueError(
+            f"Attempting to cap object store memory usage at {object_store_memory} bytes, but the "
+            f"minimum allowed is {_STORE_MIN_BYTES} bytes."
+        )
+    if object_store_memory is not None and object_store_memory > memory_bytes():
+        raise ValueError(
+            f"object_store_memory is {object_store_memory} bytes, and this machine has "
+            f"{memory_bytes()} bytes of memory: what the store has no room for goes "
+            "to disk, so a smaller one will do."
+        )
+    if namespace is not None and not isinstance(namespace, str):
+        raise TypeError("namespace must be None or a string.")
+    if namespace == "":
+        raise ValueError('"" is not a valid namespace. Pass None to not specify a namespace.')
+
+
+def checked_system_config(given: dict[str, Any] | None) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise TypeError(f"_system_config must be a dictionary of settings: {given!r}")
+    unknown = [str(name) for name in given if name not in Config.__dataclass_fields__]
+    if unknown:
+        raise ValueError(
+            f"_system_config names settings that there are none of: {', '.join(unknown)}. Those "
+            "that there are, with their reasons, are the fields of poolray.config.Config."
+        )
+    return given
+
+
+_STORE_MIN_BYTES = 1 << 20
+
+
+def find_spill_directories(
+    given: str | os.PathLike[str] | Sequence[str] | None,
+) -> tuple[str, ...]:
+    """The folders that objects may be spilled to, by full path or URL; they are there and can be
+    used.
+    """
+    if given is None:
+        return ()
+    names = [given] if isinstance(given, str | os.PathLike) else list(given)
+    directories = []
+    for name in names:
+        text = os.fspath(name)
+        if spill_urls.is_url(text):
+            spill_urls.check(text)
+            directories.append(text)
+            continue
+        if not text:
+            raise ValueError("object_spilling_directory names no folder.")
+        path = os.path.abspath(text)
+        try:
+            os.makedirs(path, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"object_spilling_directory {path} cannot be made: {error}. Name a folder that "
+                "this user may write to."
+            ) from error
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"object_spilling_directory {path} cannot be written to by this user: change its "
+                "permissions, or name another folder."
+            )
+        directories.append(path)
+    if not directories:
+        raise ValueError("object_spilling_directory names no folder.")
+    return tuple(dict.fromkeys(directories))
+
+
+def _check_whole(name: str, amount: float | None) -> None:
+    if amount is None:
+        return
+    if not isinstance(amount, (int, float)):
+        raise TypeError(f"The quantity of {name} must be a number: {amount!r}")
+    if amount < 0:
+        raise ValueError(
+            f"Resource quantities must be nonnegative. Violated by resource '{name}' in "
+            f"{{'{name}': {amount}}}."
+        )
+    if amount != int(amount):
+        raise ValueError(
+            f"Resource quantities must all be whole numbers. Violated by resource '{name}' in "
+            f"{{'{name}': {amount}}}."
+        )
+
+
+def _check_custom(resources: dict[str, float] | None) -> None:
+    if resources is None:
+        return
+    if not isinstance(resources, dict):
+        raise TypeError(f"resources must be a dictionary of names to quantities: {resources!r}")
+    for name, amount in resources.items():
+        if name in ("CPU", "GPU", "memory", "object_store_memory"):
+            raise ValueError(
+                f"`{name}` cannot be a custom resource because it is one of the default resources: "
+                "use the parameter of init() for it."
+            )
+        if not isinstance(amount, (int, float)):
+            raise TypeError(f"The quantity of resource {name} must be a number: {amount!r}")
+        if name == HEAD_RESOURCE:
+            raise ValueError(f"{name} is a reserved resource name, use another name instead.")
+        _check_whole(name, amount)
