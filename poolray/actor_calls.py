@@ -92,12 +92,13 @@ def look_up_actor(client: Client, namespace: str, name: str) -> Found | None:
 
 
 def _ask(client: Client, make: Callable[[int], Any]) -> Found | None:
-    reply: ActorReply = client.link.ask(make)
-    if not reply.actor_id:
-        return None
-    handle = handle_of(reply.actor_id)
-    ref = client.adopt(handle)
-    client.forget_fresh(handle)  # the node has counted us with its answer
+    with client.looking_up():
+        reply: ActorReply = client.link.ask(make)
+        if not reply.actor_id:
+            return None
+        handle = handle_of(reply.actor_id)
+        ref = client.adopt(handle)
+        client.forget_fresh(handle)  # the node has counted us with its answer
     return reply.actor_id, reply.description, ref
 
 

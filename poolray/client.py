@@ -10,13 +10,14 @@ last; `counts` tells how many there are. Finalizers only append to `dropped`.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import sys
 import threading
 import traceback
 import types
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, final
 
@@ -43,6 +44,7 @@ from poolray.ids import (
     PlacementGroupId,
     TaskId,
     TaskIdSource,
+    actor_of_handle,
     return_id,
 )
 from poolray.objects import object_ref
@@ -131,10 +133,16 @@ class Client:
         self._fresh: dict[ObjectId, None] = {}
         #: Delivered objects whose views died before the node's count was taken over.
         self._released_early: list[ObjectId] = []
+        #: Questions under way whose answers count us for an actor, and actors' handles that died
+        #: meanwhile: the node is told of these afterwards, unless they are ours again by then.
+        self._lookups = 0
+        self._postponed: list[ObjectId] = []
         #: object id -> views of what tasks have brought that the node has not been told of.
         self._fresh_views: dict[ObjectId, int] = {}
         #: Handles that went where nobody can follow: kept for good.
         self._pinned: dict[ObjectId, ObjectRef[Any]] = {}
+        #: Held from the taking of changes to their sending: the node hears of them in their order.
+        self._syncing = threading.Lock()
         self.definitions = Definitions(self)
 
     # ---- references ------------------------------------------------------------------------------
@@ -176,6 +184,26 @@ class Client:
                 release = object_id not in self._counts
                 if release:
                     self._released_early.append(object_id)
+
+    @contextlib.contextmanager
+    def looking_up(self) -> Iterator[None]:
+        """While the node is asked for an actor, with whose answer it counts us.
+
+        A handle to that actor may die meanwhile: told of it after its answer, the node would take
+        the one that it has just given for dead.
+        """
+        with self._syncing, self._lock:
+            self._lookups += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._lookups -= 1
+                again = []
+                if not self._lookups:
+                    again, self._postponed = self._postponed, []
+            for object_id in again:
+                self.dropped.append(object_id)
 
     def ring_when_dropped(self, ring: Callable[[], None]) -> None:
         """Call this when handles or views have died since the node was told last."""
@@ -235,6 +263,8 @@ class Client:
                 count = counts.get(object_id, 0) - 1
                 if count > 0:
                     counts[object_id] = count
+                elif count == 0 and self._lookups and actor_of_handle(object_id) is not None:
+                    self._postponed.append(object_id)
                 elif count == 0:
                     del counts[object_id]
                     if self.prefetched:
@@ -274,25 +304,30 @@ class Client:
             and not self._unviewed
             and not self._fresh_views
             and not self.dropped_streams
+            and not self._syncing.locked()  # else what another thread has taken is not sent yet
         ):
             return
         self.link.enter()
         try:
-            if self.dropped_streams:
-                self.sync_streams()
-            viewed, unviewed = self.take_view_changes()
-            added, released = self.take_reference_changes()
-            if added:
-                only_viewed = self.viewed_only(added)
-                self.link.send(AddReferences(object_ids=added, viewed=only_viewed))
-            if viewed:
-                self.link.send(PinObjects(object_ids=viewed))
-            if released:
-                self.link.send(ReleaseReferences(object_ids=released))
-            if unviewed:
-                self.link.send(UnpinObjects(object_ids=unviewed))
+            with self._syncing:
+                self._send_changes()
         finally:
             self.link.leave()
+
+    def _send_changes(self) -> None:
+        if self.dropped_streams:
+            self.sync_streams()
+        viewed, unviewed = self.take_view_changes()
+        added, released = self.take_reference_changes()
+        if added:
+            only_viewed = self.viewed_only(added)
+            self.link.send(AddReferences(object_ids=added, viewed=only_viewed))
+        if viewed:
+            self.link.send(PinObjects(object_ids=viewed))
+        if released:
+            self.link.send(ReleaseReferences(object_ids=released))
+        if unviewed:
+            self.link.send(UnpinObjects(object_ids=unviewed))
 
     def sync_streams(self) -> None:
         """Tell the node of generators' handles that died."""
