@@ -120,7 +120,7 @@ class Jobs:
             self._host.send_peer(job.node_id, output)
 
     def on_group_failed(self, group_id: GroupId) -> None:
-        """A job's fork server was killed: the next task makes another one."""
+        """A job's fork servers died one after the other: the next task tries again."""
         self._host.drop_group(group_id)
 
     def end(self, job_id: bytes) -> None:

@@ -55,6 +55,7 @@ from poolray.node.effects import (
     Warn,
     WriteChunk,
 )
+from poolray.node.workers import GroupState
 from poolray.protocol import PROTOCOL_VERSION
 from poolray.protocol.client import RangeGranted
 from poolray.protocol.cluster import (
@@ -166,6 +167,8 @@ class NodeDaemon(NodeShell):
         self._views: dict[NodeId, NodeView] = {}
         self._stop = Waitable()
         self.is_rejoining = False
+        #: group -> fork servers in a row that died before a worker came of them.
+        self._server_failures: dict[GroupId, int] = {}
         #: The switch has something to send, or may have something to read …
         self.is_switch_due = True
         #: … anywhere: now and then all is looked at.
@@ -515,6 +518,31 @@ class NodeDaemon(NodeShell):
         handle = self._groups.get(group_id)
         if handle is not None:
             self.terminate_group(handle)
+
+    def _replace_server(self, host: WorkerHost) -> bool:
+        """A job's fork server has nothing that a new one would not have."""
+        group_id = host.group_id
+        group, handle = self.node.state.groups.get(group_id), self._groups.get(group_id)
+        if handle is None or group is None or group.state is not GroupState.OPEN or self._closed:
+            return False
+        failures = 0 if host.has_served else self._server_failures.get(group_id, 0) + 1
+        self._server_failures[group_id] = failures
+        if failures >= self.config.worker_start_failures_max:
+            return False  # it would die again
+        try:
+            fresh = WorkerHost(group_id, self.arena, host.setup, host.start_method, None)
+        except OSError:
+            _logger.exception("no fork server can be made")
+            return False
+        _logger.warning("a fork server was killed, pid %d; another one is made", host.server_pid)
+        with self.guard:
+            handle.host = self._hosts[group_id] = fresh
+            self.reactor.watch(fresh)
+        return True
+
+    def _end_group(self, group_id: GroupId) -> None:
+        self._server_failures.pop(group_id, None)
+        super()._end_group(group_id)
 
     def has_detached(self, group_id: GroupId) -> bool:
         """Whether a detached actor lives, or is to live, among these workers."""

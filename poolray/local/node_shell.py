@@ -431,7 +431,12 @@ class NodeShell:
             self._lose_worker(host, message.worker_id, message)
 
     def _lose_worker(
-        self, host: WorkerHost, worker_id: WorkerId, message: WorkerExited | None
+        self,
+        host: WorkerHost,
+        worker_id: WorkerId,
+        message: WorkerExited | None,
+        *,
+        with_server: bool = False,
     ) -> None:
         handle = host.workers.get(worker_id)
         if handle is None:
@@ -456,28 +461,36 @@ class NodeShell:
                 signal=message.signal if message is not None else 9,
                 sequence=sequence,
                 index=index,
+                with_server=with_server,
             ),
         )
 
     def _on_server_gone(self, host: WorkerHost) -> None:
-        """A fork server died (killed from outside): its workers died with it. A forked one cannot
-        be made again with the same globals, so its group ends with an error.
+        """A fork server died (killed from outside): its workers died with it. One that may have
+        globals of the program cannot be made again, so its group ends with an error.
         """
         self.reactor.unwatch_server(host)
         # Somebody may be waiting for our children to end, as a notebook's kernel that stops does.
         host.reap(self.config.stop_timeout_s)
         self.reactor.receive_all(host)
-        handle = self._groups.get(host.group_id)
         reason = host.failure or "the fork server of the group was killed"
+        is_replaced = self._replace_server(host)
         with self.guard:
-            error = pickle.dumps(WorkerStartError(reason=reason))
-            self.feed(SHELL, FailGroup(group_id=host.group_id, error=error))
+            if not is_replaced:
+                error = pickle.dumps(WorkerStartError(reason=reason))
+                self.feed(SHELL, FailGroup(group_id=host.group_id, error=error))
             for worker_id in list(host.workers):
-                self._lose_worker(host, worker_id, None)
-        if handle is not None and host.failure is None:
+                self._lose_worker(host, worker_id, None, with_server=True)
+        if is_replaced:
+            host.close(0.0)
+        elif host.group_id in self._groups and host.failure is None:
             import logging
 
             logging.getLogger("poolray").error("%s", reason)
+
+    def _replace_server(self, host: WorkerHost) -> bool:
+        """Make a new fork server in the place of one that is gone, where that is possible."""
+        return False
 
     def settle(self) -> None:
         """Hand over what is for users; outside of the guard."""

@@ -101,7 +101,10 @@ class WorkerHost:
         preparation: dict[str, Any] | None,
     ) -> None:
         self.group_id = group_id
+        self.setup = setup
         self.start_method = start_method
+        #: A worker has come of it.
+        self.has_served = False
         if start_method == "fork":
             self.server_pid, self.commands, self.reports = fork_from_driver(arena, setup)
         else:
@@ -239,6 +242,7 @@ class WorkerHost:
                 handle = self.workers.get(message.worker_id)
                 if handle is not None:
                     handle.pid = message.pid
+                self.has_served = True
                 found.append(message)
             elif isinstance(message, WorkerExited):
                 found.append(message)

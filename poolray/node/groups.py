@@ -347,7 +347,7 @@ class Groups:
         if not stopping or worker.is_actor:
             self.actors.on_client_lost(ClientId(message.worker_id))
         if not stopping:
-            if never_ready:
+            if never_ready and not message.with_server:
                 self._on_start_failure(group, self._death(message, WorkerStartError))
             elif group.break_on_death and group.state < GroupState.FAILED:
                 self._fail(group, self._death(message, PoolrayError))

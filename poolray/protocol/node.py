@@ -120,6 +120,8 @@ class WorkerLost(msgspec.Struct, frozen=True, kw_only=True):
     #: The packet and the call in it that the worker began last (0, 0 when none).
     sequence: int
     index: int
+    #: It died with the process that it was forked from: it is not its own fault.
+    with_server: bool = False
 
 
 class CallProgress(msgspec.Struct, frozen=True, kw_only=True):

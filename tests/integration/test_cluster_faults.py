@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 import poolray
@@ -120,6 +121,27 @@ def test_a_node_that_was_taken_for_dead_joins_afresh(cluster: Cluster) -> None:
     wait_until(lambda: len([n for n in poolray.nodes() if n["Alive"]]) == 2, "its return", 20)
     fresh = Counter.remote()
     assert poolray.get(fresh.where.remote(), timeout=20)[1] != node_id
+
+
+def test_a_fork_server_that_is_killed_is_made_again_and_nothing_fails(cluster: Cluster) -> None:
+    """On the node that owns the tasks, and on one that runs some of them."""
+    other = cluster.add_node(num_cpus=1, resources={"spot": 1})
+    actor = Counter.options(max_restarts=1, max_task_retries=1).remote()
+    assert poolray.get(actor.add.remote(), timeout=20) == 1
+
+    @poolray.remote
+    def square(number: int) -> int:
+        time.sleep(0.05)
+        return number * number
+
+    refs = [square.remote(number) for number in range(40)]
+    poolray.wait(refs, timeout=20)
+    assert cluster.head_node is not None
+    for node in (cluster.head_node, other):
+        for server in psutil.Process(node.pid).children():
+            server.kill()
+    assert poolray.get(refs, timeout=40) == [number * number for number in range(40)]
+    assert poolray.get(actor.add.remote(), timeout=20) == 1, "it is a new one"
 
 
 def test_work_goes_on_while_workers_and_nodes_are_killed(cluster: Cluster) -> None:
