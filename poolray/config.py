@@ -126,6 +126,11 @@ class Config:
     #: Chunks of one object that were asked for and have not come, at the most: enough to hide the
     #: way there and back, few enough that control messages get through between them.
     transfer_window_chunks: int = 4
+    #: Bytes of code, arguments and values of refs that the head keeps of one detached actor, so
+    #: that it is made again when the node that made it is dead; larger ones end with that node.
+    detached_actor_bytes_max: int = 64 * 1024 * 1024
+    #: The same of all detached actors together.
+    detached_actors_bytes_max: int = 1024 * 1024 * 1024
     #: Nodes that pull one object from one source at once: the next ones wait for who has it by
     #: then, so that a broadcast takes steps in the logarithm of its nodes.
     transfer_fanout: int = 2

@@ -49,6 +49,7 @@ from poolray.node.effects import (
     Reply,
     SealFile,
     SendChunk,
+    SendCreation,
     SendHead,
     SendPeer,
     UnhandledError,
@@ -71,7 +72,7 @@ from poolray.protocol.cluster import (
     Welcome,
     Who,
 )
-from poolray.protocol.directory import JobEnded, LeaveCluster, NodeRow
+from poolray.protocol.directory import JobEnded, LeaveCluster, NodeRow, StoreCreation
 from poolray.protocol.node import (
     ChunkData,
     ClientLeft,
@@ -181,6 +182,7 @@ class NodeDaemon(NodeShell):
         self._act.update(
             {
                 SendChunk: self._act_send_chunk,
+                SendCreation: self._act_send_creation,
                 WriteChunk: self._act_write_chunk,
                 SealFile: self._act_seal_file,
             }
@@ -386,6 +388,19 @@ class NodeDaemon(NodeShell):
             missing=data is None,
         )
         self.send_peer(effect.node_id, chunk)
+
+    def _act_send_creation(self, effect: SendCreation) -> None:
+        parts = []
+        for part in effect.creation.parts:
+            value = part.value
+            if not isinstance(value, bytes):
+                data = self._chunks.read(value, 0, value.size_bytes)
+                if data is None:
+                    return  # the log says why
+                value = bytes(data)
+            parts.append(msgspec.structs.replace(part, value=value))
+        creation = msgspec.structs.replace(effect.creation, parts=parts)
+        self._send_head(StoreCreation(actor_id=effect.actor_id, creation=creation))
 
     def _act_write_chunk(self, effect: WriteChunk) -> None:
         self._chunks.write(effect.offset, effect.file_number, effect.data)

@@ -28,6 +28,8 @@ from poolray.protocol.directory import (
     ActorFound,
     ActorsFound,
     ActorStage,
+    AskCreation,
+    Creation,
     DropActor,
     FindActor,
     KeepActor,
@@ -36,6 +38,7 @@ from poolray.protocol.directory import (
     ListActorEntries,
     RegisterActor,
     RestartActor,
+    StoreCreation,
     UnwatchActor,
     WatchActor,
 )
@@ -47,7 +50,9 @@ _ACTORS_MAX = 1_000_000
 _DEAD_MAX = 10_000
 
 _TABLE = "actors"
+_CREATIONS = "creations"
 _decode_entry = msgspec.msgpack.Decoder(ActorEntry).decode
+_decode_creation = msgspec.msgpack.Decoder(Creation).decode
 _replace = msgspec.structs.replace
 
 _NOWHERE = NodeId(b"")
@@ -60,6 +65,8 @@ class ActorDirectory:
 
     __slots__ = (
         "_by_node",
+        "_creation_bytes",
+        "_creations",
         "_dead",
         "_entries",
         "_names",
@@ -81,6 +88,9 @@ class ActorDirectory:
         self._names: dict[tuple[str, str], ActorId] = {}
         #: node -> actors that it keeps or hosts.
         self._by_node: dict[NodeId, dict[ActorId, None]] = {}
+        #: detached actor that is not dead -> what it is made with, as far as that is known.
+        self._creations: dict[ActorId, Creation] = {}
+        self._creation_bytes = 0
         #: Detached actors that wait for a node to keep them.
         self._orphans: dict[ActorId, None] = {}
         #: actor -> nodes that want to know where it is -> who named it to them.
@@ -90,8 +100,13 @@ class ActorDirectory:
 
     # ---- entries ---------------------------------------------------------------------------------
 
-    def restore(self, rows: Mapping[bytes, bytes]) -> None:
+    def restore(
+        self, rows: Mapping[bytes, bytes], creations: Mapping[bytes, bytes] | None = None
+    ) -> None:
         """Actors as they were in an earlier life of the head."""
+        for actor_id, row in (creations or {}).items():
+            creation = self._creations[ActorId(actor_id)] = _decode_creation(row)
+            self._creation_bytes += _bytes_of(creation)
         for entry in map(_decode_entry, rows.values()):
             if entry.stage is _DEAD:
                 self._dead[entry.actor_id] = entry
@@ -122,9 +137,30 @@ class ActorDirectory:
 
     def _change(self, entry: ActorEntry) -> None:
         """An actor that is not dead has changed: note it, keep it, tell who watches."""
+        if entry.creation is not None:
+            self._keep_creation(entry.actor_id, entry.creation)
+            entry = _replace(entry, creation=None)
         self._enter(entry)
         self._state.store(_TABLE, entry.actor_id, entry)
         self._publish(entry)
+
+    def _keep_creation(self, actor_id: ActorId, creation: Creation) -> None:
+        """What an actor is made with outlasts its node, as far as there is room for it."""
+        size = _bytes_of(creation)
+        if (
+            actor_id in self._creations
+            or size + self._creation_bytes > self._state.config.detached_actors_bytes_max
+        ):
+            return
+        self._creations[actor_id] = creation
+        self._creation_bytes += size
+        self._state.store(_CREATIONS, actor_id, creation)
+
+    def _drop_creation(self, actor_id: ActorId) -> None:
+        creation = self._creations.pop(actor_id, None)
+        if creation is not None:
+            self._creation_bytes -= _bytes_of(creation)
+            self._state.drop(_CREATIONS, actor_id)
 
     def _bury(self, entry: ActorEntry, death: bytes, reason: str = "") -> None:
         """An actor is dead: its name is free."""
@@ -133,6 +169,7 @@ class ActorDirectory:
         self._orphans.pop(entry.actor_id, None)
         if entry.name:
             del self._names[entry.namespace, entry.name]
+        self._drop_creation(entry.actor_id)
         gone = _replace(entry, stage=_DEAD, death=death, creation=None, description=b"")
         self._note_dead(gone, reason)
 
@@ -167,8 +204,6 @@ class ActorDirectory:
 
     def _reply(self, node_id: NodeId, request_id: int, entry: ActorEntry | None) -> None:
         if request_id:
-            if entry is not None:
-                entry = _replace(entry, creation=None)
             self._state.send(node_id, ActorFound(request_id=request_id, entry=entry))
 
     def on_changed(self, sender: NodeId, message: ActorChanged) -> None:
@@ -200,9 +235,9 @@ class ActorDirectory:
             entry = self._entries[actor_id]
             if entry.keeper != node_id or actor_id in listed:
                 continue
-            if entry.detached and entry.creation is not None and actor_id not in dead:
+            if entry.detached and actor_id in self._creations and actor_id not in dead:
                 # An earlier head gave it this actor to keep, and had no time to say so.
-                self._state.send(node_id, KeepActor(entry=entry))
+                self._send_keep(entry)
             else:
                 self._bury(entry, b"", "ended while the head was away.")
         for actor_id in message.dead_actors:
@@ -228,9 +263,10 @@ class ActorDirectory:
             if entry.name and (entry.namespace, entry.name) in self._names:
                 return
         if not host or host in self._state.members:
-            creation = entry.creation if known is None else known.creation
             restarts = entry.restarts if known is None else max(entry.restarts, known.restarts)
-            self._change(_replace(entry, creation=creation, restarts=restarts))
+            self._change(_replace(entry, restarts=restarts))
+            if entry.detached and entry.actor_id not in self._creations:
+                self._state.send(node_id, AskCreation(actor_id=entry.actor_id))
         elif known is not None and known.restarts > entry.restarts:
             # An earlier head had decided that already, and had no time to say so.
             again = RestartActor(actor_id=entry.actor_id, restarts=known.restarts)
@@ -239,6 +275,12 @@ class ActorDirectory:
             waiting = _replace(entry, host=_NOWHERE, stage=ActorStage.RESTARTING)
             self._enter(waiting)
             self._lose_host(waiting, host, polite=False)
+
+    def on_creation(self, sender: NodeId, message: StoreCreation) -> None:
+        """What a detached actor is made with has come from its keeper."""
+        entry = self._entries.get(message.actor_id)
+        if entry is not None and entry.detached and entry.keeper == sender:
+            self._keep_creation(message.actor_id, message.creation)
 
     def on_kill(self, message: KillActorEntry) -> None:
         """Somebody wants an actor killed."""
@@ -261,7 +303,7 @@ class ActorDirectory:
             sender,
             ActorFound(
                 request_id=message.request_id,
-                entry=None if entry is None else _replace(entry, creation=None),
+                entry=entry,
             ),
         )
 
@@ -274,7 +316,7 @@ class ActorDirectory:
     def on_list(self, sender: NodeId, message: ListActorEntries) -> None:
         """Somebody wants to see the actors."""
         entries = [*self._entries.values(), *self._dead.values()]
-        rows = [_replace(entry, creation=None, description=b"") for entry in entries]
+        rows = [_replace(entry, description=b"") for entry in entries]
         self._state.send(sender, ActorsFound(request_id=message.request_id, actors=rows))
 
     # ---- where they are --------------------------------------------------------------------------
@@ -340,13 +382,16 @@ class ActorDirectory:
 
     def _lose_keeper(self, entry: ActorEntry, node_id: NodeId, polite: bool) -> None:
         is_host = entry.host == node_id
-        if not entry.detached or entry.creation is None:
+        if not entry.detached:
             if entry.host and not is_host:
                 reason = f"died with its owner: node {node_id.hex()[:12]} is gone."
                 self._state.send(entry.host, DropActor(actor_id=entry.actor_id, reason=reason))
             self._bury(entry, b"", _died_with(node_id))
         elif entry.host and not is_host:
             self._adopt(_replace(entry, keeper=entry.host))
+        elif entry.actor_id not in self._creations:
+            reason = f"{_died_with(node_id)[:-1]}, where alone was what it was made with."
+            self._bury(entry, b"", reason)
         elif entry.stage is ActorStage.PENDING:
             self._adopt(_replace(entry, keeper=_NOWHERE, host=_NOWHERE))
         elif is_host and not _may_restart(entry, polite):
@@ -367,8 +412,9 @@ class ActorDirectory:
     def _adopt(self, entry: ActorEntry) -> None:
         """Find a node that keeps a detached actor from now on."""
         keeper = entry.keeper
-        if not keeper and entry.creation is not None:
-            keeper = self.find_node(entry.creation.task_class.resources) or _NOWHERE
+        if not keeper:
+            resources = self._creations[entry.actor_id].task_class.resources
+            keeper = self.find_node(resources) or _NOWHERE
         if not keeper:
             self._orphans[entry.actor_id] = None
             self._change(entry)
@@ -376,7 +422,11 @@ class ActorDirectory:
         self._orphans.pop(entry.actor_id, None)
         kept = _replace(entry, keeper=keeper)
         self._change(kept)
-        self._state.send(keeper, KeepActor(entry=kept))
+        self._send_keep(kept)
+
+    def _send_keep(self, entry: ActorEntry) -> None:
+        creation = self._creations.get(entry.actor_id)
+        self._state.send(entry.keeper, KeepActor(entry=_replace(entry, creation=creation)))
 
     def _lose_host(self, entry: ActorEntry, node_id: NodeId, polite: bool) -> None:
         if not _may_restart(entry, polite):
@@ -413,8 +463,12 @@ class ActorDirectory:
                 if node_id:
                     assert node_id in members, "an actor belongs to a node that is gone"
                     by_node.setdefault(node_id, set()).add(actor_id)
+            assert entry.creation is None
+            assert actor_id not in self._orphans or actor_id in self._creations
             if entry.name:
                 assert self._names[entry.namespace, entry.name] == actor_id
+        assert self._creations.keys() <= self._entries.keys()
+        assert self._creation_bytes == sum(map(_bytes_of, self._creations.values()))
         assert {n: set(actors) for n, actors in self._by_node.items()} == by_node
         assert all(actor_id in self._entries for actor_id in self._names.values())
         assert not self._entries.keys() & self._dead.keys()
@@ -430,6 +484,13 @@ def _may_restart(entry: ActorEntry, polite: bool) -> bool:
     """Whether an actor may be made again; what a node took along that left politely is free."""
     limit = entry.max_restarts
     return limit < 0 or entry.restarts < limit or (polite and limit > 0)
+
+
+def _bytes_of(creation: Creation) -> int:
+    """About how much a head keeps of it."""
+    values = [*creation.message.task.calls, creation.function.blob]
+    values += [part.value for part in creation.parts]
+    return sum(len(value) for value in values if isinstance(value, bytes))
 
 
 def _died_with(node_id: NodeId) -> str:

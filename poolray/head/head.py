@@ -39,6 +39,7 @@ from poolray.protocol.directory import (
     ListNodes,
     NodeRow,
     RegisterActor,
+    StoreCreation,
     UnwatchActor,
     WatchActor,
 )
@@ -139,7 +140,7 @@ class Head:
         self._state.now = now
         self._members.restore(tables.get("nodes", {}))
         self._jobs.restore(tables.get("jobs", {}))
-        self._actors.restore(tables.get("actors", {}))
+        self._actors.restore(tables.get("actors", {}), tables.get("creations", {}))
         self._placement.restore(tables.get("placement_groups", {}))
         for key, value in tables.get(_KEYS, {}).items():
             space, name = _decode_key(key)
@@ -240,6 +241,8 @@ class Head:
                 actors.on_register(node_id, message)
             case ActorChanged():
                 actors.on_changed(node_id, message)
+            case StoreCreation():
+                actors.on_creation(node_id, message)
             case FindActor():
                 actors.on_find(node_id, message)
             case WatchActor():

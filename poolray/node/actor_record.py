@@ -55,6 +55,7 @@ class Actor:
         "estimate_s",
         "host",
         "hosted_for",
+        "is_durable",
         "is_freed",
         "lane",
         "lanes",
@@ -111,6 +112,8 @@ class Actor:
         self.calls_by_caller: dict[ClientId, int] = {}
         #: Nobody has a handle any more.
         self.is_freed = False
+        #: What it is made with need not be given to the head (any more).
+        self.is_durable = False
         #: The error of calls from now on (DEAD).
         self.death = b""
         #: Seconds per call, moving average; None until a first report.

@@ -257,6 +257,7 @@ class Actors:
         if actor.creation is not None:
             actor.creation.attempts = restarts
             actor.required = actor.creation.class_queue.task_class.resources
+        self.hosting.creations.offer(actor)
 
     def on_started(self, message: ActorStarted) -> None:
         """A constructor has returned, or raised."""
@@ -318,6 +319,8 @@ class Actors:
             self.hosting.move_calls(actor)
         else:
             self.hosting.tell(actor)
+        if actor.message.max_restarts:
+            self.hosting.creations.offer(actor)  # its arguments are there, whatever they are
         self.after_call(actor)
         self.calls.feed(actor)
 
@@ -586,7 +589,7 @@ class Actors:
                 queue = self._state.classes.get(actor.message.task.class_id)
                 if queue is not None and queue.task_class.group_id == group_id:
                     return True
-        return False
+        return self.hosting.creations.expects_in(group_id)
 
     def kept_creations(self) -> Iterator[TaskRecord]:
         """Constructors' calls that are over and kept with the actors that they made."""
@@ -600,7 +603,7 @@ class Actors:
             handle_of(actor_id)
             for actor_id, actor in self.actors.items()
             if actor.message.detached and actor.life.state is not DEAD and actor.hosted_for is None
-        ] + list(self.elsewhere.holds())
+        ] + [*self.elsewhere.holds(), *self.hosting.creations.holds()]
 
     def pins(self) -> Iterator[ObjectId]:
         """Objects in memory that workers look at for calls that were sent."""

@@ -13,9 +13,10 @@ from typing import TypeAlias
 
 import msgspec
 
-from poolray.ids import ClientId, GroupId, NodeId, ObjectId, WorkerId
+from poolray.ids import ActorId, ClientId, GroupId, NodeId, ObjectId, WorkerId
 from poolray.protocol.actors import ActorReply, CallCount, NamedActors
 from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, WaitReply
+from poolray.protocol.directory import Creation
 from poolray.protocol.inquiry import HeadAnswer
 from poolray.protocol.node import HeadRequest, PeerMessage
 from poolray.protocol.placement import PlacementGroupReply
@@ -166,6 +167,16 @@ class SendChunk(msgspec.Struct, frozen=True, gc=False):
     size_bytes: int
 
 
+class SendCreation(msgspec.Struct, frozen=True, gc=False):
+    """Send the head what an actor is made with, as `StoreCreation`, with the bytes of its parts.
+
+    What cannot be read is not sent at all.
+    """
+
+    actor_id: ActorId
+    creation: Creation
+
+
 class WriteChunk(msgspec.Struct, frozen=True, gc=False):
     """Write bytes that came from another node."""
 
@@ -220,6 +231,7 @@ Effect: TypeAlias = (
     | SendPeer
     | SendHead
     | SendChunk
+    | SendCreation
     | WriteChunk
     | SealFile
     | Warn

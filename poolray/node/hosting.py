@@ -23,13 +23,14 @@ from poolray.ids import ActorId, ClientId, NodeId, handle_of
 from poolray.node.actor_record import Actor, restarts_text
 from poolray.node.actors_elsewhere import ADOPTER, ActorsElsewhere
 from poolray.node.borrowing import Borrowing, client_of
+from poolray.node.creations import Creations
 from poolray.node.effects import SendHead, SendPeer
 from poolray.node.functions import Functions
 from poolray.node.objects import Objects
 from poolray.node.state import NodeState
 from poolray.node.tasks import Tasks
 from poolray.objects.directory import ObjectRecord
-from poolray.protocol.actors import CreateActor, KillActor
+from poolray.protocol.actors import CreateActor, KillActor, LookUpActor
 from poolray.protocol.directory import (
     ActorAt,
     ActorChanged,
@@ -71,10 +72,24 @@ _STAGES = {
 
 
 @final
+class _Wanted:
+    """A client's request for a handle to an actor that it has found by its name."""
+
+    __slots__ = ("client_id", "entry", "request_id")
+
+    def __init__(self, client_id: ClientId, request_id: int, entry: ActorEntry) -> None:
+        self.client_id = client_id
+        self.request_id = request_id
+        #: The actor as the head had it.
+        self.entry = entry
+
+
+@final
 class Hosting:
     """The side of a node's actors that other nodes and the head see."""
 
     __slots__ = (
+        "_asked_by",
         "_dead",
         "_elsewhere",
         "_functions",
@@ -85,6 +100,7 @@ class Hosting:
         "_tasks",
         "_wanted",
         "borrowing",
+        "creations",
         "is_cluster",
     )
 
@@ -106,14 +122,19 @@ class Hosting:
         self._local = local
         self._elsewhere = elsewhere
         self.borrowing: Borrowing
+        self.creations = Creations(state, tasks.store, objects)
+        self.creations.local, self.creations.keep = local, self._keep
         #: Actors that we kept and that died, the last ones.
         self._dead: dict[ActorId, None] = {}
         #: Detached actors that live here and whose keeper is dead: the head is asked what of them.
         self._orphans: dict[ActorId, None] = {}
         #: There is a head that other nodes listen to; else it is told of names alone.
         self.is_cluster = is_cluster
-        #: actor that another node keeps -> requests of clients here for a handle to it.
-        self._wanted: dict[ActorId, list[tuple[ClientId, int, NodeId]]] = {}
+        #: actor that another node keeps, or this one is about to -> requests of clients here for a
+        #: handle to it.
+        self._wanted: dict[ActorId, list[_Wanted]] = {}
+        #: actor that this node is about to keep -> peers that want a handle to it.
+        self._asked_by: dict[ActorId, dict[NodeId, None]] = {}
 
     def _send(self, node_id: NodeId, message: PeerMessage) -> None:
         if node_id not in self.borrowing.dead:
@@ -140,18 +161,10 @@ class Hosting:
             restarts=actor.creation.attempts if actor is not None and actor.creation else 0,
             pid=0 if actor is None else actor.pid,
             description=message.description,
-            creation=self._recipe(message) if message.detached and self.is_cluster else None,
+            creation=self.creations.recipe(message)
+            if message.detached and self.is_cluster
+            else None,
         )
-
-    def _recipe(self, message: CreateActor) -> Creation | None:
-        """All that it takes to make an actor without us; None when that is too large for a head."""
-        queue = self._state.classes.get(message.task.class_id)
-        if queue is None or not all(isinstance(call, bytes) for call in message.task.calls):
-            return None
-        definition = self._state.functions.get(queue.task_class.function_id)
-        if definition is None or not isinstance(definition.blob, bytes):
-            return None
-        return Creation(message=message, task_class=queue.task_class, function=definition)
 
     def on_born(self, actor: Actor) -> None:
         """An actor without a name is wanted: the head hears of it, so that others find it."""
@@ -302,25 +315,56 @@ class Hosting:
     def on_keep(self, message: KeepActor) -> None:
         """The node that kept a detached actor is dead: now we do."""
         entry = message.entry
-        recipe = entry.creation
         actor = self._local.actors.get(entry.actor_id)
-        if recipe is None or (actor is not None and actor.hosted_for is None):
+        if actor is not None and actor.hosted_for is None:
             return
         if self._local.is_asked_for(entry.actor_id):
             return  # it is ours: the answer that lets us make it is on its way
+        if entry.creation is not None:
+            self.creations.take_over(entry, entry.creation)
+        elif actor is not None and actor.life.state is ALIVE:
+            # It lives on, and will not be made again: nobody has what it was made with.
+            creation, actor.creation = actor.creation, None
+            self._keep_living(actor, entry)
+            if creation is not None:
+                self._tasks.lineage.drop(creation)
+        else:
+            gone = ActorChanged(actor_id=entry.actor_id, stage=ActorStage.DEAD)
+            self._state.effects.append(SendHead(gone))
+
+    def _keep(self, entry: ActorEntry, recipe: Creation, kill: KillKept | None) -> None:
+        """All that a detached actor is made with is here."""
+        actor = self._local.actors.get(entry.actor_id)
+        if actor is not None and actor.hosted_for is None:
+            return
         client = self._objects.client(ADOPTER)
         self._functions.define(client, recipe.function)
         self._functions.define_class(recipe.task_class)
-        if actor is None or actor.life.state is not ALIVE:
+        if actor is not None and actor.life.state is ALIVE and actor.creation is not None:
+            creation = actor.creation
+            creation.is_foreign, creation.client_id = False, ADOPTER
+            creation.attempts = entry.restarts
+            if entry.max_restarts:
+                creation.calls = recipe.message.task.calls
+                self._tasks.inputs.pin(creation)
+            self._keep_living(actor, entry)
+        else:
             if actor is not None:
                 self._local.kill(actor, "is made again elsewhere")
             self._local.create(ADOPTER, recipe.message, entry.restarts)
-            return
+        made = self._local.actors.get(entry.actor_id)
+        if made is not None:
+            made.is_durable = True
+        for item in self._wanted.pop(entry.actor_id, ()):
+            found = recipe.message.description
+            self._local.answer(item.client_id, item.request_id, entry.actor_id, found)
+        for node_id in self._asked_by.pop(entry.actor_id, ()):
+            self.on_ask_handle(node_id, AskHandle(actor_id=entry.actor_id))
+        if kill is not None:
+            self.on_kill_kept(kill)
+
+    def _keep_living(self, actor: Actor, entry: ActorEntry) -> None:
         actor.hosted_for = None
-        creation = actor.creation
-        assert creation is not None
-        creation.is_foreign, creation.client_id = False, ADOPTER
-        creation.attempts = entry.restarts
         self.own_handle(entry.actor_id)
         self._objects.hold(handle_of(entry.actor_id))
         actor.is_freed = False
@@ -335,6 +379,8 @@ class Hosting:
 
     def on_kill_kept(self, message: KillKept) -> None:
         """Somebody elsewhere wants an actor killed that we keep."""
+        if self.creations.put_off(message):
+            return
         kill = KillActor(actor_id=message.actor_id, no_restart=message.no_restart)
         self._local.on_request(ClientId(b""), kill)
 
@@ -471,14 +517,17 @@ class Hosting:
                     self._state.effects.append(SendHead(WatchActor(actor_id=actor_id)))
             elif actor.host == node_id and actor.life.state is ALIVE:
                 actor.life.move(RESTARTING)  # `host` says that the head has to decide
+        for asking in self._asked_by.values():
+            asking.pop(node_id, None)
         for actor_id, wanted in list(self._wanted.items()):
-            remaining = [item for item in wanted if item[2] != node_id]
-            for client_id, request_id, keeper in wanted:
-                if keeper == node_id:
-                    self._local.answer(client_id, request_id, None, b"")
-            self._wanted[actor_id] = remaining
-            if not remaining:
+            remaining = [item for item in wanted if item.entry.keeper != node_id]
+            if remaining:
+                self._wanted[actor_id] = remaining
+            else:
                 del self._wanted[actor_id]
+            for item in wanted:
+                if item.entry.keeper == node_id:
+                    self._ask_again(item)
 
     def died_with(self, record: TaskRecord, node_id: NodeId) -> ActorDiedError:
         """What calls get of an actor whose constructor was lost with a node."""
@@ -502,15 +551,28 @@ class Hosting:
         if handle in self._state.objects:
             self._local.answer(client_id, request_id, entry.actor_id, entry.description)
             return
+        is_coming = entry.keeper == self._state.node_id and self.creations.expects(entry.actor_id)
+        if not is_coming and entry.keeper in (b"", self._state.node_id, *self.borrowing.dead):
+            self._local.answer(client_id, request_id, None, b"")
+            return
         wanted = self._wanted.setdefault(entry.actor_id, [])
-        wanted.append((client_id, request_id, entry.keeper))
-        if entry.keeper in self.borrowing.dead or not entry.keeper:
-            self.on_handle_lent(entry.keeper, HandleLent(actor_id=entry.actor_id, lent=[]))
-        elif len(wanted) == 1:
+        wanted.append(_Wanted(client_id, request_id, entry))
+        if len(wanted) == 1 and not is_coming:
             self._send(entry.keeper, AskHandle(actor_id=entry.actor_id))
+
+    def _ask_again(self, item: _Wanted) -> None:
+        """Who kept an actor does not: the head may know who does now."""
+        entry = item.entry
+        message = LookUpActor(
+            request_id=item.request_id, namespace=entry.namespace, name=entry.name
+        )
+        self._local.on_request(item.client_id, message)
 
     def on_ask_handle(self, node_id: NodeId, message: AskHandle) -> None:
         """A peer wants a handle to an actor of ours."""
+        if self.creations.expects(message.actor_id):
+            self._asked_by.setdefault(message.actor_id, {})[node_id] = None
+            return
         handle = handle_of(message.actor_id)
         actor = self._local.actors.get(message.actor_id)
         lent = []
@@ -523,7 +585,7 @@ class Hosting:
     def on_handle_lent(self, node_id: NodeId, message: HandleLent) -> None:
         """A handle that we asked for has come, or there is none."""
         fresh = self.borrowing.adopt(node_id, message.lent)
-        for client_id, request_id, _ in self._wanted.pop(message.actor_id, ()):
+        for item in self._wanted.pop(message.actor_id, ()):
             found = message.actor_id if message.lent else None
-            self._local.answer(client_id, request_id, found, message.description)
+            self._local.answer(item.client_id, item.request_id, found, message.description)
         self._objects.release_all(fresh)

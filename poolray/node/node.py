@@ -79,6 +79,7 @@ from poolray.protocol.directory import (
     ActorAt,
     ActorFound,
     ActorsFound,
+    AskCreation,
     Drain,
     DropActor,
     JobEnded,
@@ -545,7 +546,8 @@ class Node:
             case HeadBack():
                 self._on_head_back()
             case FileSealed():
-                self._peers.transfers.on_file_sealed(message)
+                if not self._actors.hosting.creations.on_file_sealed(message):
+                    self._peers.transfers.on_file_sealed(message)
             case _:
                 _assert_never(message)
 
@@ -640,6 +642,8 @@ class Node:
                 self._actors.hosting.on_restart(message)
             case KeepActor():
                 self._actors.hosting.on_keep(message)
+            case AskCreation():
+                self._actors.hosting.creations.on_asked(message.actor_id)
             case KillKept():
                 self._actors.hosting.on_kill_kept(message)
             case DropActor():
@@ -785,6 +789,7 @@ class Node:
         self._groups.check_invariants()
         self._actors.check_invariants()
         self._actors.elsewhere.check_invariants()
+        self._actors.hosting.creations.check_invariants()
         self._dispatcher.check_invariants()
         self._peers.check_invariants()
         self._cancellation.check_invariants()

@@ -417,6 +417,7 @@ class Peers:
         """An object that was elsewhere, or was held by somebody, is not any more."""
         self._tasks.lineage.on_object_local(object_id)
         self.borrowing.on_local(object_id)
+        self.actors.hosting.creations.on_local(object_id)
 
     def check_invariants(self) -> None:
         """Raise AssertionError when something is awaited from a peer that is dead."""

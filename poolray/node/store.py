@@ -135,7 +135,7 @@ class Store:
         "_waiting_bytes",
         "_writing",
         "attention",
-        "on_puller_granted",
+        "on_granted",
         "wake",
     )
 
@@ -143,8 +143,8 @@ class Store:
         self._state = state
         #: Tells the objects' side that a value can be read (again).
         self.wake: Callable[[ObjectRecord], None]
-        #: Told of places that `PULLER` asked for.
-        self.on_puller_granted: Callable[[RangeGranted], None]
+        #: client that is a part of this node -> who is told of places that it has asked for.
+        self.on_granted: dict[ClientId, Callable[[RangeGranted], None]] = {}
         #: Something has changed that may ask for room or give it: `make_room` is due.
         self.attention = False
         capacity = state.allocator.capacity_bytes
@@ -227,8 +227,9 @@ class Store:
         )
         if self._state.allocator.used_bytes > self._high_bytes:
             self.attention = True
-        if client_id == PULLER:
-            self.on_puller_granted(granted)
+        on_granted = self.on_granted.get(client_id)
+        if on_granted is not None:
+            on_granted(granted)
         else:
             self._state.effects.append(Reply(client_id, granted))
 

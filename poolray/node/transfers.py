@@ -162,7 +162,7 @@ class Transfers:
         self._serving: dict[NodeId, dict[ObjectId, None]] = {}
         #: Objects that we keep and others pull.
         self._sources: dict[ObjectId, Sources] = {}
-        store.on_puller_granted = self._on_granted
+        store.on_granted[PULLER] = self._on_granted
         objects.sourced, objects.on_sourced = self._sources, self._assign
         objects.pull, objects.on_lost = self.pull, self.stop
 

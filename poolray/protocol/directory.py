@@ -13,9 +13,9 @@ import enum
 
 import msgspec
 
-from poolray.ids import ActorId, NodeId
+from poolray.ids import ActorId, NodeId, ObjectId
 from poolray.protocol.actors import CreateActor
-from poolray.protocol.values import FunctionDefinition, TaskClass
+from poolray.protocol.values import FunctionDefinition, InArena, InFile, TaskClass
 
 # ---- nodes ---------------------------------------------------------------------------------------
 
@@ -128,12 +128,21 @@ class ActorStage(enum.IntEnum):
     DEAD = 3
 
 
+class CreationPart(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """An object that an actor is made with: large code or arguments, or what a ref stands for."""
+
+    object_id: ObjectId
+    value: bytes | InArena | InFile  #: bytes wherever it travels or is stored
+    is_error: bool = False
+
+
 class Creation(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """All that it takes to make an actor again on any node."""
 
     message: CreateActor
     task_class: TaskClass
     function: FunctionDefinition
+    parts: list[CreationPart] = []
 
 
 class ActorEntry(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -156,7 +165,7 @@ class ActorEntry(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     job_id: bytes = b""
     description: bytes = b""  #: what handles are made of
     death: bytes = b""  #: the error that its calls get from now on (DEAD)
-    #: Of a detached actor: it can be made where its keeper is gone. None: it cannot.
+    #: Of a detached actor, for who takes it over; also from its first keeper, if it is small.
     creation: Creation | None = None
 
 
@@ -165,6 +174,19 @@ class RegisterActor(msgspec.Struct, frozen=True, array_like=True, tag=319, kw_on
 
     request_id: int  #: 0: nobody waits for an answer
     entry: ActorEntry
+
+
+class StoreCreation(msgspec.Struct, frozen=True, array_like=True, tag=311, kw_only=True):
+    """What a detached actor is made with, where that is more than fits its entry."""
+
+    actor_id: ActorId
+    creation: Creation
+
+
+class AskCreation(msgspec.Struct, frozen=True, array_like=True, tag=368, kw_only=True):
+    """What is that detached actor of yours made with? `StoreCreation` tells, if you have it."""
+
+    actor_id: ActorId
 
 
 class ActorChanged(msgspec.Struct, frozen=True, array_like=True, tag=320, kw_only=True):

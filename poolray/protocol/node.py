@@ -30,6 +30,7 @@ from poolray.protocol.directory import (
     ActorEntry,
     ActorFound,
     ActorsFound,
+    AskCreation,
     Drain,
     DrainNode,
     DropActor,
@@ -47,6 +48,7 @@ from poolray.protocol.directory import (
     NodeStatus,
     RegisterActor,
     RestartActor,
+    StoreCreation,
     UnwatchActor,
     WatchActor,
 )
@@ -549,6 +551,7 @@ HeadRequest: TypeAlias = (
     | UnwatchActor
     | KillActorEntry
     | ListActorEntries
+    | StoreCreation
     | KeyValueExists
     | PlacementHeadRequest
 )
@@ -634,6 +637,7 @@ HeadMessage: TypeAlias = (
     | Drain
     | RestartActor
     | KeepActor
+    | AskCreation
     | KillKept
     | DropActor
     | PlacementHeadMessage

@@ -109,6 +109,45 @@ def test_a_detached_actor_outlives_its_driver_and_its_name_is_found(cluster: Clu
     poolray.kill(found)
 
 
+class Heavy:
+    """Its code, its argument and what a ref stands for are all too large for a message."""
+
+    code = bytes(300_000)
+
+    def __init__(self, array: Any, again: Any, number: int) -> None:
+        self.sums = int(array.sum()), int(again.sum()), number
+
+    def get(self) -> tuple[tuple[int, int, int], str]:
+        return self.sums, poolray.get_runtime_context().get_node_id()
+
+
+@pytest.mark.parametrize("with_head", [False, True], ids=["", "and the head"])
+def test_a_large_detached_actor_is_made_again_when_the_node_that_made_it_is_killed(
+    cluster: Cluster, with_head: bool
+) -> None:
+    doomed = cluster.add_node(num_cpus=1, resources={"spot": 1})
+
+    @poolray.remote(num_cpus=0, resources={"spot": 0.5})
+    def make() -> Any:
+        actor = (
+            poolray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Heavy)
+            .options(name="heavy", lifetime="detached", resources={"spot": 0.5})
+            .remote(np.ones(200_000), poolray.put(np.full(100_000, 2)), poolray.put(3))
+        )
+        return poolray.get(actor.get.remote())
+
+    assert poolray.get(make.remote(), timeout=20) == ((200_000, 200_000, 3), doomed.node_id)
+    spare = cluster.add_node(num_cpus=1, resources={"spot": 1})
+    if with_head:
+        cluster.kill_head()
+    cluster.remove_node(doomed, allow_graceful=False)
+    if with_head:
+        cluster.restart_head()
+    found = poolray.get_actor("heavy")
+    assert poolray.get(found.get.remote(), timeout=40) == ((200_000, 200_000, 3), spare.node_id)
+    poolray.kill(found)
+
+
 def test_a_node_that_was_taken_for_dead_joins_afresh(cluster: Cluster) -> None:
     node = cluster.add_node(num_cpus=1, resources={"spot": 1})
     actor = Counter.options(max_restarts=0).remote()

@@ -13,6 +13,8 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from msgspec.structs import replace
+
 from poolray.config import Config
 from poolray.exceptions import WorkerStartError
 from poolray.head.head import Head
@@ -21,6 +23,7 @@ from poolray.node import effects as fx
 from poolray.node.node import Node
 from poolray.protocol.actors import ActorReply
 from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, WaitReply
+from poolray.protocol.directory import StoreCreation
 from poolray.protocol.node import (
     ChunkData,
     FileSealed,
@@ -237,6 +240,11 @@ class SimNode(Endpoint):
                     self.network.send(self.name, HEAD, message)
                 else:
                     self._ask_own_head(message)
+            case fx.SendCreation(actor_id=actor_id, creation=creation):
+                assert self.network is not None
+                parts = [replace(part, value=self.read(part.value)) for part in creation.parts]
+                stored = StoreCreation(actor_id=actor_id, creation=replace(creation, parts=parts))
+                self.network.send(self.name, HEAD, stored)
             case fx.SendChunk(node_id=node_id, place=place, offset=start):
                 assert self.network is not None
                 data = self.read(place)[start : start + effect.size_bytes]

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import itertools
 
+from msgspec.structs import replace
+
 from poolray.config import Config
 from poolray.head.head import Head
 from poolray.ids import ActorId, NodeId, TaskId, WorkerId
-from poolray.node.effects import SendChunk, SendHead, SendPeer
+from poolray.node.effects import SendChunk, SendCreation, SendHead, SendPeer
+from poolray.protocol.directory import StoreCreation
 from poolray.protocol.node import ChunkData, Heartbeat, RegisterNode, Tick
 from poolray.protocol.node import HeadBack as HeadBackMessage
 from poolray.protocol.values import Outcome
@@ -91,10 +94,22 @@ class MiniCluster:
                 chunk = ChunkData(object_id=effect.object_id, offset=effect.offset, data=data)
                 if effect.node_id in self.nodes:
                     self.nodes[effect.node_id].tell(chunk, node_id)
+            elif isinstance(effect, SendCreation) and head:
+                node.effects.remove(effect)
+                self._store_creation(node_id, effect)
             else:
                 continue
             moved = True
         return moved
+
+    def _store_creation(self, node_id: NodeId, effect: SendCreation) -> None:
+        """As a shell that reads the parts where they are."""
+        parts = [
+            p if isinstance(p.value, bytes) else replace(p, value=b"D" * p.value.size_bytes)
+            for p in effect.creation.parts
+        ]
+        creation = replace(effect.creation, parts=parts)
+        self._tell_head(node_id, StoreCreation(actor_id=effect.actor_id, creation=creation))
 
     # ---- time and death --------------------------------------------------------------------------
 
