@@ -16,13 +16,14 @@ TESTS ?=
 # More for pytest: make test FLAGS="--reruns 1"
 FLAGS ?=
 
-.PHONY: help demo test simulate lint format types examples bench clean
+.PHONY: help demo test simulate chaos lint format types examples bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       count the words of thousands of files, four ways, side by side"
 	@echo "make test       all tests on $(JOBS) processes (JOBS=n; TESTS='tests/unit -k name')"
 	@echo "make simulate   the simulator (SEED=n STEPS=n)"
+	@echo "make chaos      a cluster of which everything is killed (MINUTES=10 SEED=n)"
 	@echo "make lint       ruff: rules and formatting (make format mends the latter)"
 	@echo "make types      mypy on the package, mypy and pyright on tests/typing"
 	@echo "make examples   every example, at its full size"
@@ -46,6 +47,10 @@ test: $(STAMP)
 
 simulate: $(STAMP)
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED)) $(if $(STEPS),--steps $(STEPS))
+
+MINUTES ?= 10
+chaos: $(STAMP)
+	$(BIN)/python -m benchmarks.chaos --minutes $(MINUTES) --verbose $(if $(SEED),--seed $(SEED))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -81,7 +86,7 @@ examples: $(STAMP)
 	$(BIN)/python examples/rate_limited_fetcher.py --records 500 --per-second 250
 
 # One question per file; files that begin with an underscore are shared by the others.
-BENCH ?= $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))
+BENCH ?= $(filter-out chaos,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 bench: $(STAMP)
 	@set -e; for name in $(BENCH); do echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name; done
 
