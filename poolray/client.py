@@ -129,6 +129,9 @@ class Client:
         #: object id -> how many of these are views; behind by `_dropped_views`.
         self._views: dict[ObjectId, int] = {}
         self._dropped_views: deque[ObjectId] = deque()
+        #: Ids of handles made while unpickling, not counted yet: appended to without the lock, in
+        #: `object_ref.py`; counted before drops are.
+        self._adopted: deque[ObjectId] = deque()
         #: Objects met while unpickling that the node does not count us for yet.
         self._fresh: dict[ObjectId, None] = {}
         #: Delivered objects whose views died before the node's count was taken over.
@@ -154,16 +157,23 @@ class Client:
         return make_ref(object_id, self)
 
     def adopt(self, object_id: ObjectId) -> ObjectRef[Any]:
-        """A handle to an object met while unpickling."""
-        with self._lock:  # `_count` and `make_ref`, without the cost of calling them
-            count = self._counts.get(object_id, 0)
-            self._counts[object_id] = count + 1
-            if count == 0:
-                self._fresh[object_id] = None
-        ref: ObjectRef[Any] = _new(ObjectRef)
-        ref._client = self
-        ref._id = object_id
-        return ref
+        """A handle to an object that this process may not know yet."""
+        self._adopted.append(object_id)
+        return make_ref(object_id, self)
+
+    def _count_adopted(self) -> None:
+        """Count handles that were made while unpickling; the caller holds the lock."""
+        adopted, counts, fresh = self._adopted, self._counts, self._fresh
+        while True:
+            try:
+                object_id = adopted.popleft()
+            except IndexError:
+                return
+            if object_id in counts:
+                counts[object_id] += 1
+            else:
+                counts[object_id] = 1
+                fresh[object_id] = None
 
     def _count(self, object_id: ObjectId, is_view: bool = False) -> None:
         with self._lock:
@@ -177,6 +187,7 @@ class Client:
     def forget_fresh(self, object_id: ObjectId) -> None:
         """The node counts us for this object already (it was delivered to us)."""
         with self._lock:
+            self._count_adopted()
             if object_id in self._fresh:
                 del self._fresh[object_id]
             else:
@@ -249,17 +260,16 @@ class Client:
 
     def take_reference_changes(self) -> tuple[list[ObjectId], list[ObjectId]]:
         """Objects that this process holds since the last call, and those it no longer holds."""
-        if not self.dropped and not self._fresh and not self._released_early:
+        if not self.dropped and not self._adopted and not self._fresh and not self._released_early:
             return [], []
         with self._lock:
             self._forget_dropped_views()
             counts, fresh, released = self._counts, self._fresh, self._released_early
             self._released_early = []
-            while True:
-                try:
-                    object_id = self.dropped.popleft()
-                except IndexError:
-                    break
+            dropped = list(_taken(self.dropped))
+            # After those, before they are counted: a handle is made before it is let go of.
+            self._count_adopted()
+            for object_id in dropped:
                 count = counts.get(object_id, 0) - 1
                 if count > 0:
                     counts[object_id] = count
@@ -292,6 +302,7 @@ class Client:
         """Of these, the ones that this process has views of and no ref to."""
         with self._lock:
             self._forget_dropped_views()
+            self._count_adopted()
             counts, views = self._counts, self._views
             return [o for o in object_ids if o in views and views[o] >= counts.get(o, 0)]
 
@@ -299,6 +310,7 @@ class Client:
         """Tell the node what changed."""
         if (
             not self.dropped
+            and not self._adopted
             and not self._fresh
             and not self._released_early
             and not self._unviewed
@@ -389,6 +401,8 @@ class Client:
             return []
         inner = list(dict.fromkeys(data.refs))
         if not self._is_worker:
+            with self._lock:
+                self._count_adopted()
             for object_id in inner:
                 if object_id not in self._counts:
                     raise _stale(object_id, "inside the value belongs to another runtime")
@@ -413,7 +427,7 @@ class Client:
         ValueError
             A function among the arguments captures more than `Config.function_max_bytes`.
         """
-        if self.dropped or self._fresh:
+        if self.dropped or self._adopted or self._fresh:
             self.sync_references()
         dependencies: list[ObjectId] = []
         slots: list[int | str] = []
@@ -822,10 +836,16 @@ class Client:
 
     def install(self) -> None:
         """Unpickled handles belong to this client from now on."""
-        object_ref.adopt = self.adopt
+        object_ref.adopt_for(self, self._adopted)
 
 
-_new = object.__new__
+def _taken(notes: deque[ObjectId]) -> Iterator[ObjectId]:
+    """What finalizers have noted until now."""
+    while True:
+        try:
+            yield notes.popleft()
+        except IndexError:
+            return
 
 
 class _Dropped(deque[ObjectId]):

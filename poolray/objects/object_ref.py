@@ -132,15 +132,32 @@ def make_ref(object_id: ObjectId, client: RefOwner) -> ObjectRef[Any]:
     return ref
 
 
-def _refuse(object_id: ObjectId) -> ObjectRef[Any]:
+def _rebuild_ref(object_id: ObjectId) -> ObjectRef[Any]:
     raise RuntimeError(
         "an ObjectRef was unpickled in a process that does not run poolray: call poolray.init()"
     )
 
 
-#: Set by the API: turns an id met while unpickling into a counted handle of the process's client.
-adopt: Callable[[ObjectId], ObjectRef[Any]] = _refuse
+def adopt_for(client: RefOwner, adopted: deque[ObjectId]) -> None:
+    """Handles that are unpickled from now on are a client's, which finds their ids in a deque.
 
+    Notes
+    -----
+    Pickles name `_rebuild_ref`, so what has that name is replaced itself: a second call per handle
+    would take as long as all the rest.
+    """
 
-def _rebuild_ref(object_id: ObjectId) -> ObjectRef[Any]:
-    return adopt(object_id)
+    def rebuild(
+        object_id: ObjectId,
+        note: Callable[[ObjectId], None] = adopted.append,
+        new: Callable[[type[ObjectRef[Any]]], ObjectRef[Any]] = object.__new__,
+    ) -> ObjectRef[Any]:
+        note(object_id)
+        ref = new(ObjectRef)
+        ref._client = client
+        ref._id = object_id
+        return ref
+
+    global _rebuild_ref
+    rebuild.__name__ = rebuild.__qualname__ = "_rebuild_ref"
+    _rebuild_ref = rebuild

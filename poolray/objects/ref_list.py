@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import final
 
 from poolray.ids import ObjectId
-from poolray.objects.object_ref import ObjectRef, _rebuild_ref
+from poolray.objects import object_ref
+from poolray.objects.object_ref import ObjectRef
 from poolray.objects.serialization import note_reference
 
 
@@ -58,4 +59,6 @@ class ItemList:
 
 
 def _rebuild_dynamic(object_ids: list[ObjectId]) -> DynamicObjectRefGenerator:
-    return DynamicObjectRefGenerator([_rebuild_ref(object_id) for object_id in object_ids])
+    return DynamicObjectRefGenerator(
+        [object_ref._rebuild_ref(object_id) for object_id in object_ids]
+    )
