@@ -604,9 +604,11 @@ class Client:
             raise OutOfDiskError(size_bytes=size, reason=granted.refusal)
         try:
             if granted.offset >= 0:
-                target = self._arena.write(granted.offset, size)
-                serialized.write_into(target)
-                target.release()
+                try:
+                    self._arena.store(granted.offset, serialized)
+                except OSError as error:
+                    reason = f"the system has no memory left for it ({error})"
+                    raise ObjectStoreFullError(size_bytes=size, reason=reason) from error
                 return InArena(object_id=object_id, offset=granted.offset, size_bytes=size)
             path = granted.path
             try:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
-import zlib
 from collections.abc import Callable
 from typing import final
 
 from poolray.ids import ObjectId
+from poolray.objects.checksums import checksum_of_parts
 from poolray.objects.shared_memory import Arena
 from poolray.objects.spill_files import SpillFileError, read_object
 from poolray.protocol.node import FileSealed
@@ -110,8 +110,5 @@ class ChunkStore:
 
 
 def _checksum(path: str) -> int:
-    checksum = 0
     with open(path, "rb") as file:
-        while part := file.read(_STEP_BYTES):
-            checksum = zlib.crc32(part, checksum)
-    return checksum
+        return checksum_of_parts(iter(lambda: file.read(_STEP_BYTES), b""))

@@ -101,6 +101,8 @@ class SpillThreads:
 
     def _spill(self, job: SpillObjects) -> Outcome:
         began = time.monotonic()
+        for place in job.places:
+            self._arena.map_range(place.offset, place.size_bytes)
         sources = [self._arena.write(place.offset, place.size_bytes) for place in job.places]
         try:
             failure: OSError | None = None

@@ -105,21 +105,29 @@ class Serialized:
 
     def write_into(self, target: memoryview) -> None:
         """Write the frame to `target`, which is at least `size_bytes` long."""
+        position = 0
+        for piece in self.pieces():
+            end = position + len(piece)
+            target[position:end] = piece
+            position = end
+
+    def pieces(self) -> list[bytes | memoryview]:
+        """The frame as what is to be written one after the other."""
         if not self.buffers:
-            target[: len(self.data)] = self.data
-            return
+            return [self.data]
         magic = _MAGIC_FROZEN if any(b.readonly for b in self.buffers) else _MAGIC
-        _HEADER.pack_into(target, 0, magic, len(self.buffers), len(self.data))
-        position = _HEADER.size
+        head = [_HEADER.pack(magic, len(self.buffers), len(self.data))]
+        head.extend(_LENGTH.pack(buffer.nbytes) for buffer in self.buffers)
+        head.append(self.data)
+        found: list[bytes | memoryview] = [b"".join(head)]
+        position = len(found[0])
         for buffer in self.buffers:
-            _LENGTH.pack_into(target, position, buffer.nbytes)
-            position += _LENGTH.size
-        target[position : position + len(self.data)] = self.data
-        position += len(self.data)
-        for buffer in self.buffers:
-            position = _aligned(position)
-            target[position : position + buffer.nbytes] = buffer
-            position += buffer.nbytes
+            start = _aligned(position)
+            if start > position:
+                found.append(bytes(start - position))
+            found.append(buffer)
+            position = start + buffer.nbytes
+        return found
 
 
 def _aligned(position: int) -> int:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from poolray.objects import spill_urls
+from poolray.objects.checksums import checksum_of
 from poolray.objects.serialization import deserialize
 
 #: Values in a file begin at multiples of this: each can be mapped on its own.
@@ -64,7 +64,7 @@ def write_objects(path: str, sources: Sequence[memoryview]) -> list[tuple[int, i
         os.posix_fallocate(descriptor, 0, end)
         places = []
         for source, offset in zip(sources, offsets, strict=True):
-            places.append((offset, zlib.crc32(source)))
+            places.append((offset, checksum_of(source)))
             _write_all(descriptor, source, offset)
     except BaseException:
         os.unlink(path)
@@ -126,7 +126,7 @@ def write_value_file(path: str, write: Callable[[memoryview], None], size_bytes:
         with mmap.mmap(descriptor, size_bytes) as mapping:
             view = memoryview(mapping)
             write(view)
-            checksum = zlib.crc32(view)
+            checksum = checksum_of(view)
             view.release()
     except BaseException:
         os.unlink(path)
@@ -191,6 +191,6 @@ def _too_short(path: str, wanted: int, found: int) -> SpillFileError:
 
 
 def _check(path: str, data: memoryview, checksum: int) -> None:
-    if zlib.crc32(data) != checksum:
+    if checksum_of(data) != checksum:
         reason = f"its file {path} was damaged after it was written: the checksum is wrong"
         raise SpillFileError(reason, is_lost=True)

@@ -10,9 +10,10 @@ mapped.
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from poolray.objects.checksums import checksum_of
 
 #: Protocols whose files only the process that wrote them can see.
 _PRIVATE_PROTOCOLS = frozenset({"memory", "blockcache", "filecache", "simplecache"})
@@ -104,7 +105,7 @@ def write_objects(url: str, sources: Sequence[memoryview]) -> list[tuple[int, in
             with system.open(path, "wb") as stream:
                 for source in sources:
                     stream.write(source)
-                    places.append((position, zlib.crc32(source)))
+                    places.append((position, checksum_of(source)))
                     position += source.nbytes
         except BaseException:
             with contextlib.suppress(Exception):  # the first error tells more

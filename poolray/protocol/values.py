@@ -59,7 +59,7 @@ class InFile(msgspec.Struct, frozen=True, array_like=True, tag=2, kw_only=True):
     path: str
     size_bytes: int
     offset: int = 0  #: bytes from the start of the file
-    checksum: int = 0  #: CRC-32 of the value's bytes
+    checksum: int = 0  #: of the value's bytes, see `objects/checksums.py`
 
 
 #: A serialized value: the bytes themselves when small, else where they are.
