@@ -66,7 +66,8 @@ from poolray.node.effects import (
     UnhandledError,
     Warn,
 )
-from poolray.node.node import Node, NodeStatistics
+from poolray.node.node import Node
+from poolray.node.statistics import NodeStatistics
 from poolray.objects.serialization import Serializer, main_definitions
 from poolray.objects.shared_memory import SLOTS, Arena, create_arena_file
 from poolray.protocol.client import RangeGranted

@@ -14,7 +14,6 @@ Invariants: `check_invariants()`; every request is answered, every task ends.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeAlias, final
 
@@ -23,30 +22,14 @@ import msgspec
 from poolray.config import Config
 from poolray.exceptions import InternalError, PoolrayError
 from poolray.ids import ClientId, GroupId, NodeId, TaskId, WorkerId
-from poolray.node.actors import Actors
-from poolray.node.actors_elsewhere import ActorsElsewhere
 from poolray.node.borrowing import client_of
-from poolray.node.bundles import Bundles
-from poolray.node.cancellation import Cancellation
-from poolray.node.dispatch import Dispatcher
-from poolray.node.draining import Draining
 from poolray.node.effects import Effect, SendHead, Warn
-from poolray.node.functions import Functions
-from poolray.node.groups import Groups
-from poolray.node.hosting import Hosting
 from poolray.node.inquiries import Inquiries
 from poolray.node.memory import memory_table
-from poolray.node.memory_protection import MemoryProtection
-from poolray.node.objects import Objects
-from poolray.node.observer import Observer
-from poolray.node.peers import Peers
-from poolray.node.retries import Retries
+from poolray.node.parts import make_parts
 from poolray.node.state import NodeState
-from poolray.node.store import Store, StoreStatistics
-from poolray.node.streams import Streams
-from poolray.node.tasks import Tasks
-from poolray.node.timeouts import CallTimeouts
-from poolray.objects.allocator import AllocatorStatistics, RangeAllocator
+from poolray.node.statistics import NodeStatistics, statistics_of
+from poolray.objects.allocator import RangeAllocator
 from poolray.protocol.actors import (
     CallActor,
     CountCalls,
@@ -172,7 +155,7 @@ from poolray.protocol.worker import (
 )
 from poolray.scheduling.group_resources import is_of_group
 from poolray.scheduling.labels import NODE_ID_LABEL
-from poolray.scheduling.resources import ResourceAccount, from_fixed
+from poolray.scheduling.resources import ResourceAccount
 
 WorkerReport: TypeAlias = (
     TasksFinished
@@ -208,29 +191,6 @@ ShellMessage: TypeAlias = (
 )
 #: All that a node may be told.
 NodeInput: TypeAlias = ClientRequest | WorkerReport | ShellMessage | PeerMessage | HeadMessage
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class NodeStatistics:
-    """A snapshot of a node, for tests, the state API and metrics."""
-
-    tasks: int  #: tasks that have not ended
-    queued_calls: int
-    objects: int
-    clients: int
-    workers: int
-    idle_workers: int
-    busy_workers: int
-    groups: int
-    functions: int
-    open_requests: int
-    actors: int  #: that are not dead
-    bundles: int  #: of placement groups, kept here
-    streams: int  #: of generators, that somebody may take items of
-    resources_total: dict[str, float]
-    resources_available: dict[str, float]
-    arena: AllocatorStatistics
-    store: StoreStatistics
 
 
 @final
@@ -291,61 +251,33 @@ class Node:
             {NODE_ID_LABEL: node_id.hex(), **(labels or {})},
         )
         self.state = state
-        functions = Functions(state)
-        self._observer = observer = Observer(state)
-        store = Store(state)
-        tasks = Tasks(state, store, functions, observer)
-        functions.objects = objects = Objects(state, store, tasks.inputs.on_dependency_ready)
-        dispatcher = Dispatcher(state, tasks)
-        groups = Groups(state, tasks, dispatcher, next_worker_id, slots, observer)
-        peers = Peers(state, store, objects, tasks, functions)
-        observer.peers = peers
-        actors = Actors(state, objects, tasks, dispatcher, groups, observer)
-        # The parts know each other: they are one machine, in files of readable size.
-        tasks.objects, tasks.dispatcher, tasks.groups, tasks.peers = (
-            objects,
-            dispatcher,
-            groups,
-            peers,
+        parts = make_parts(
+            state,
+            next_worker_id=next_worker_id,
+            slots=slots,
+            has_head=has_head,
+            watches_memory=watches_memory,
         )
-        tasks.actors = dispatcher.actors = groups.actors = self._actors = actors
-        elsewhere = ActorsElsewhere(state, objects, tasks)
-        hosting = Hosting(state, objects, tasks, functions, actors, elsewhere, is_cluster=has_head)
-        actors.elsewhere, actors.hosting, peers.actors = elsewhere, hosting, actors
-        elsewhere.local, elsewhere.peers, hosting.borrowing = actors, peers, peers.borrowing
-        objects.on_handle = elsewhere.on_handle
-        objects.on_actor_freed = actors.on_freed
-        objects.on_local = peers.on_local
-        dispatcher.groups, dispatcher.try_forward = groups, peers.try_forward
-        dispatcher.place_elsewhere = peers.place_elsewhere
-        dispatcher.is_hopeless = peers.placing.never
-        dispatcher.peers = peers.views
-        observer.actors = actors
-        tasks.cancellation = cancellation = Cancellation(state, tasks)
-        tasks.retries = retries = Retries(state, tasks)
-        cancellation.dispatcher = retries.dispatcher = dispatcher
-        peers.cancellation = cancellation
-        observer.cancellation, observer.call_sites = cancellation, objects.call_sites
-        bundles = Bundles(state, objects, tasks)
-        bundles.actors, bundles.dispatcher, bundles.peers = actors, dispatcher, peers
-        functions.bundles = dispatcher.bundles = self._bundles = bundles
-        dispatcher.orders = bundles.orders
-        tasks.streams = peers.streams = self._streams = streams = Streams(state, objects, tasks)
-        streams.peers = peers
-        self._cancellation, self._retries = cancellation, retries
-        tasks.protection = self._protection = MemoryProtection(state, tasks, watches_memory)
-        self._protection.actors, self._protection.retries = actors, retries
-        self._protection.groups = groups
-        dispatcher.timeouts = self._timeouts = timeouts = CallTimeouts(state)
-        timeouts.dispatcher, timeouts.groups = dispatcher, groups
-        self._functions, self._tasks, self._objects = functions, tasks, objects
-        self._dispatcher, self._groups, self._peers = dispatcher, groups, peers
-        self._store = store
         self._has_head = state.has_head = has_head
+        self._parts = parts
         self._inquiries = Inquiries(state)
-        self._draining = draining = Draining(state, tasks)
-        draining.actors, draining.dispatcher, draining.peers = actors, dispatcher, peers
-        peers.draining = draining
+        # (Plain fields: each message looks some of them up.)
+        self._actors = parts.actors
+        self._bundles = parts.bundles
+        self._cancellation = parts.cancellation
+        self._dispatcher = parts.dispatcher
+        self._draining = parts.draining
+        self._functions = parts.functions
+        self._groups = parts.groups
+        self._objects = parts.objects
+        self._observer = parts.observer
+        self._peers = parts.peers
+        self._protection = parts.protection
+        self._retries = parts.retries
+        self._store = parts.store
+        self._streams = parts.streams
+        self._tasks = parts.tasks
+        self._timeouts = parts.timeouts
         #: Where other nodes reach this one, and what lists of nodes show; set by the shell.
         self.address = ""
         self.info: dict[str, str] = {}
@@ -741,27 +673,7 @@ class Node:
 
     def statistics(self) -> NodeStatistics:
         """A snapshot of the tables."""
-        state = self.state
-        groups = state.groups.values()
-        return NodeStatistics(
-            tasks=len(state.tasks),
-            queued_calls=sum(queue.queued_calls for queue in state.classes.values()),
-            objects=len(state.objects),
-            clients=len(state.clients),
-            workers=len(state.workers),
-            idle_workers=sum(len(group.idle) for group in groups),
-            busy_workers=sum(bool(worker.packets) for worker in state.workers.values()),
-            groups=len(state.groups),
-            functions=len(state.functions),
-            open_requests=sum(len(client.requests) for client in state.clients.values()),
-            actors=self._actors.count(),
-            bundles=self._bundles.count(),
-            streams=self._streams.count(),
-            resources_total=from_fixed(state.resources.total),
-            resources_available=from_fixed(state.resources.available),
-            arena=state.allocator.statistics(),
-            store=self._store.statistics(),
-        )
+        return statistics_of(self.state, self._parts)
 
     def memory_table(self, pid: int, limit: int | None = None) -> MemoryTable:
         """Which objects there are, where, and who holds them; `pid` is the node's own process."""
