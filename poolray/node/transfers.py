@@ -173,9 +173,15 @@ class Transfers:
 
     def pull(self, object_id: ObjectId) -> None:
         """Fetch an object whose value is on another node; once."""
-        value = self._state.objects[object_id].value
+        record = self._state.objects[object_id]
+        value = record.value
         if object_id in self._pulls or not isinstance(value, InArena):
             return
+        for inner in record.contained:
+            # An error that stands for this one too comes first: its memory is this one's as well,
+            # and of the two only this one keeps the other.
+            if self._state.objects[inner].value == value:
+                self.pull(inner)
         pull = self._pulls[object_id] = _Pull(object_id, value)
         keeper = self._objects.originals.get(object_id)
         if (

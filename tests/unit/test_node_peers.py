@@ -290,6 +290,30 @@ def test_all_return_values_lost_with_a_node_are_made_by_one_more_run() -> None:
     assert pair.a.node.statistics().tasks == 1
 
 
+def test_a_large_error_of_several_return_values_is_let_go_with_the_last_of_them() -> None:
+    """Also when the one that is read first is not the one whose memory it is."""
+    pair = Pair(max_retries=0, num_returns=2)
+    task = pair.a.submit(pair.kind)
+    pair.carry()
+    pair.b.start_all()
+    (worker,) = pair.b.busy()
+    packet = pair.b.read(worker)
+    name = result_of(task)
+    pair.b.say(worker, AllocateRange(request_id=1, object_id=name, size_bytes=LARGE))
+    offset = pair.b.node.state.clients[worker].ranges[name]  # type: ignore[index]
+    place = InArena(object_id=name, offset=offset, size_bytes=LARGE)
+    pair.b.finish(worker, packet, [Outcome(values=[place], is_error=True)])
+    pair.carry()
+    pair.a.get(result_of(task, 1))
+    pair.a.get(result_of(task, 0))
+    pair.carry()
+    assert len(pair.a.values()) == 2
+    pair.a.drop(result_of(task, 0), result_of(task, 1))
+    pair.carry()
+    pair.a.assert_empty()
+    pair.b.assert_empty()
+
+
 def test_a_result_that_may_not_be_made_again_is_lost_with_words() -> None:
     pair = Pair(max_retries=0)
     task = pair.a.submit(pair.kind)
