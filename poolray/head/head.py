@@ -229,7 +229,9 @@ class Head:
                 self._jobs.finish(message)
             case ListJobs():
                 self._jobs.on_list(node_id, message)
-            case RegisterGroup() | DropGroup() | FindGroups() | WatchGroup() | BundlesPrepared():
+            case RegisterGroup():
+                self._register_group(node_id, message)
+            case DropGroup() | FindGroups() | WatchGroup() | BundlesPrepared():
                 self._placement.on_request(node_id, message)
             case _:
                 self._on_actor_or_key(node_id, message)
@@ -261,6 +263,14 @@ class Head:
                 self._on_key_value(node_id, message)
             case _:
                 raise InternalError(f"the head cannot take {message!r}")
+
+    def _register_group(self, node_id: NodeId, message: RegisterGroup) -> None:
+        self._placement.on_request(node_id, message)
+        job_id = message.spec.job_id
+        if not job_id or message.spec.detached or self._state.members[node_id].is_alone:
+            return
+        if not self._jobs.imply(job_id, node_id):
+            self._placement.on_job_finished(job_id)
 
     def _put_function(self, node_id: NodeId, definition: FunctionDefinition) -> None:
         function_id = definition.function_id

@@ -30,13 +30,15 @@ _decode_row = msgspec.msgpack.Decoder(JobRow).decode
 class Jobs:
     """The drivers of the cluster."""
 
-    __slots__ = ("_ended", "_running", "_state", "on_finished")
+    __slots__ = ("_ended", "_implied", "_running", "_state", "on_finished")
 
     def __init__(self, state: HeadState) -> None:
         self._state = state
         #: Told of each job that has ended.
         self.on_finished: Callable[[bytes], None] = lambda job_id: None
         self._running: dict[bytes, JobRow] = {}
+        #: Of those, the ones that nobody has registered yet.
+        self._implied: dict[bytes, None] = {}
         self._ended: dict[bytes, JobRow] = {}
 
     def restore(self, rows: Mapping[bytes, bytes]) -> None:
@@ -46,12 +48,14 @@ class Jobs:
 
     def register(self, message: RegisterJob) -> None:
         """A driver has come."""
+        known = self._running.get(message.job_id)
         if (
             message.node_id not in self._state.members
-            or message.job_id in self._running
+            or (known is not None and known.job_id not in self._implied)
             or message.job_id in self._ended
         ):
             return
+        self._implied.pop(message.job_id, None)
         row = self._running[message.job_id] = JobRow(
             job_id=message.job_id,
             node_id=message.node_id,
@@ -62,8 +66,22 @@ class Jobs:
         )
         self._state.store(_TABLE, message.job_id, row)
 
+    def imply(self, job_id: bytes, node_id: NodeId) -> bool:
+        """Something belongs to a job; False: to one that has ended.
+
+        A job that is not known is taken for one of that node until it is registered: what tells of
+        it may have been lost with an earlier life of the head, and its node may die next.
+        """
+        if job_id in self._ended:
+            return False
+        if job_id not in self._running:
+            self.register(RegisterJob(job_id=job_id, node_id=node_id))
+            self._implied[job_id] = None
+        return True
+
     def finish(self, message: FinishJob) -> None:
         """A driver has gone."""
+        self._implied.pop(message.job_id, None)
         row = self._running.pop(message.job_id, None)
         if row is None:
             return
@@ -96,4 +114,5 @@ class Jobs:
     def check_invariants(self) -> None:
         """Raise AssertionError when tables do not agree."""
         assert not self._running.keys() & self._ended.keys()
+        assert self._implied.keys() <= self._running.keys()
         assert all(row.node_id in self._state.members for row in self._running.values())

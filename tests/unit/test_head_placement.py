@@ -10,6 +10,7 @@ import pytest
 from poolray.config import Config
 from poolray.head.head import Head
 from poolray.ids import NodeId, PlacementGroupId
+from poolray.protocol.directory import LeaveCluster
 from poolray.protocol.node import FinishJob, Heartbeat, RegisterJob, RegisterNode, Tick
 from poolray.protocol.placement import (
     BundlesPrepared,
@@ -237,6 +238,27 @@ def test_a_group_goes_with_its_job_unless_it_is_detached(detached: bool) -> None
     bench.tell(A, FinishJob(job_id=b"job"))
     expected = GroupState.CREATED if detached else GroupState.REMOVED
     assert bench.state(group) is expected
+
+
+def test_a_group_of_a_job_that_nobody_has_told_of_goes_with_the_node_that_made_it() -> None:
+    """An earlier life of the head may have been told of the job, and had no time to store that."""
+    bench = Bench(A, B)
+    mine = bench.create(1, job_id=b"mine", at=A)
+    told = bench.create(1, job_id=b"told", at=A)
+    bench.answer()
+    bench.tell(B, RegisterJob(job_id=b"told", node_id=B))
+    bench.tell(A, LeaveCluster(node_id=A))
+    assert bench.state(mine, B) is GroupState.REMOVED
+    assert bench.state(told, B) is not GroupState.REMOVED
+    bench.tell(B, FinishJob(job_id=b"told"))
+    assert bench.state(told, B) is GroupState.REMOVED
+
+
+def test_a_group_that_is_made_after_the_end_of_its_job_is_removed() -> None:
+    bench = Bench(A)
+    bench.tell(A, RegisterJob(job_id=b"job", node_id=A))
+    bench.tell(A, FinishJob(job_id=b"job"))
+    assert bench.state(bench.create(1, job_id=b"job")) is GroupState.REMOVED
 
 
 def test_a_bundle_goes_to_a_node_with_its_labels() -> None:
