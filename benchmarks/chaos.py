@@ -220,11 +220,13 @@ def run(
     seconds: float, seed: int, nodes: int = 4, every_s: float = 3.0, verbose: bool = False
 ) -> dict[str, Any]:
     """The whole run; gives its figures. `errors` and `leftovers` are empty when all went well."""
-    mark, temp = f"{os.getpid()}-{seed}", tempfile.mkdtemp(prefix="poolray-chaos-")
+    mark, usual_temp = f"{os.getpid()}-{seed}", tempfile.gettempdir()
+    temp = tempfile.mkdtemp(prefix="poolray-chaos-")
     journal = tempfile.mkdtemp(prefix="poolray-journal-")
-    os.environ[_MARK] = mark
-    temp_before, tempfile.tempdir = tempfile.tempdir, temp
-    os.environ["TMPDIR"] = temp
+    environment = {_MARK: mark, "TMPDIR": temp}
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    tempfile.tempdir = temp
     shared_before = _shared_memory()
     errors: list[str] = []
     counts = {"shuffle rounds": 0, "actor calls": 0}
@@ -253,13 +255,17 @@ def run(
         for thread in threads:
             thread.join()
         if errors:
-            _keep_logs(chaos.cluster.session_folder)
+            _keep_logs(chaos.cluster.session_folder, usual_temp)
     finally:
         chaos.stop()
     left = leftovers(mark, address, temp, shared_before)
     journal_read = work.Journal(journal)
-    tempfile.tempdir = temp_before
-    del os.environ[_MARK], os.environ["TMPDIR"]
+    tempfile.tempdir = None
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
     for folder in (temp, journal):
         shutil.rmtree(folder, ignore_errors=True)
     return {
@@ -279,9 +285,9 @@ def run(
     }
 
 
-def _keep_logs(folder: str) -> None:
+def _keep_logs(folder: str, temp: str) -> None:
     """What daemons wrote, for who looks into a failure."""
-    kept = tempfile.mkdtemp(prefix="poolray-chaos-logs-", dir="/tmp")
+    kept = tempfile.mkdtemp(prefix="poolray-chaos-logs-", dir=temp)
     shutil.copytree(folder, kept, dirs_exist_ok=True)
     print(f"logs of the daemons: {kept}", file=sys.stderr)
 

@@ -27,7 +27,8 @@ from poolray.cluster.auth import Credentials
 from poolray.cluster.options import HeadOptions, Ready
 from poolray.cluster.switch import Switch
 from poolray.config import Config
-from poolray.head.head import Head, HeadInput, SendNode
+from poolray.exceptions import PoolrayError
+from poolray.head.head import Change, Head, HeadInput, SendNode
 from poolray.head.storage_open import Storage, open_storage
 from poolray.ids import NodeId
 from poolray.local.reactor import Doorbell
@@ -38,6 +39,10 @@ from poolray.protocol.node import HeadRequest, NodeDied, RegisterNode, Tick
 _logger = logging.getLogger(__name__)
 
 HEAD_ID = b"head"
+
+#: A storage that fails is tried again for so long; then the head ends, and another may be started.
+_STORAGE_PATIENCE_S = 30.0
+_STORAGE_AGAIN_S = 0.2
 
 
 @final
@@ -131,9 +136,24 @@ class HeadDaemon:
         if self._storage is not None:
             changes = self._head.take_changes()
             if changes:
-                self._storage.write(changes)
+                self._store(self._storage, changes)
         for effect in effects:
             self._act(effect)
+
+    def _store(self, storage: Storage, changes: list[Change]) -> None:
+        """Nobody may hear of changes before they are stored: a storage that is away for a moment is
+        waited for. Nodes go on meanwhile, as they do without a head.
+        """
+        deadline_s = time.monotonic() + _STORAGE_PATIENCE_S
+        while True:
+            try:
+                storage.write(changes)
+                return
+            except PoolrayError as error:
+                if self._stopped or time.monotonic() > deadline_s:
+                    raise
+                _logger.error("%s It is tried again.", error)
+                time.sleep(_STORAGE_AGAIN_S)
 
     def _act(self, effect: SendNode) -> None:
         message = effect.message

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import shutil
+import socket
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
@@ -79,3 +82,55 @@ def script(tmp_path: Path) -> Callable[..., ScriptResult]:
     return lambda body, *options, **keywords: run_script(
         tmp_path / "script.py", body, *options, **keywords
     )
+
+
+class RedisServer:
+    """A server that keeps what it is told, and can be killed and started again."""
+
+    def __init__(self, program: str, port: int, folder: Path) -> None:
+        self.url = f"redis://127.0.0.1:{port}/0"
+        self._port = port
+        self._command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+        self._command += ["--dir", str(folder), "--appendonly", "yes", "--appendfsync", "no"]
+        self._process: subprocess.Popen[bytes] | None = None
+        folder.mkdir()
+
+    def start(self) -> None:
+        """Start it, with what it had."""
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        wait_until(self._answers, "redis-server listens")
+
+    def _answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
+
+    def kill(self) -> None:
+        """End it by force."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis server of our own, from Debian's package."""
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("redis-server is not installed: apt-get install redis-server")
+    pytest.importorskip("redis", reason="the package redis is not installed: pip install redis")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = RedisServer(program, port, tmp_path / "redis")
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """Where a Redis server of our own is."""
+    return redis_server.url
