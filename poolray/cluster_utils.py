@@ -24,6 +24,7 @@ from poolray.cluster.auth import Credentials, make_token, write_token
 from poolray.cluster.options import HeadOptions, NodeOptions
 from poolray.config import Config
 from poolray.exceptions import PoolrayError
+from poolray.local.session_folder import lock_folder
 from poolray.protocol.cluster import AskNodes, Nodes
 from poolray.protocol.directory import NodeRow, NodeStatus
 
@@ -122,6 +123,8 @@ class Cluster:
         self._head_options: HeadOptions | None = None
         self._config: dict[str, int | float] = {}
         self._folder = ""
+        #: Keeps the folder from being swept while this process lives.
+        self._lock = -1
         self._token = ""
         self._shutdown_at_exit = shutdown_at_exit
         if shutdown_at_exit:
@@ -208,6 +211,8 @@ class Cluster:
     def _start_head(self, port: int, storage: str, config: dict[str, Any]) -> None:
         if not self._folder:
             self._folder = tempfile.mkdtemp(prefix="poolray-cluster-")
+            if self._shutdown_at_exit:  # else it outlives us, and what it needs does
+                self._lock = lock_folder(self._folder)
             self._token = make_token()
             write_token(self.auth_token_path, self._token)
             self._session = places.make_session_folder(self._folder)
@@ -358,6 +363,9 @@ class Cluster:
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = ""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
         atexit.unregister(self.shutdown)
 
 

@@ -11,7 +11,8 @@ removes the folders at the end; sweeps folders of dead drivers.
 Who calls: the runtime and its I/O threads.
 May touch: folders and files below the spill directories.
 Invariants: a folder is locked before a path in it is given out; nobody sweeps a folder whose lock
-is held, or one without a lock that is younger than a minute.
+is held, or one without a lock that is younger than a minute or whose name is not such a folder's
+(a `Cluster` locks its own, and has it swept when it was killed).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -30,6 +32,7 @@ from typing import final
 from poolray.objects import spill_urls
 
 _PREFIX = "poolray-"
+_NAME = re.compile(r"poolray-\d+-.+-\d+")
 _LOCK = "lock"
 #: Beside a lock: the folder elsewhere that it is for.
 _URL = "url"
@@ -167,6 +170,13 @@ def _remove_remote(url: str) -> bool:
     return True
 
 
+def lock_folder(folder: str) -> int:
+    """Keep a folder from being swept until this descriptor is closed, or its process has ended."""
+    descriptor = os.open(os.path.join(folder, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
 def sweep(directories: Sequence[str]) -> None:
     """Remove the folders that killed drivers of this user have left."""
     remote = [tempfile.gettempdir()] if any(map(spill_urls.is_url, directories)) else []
@@ -187,7 +197,8 @@ def _sweep_folder(folder: str) -> None:
             return
         descriptor = os.open(os.path.join(folder, _LOCK), os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        if time.time() - status.st_mtime > _UNLOCKED_MAX_S:
+        is_old = time.time() - status.st_mtime > _UNLOCKED_MAX_S
+        if is_old and _NAME.fullmatch(os.path.basename(folder)):
             shutil.rmtree(folder, ignore_errors=True)
         return
     except OSError:

@@ -502,8 +502,11 @@ def test_folders_of_the_living_are_left_alone_and_those_of_the_dead_removed(
     os.utime(forgotten, (1, 1))
     strange = tmp_path / "poolray-notes.txt"
     strange.touch()
+    others = tmp_path / "poolray-of-somebody-else"
+    others.mkdir()
+    os.utime(others, (1, 1))
     sweep([os.fspath(tmp_path), os.fspath(tmp_path / "nowhere")])
-    assert set(tmp_path.iterdir()) == {Path(folder), being_made, strange}
+    assert set(tmp_path.iterdir()) == {Path(folder), being_made, strange, others}
     living.remove()
     assert not Path(folder).exists()
 
