@@ -34,6 +34,7 @@ from poolray.node.actor_record import (
     unavailable,
 )
 from poolray.node.actors_elsewhere import ADOPTER, ActorsElsewhere
+from poolray.node.borrowing import is_peer, node_of
 from poolray.node.cancellation import error_of
 from poolray.node.effects import Reply, SendHead, TerminateWorker
 from poolray.node.state import NodeState
@@ -194,6 +195,10 @@ class Actors:
             self._state.effects.append(Reply(client_id, names))
             return
         entry = message.entry
+        if is_peer(client_id):
+            assert isinstance(request, LookUpActor)
+            self.hosting.on_doubt_settled(node_of(client_id), request)
+            return
         found = entry.actor_id if entry is not None else ActorId(b"")
         if isinstance(request, CreateActor) and found == request.actor_id:
             self.create(client_id, request)

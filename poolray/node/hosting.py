@@ -91,6 +91,7 @@ class Hosting:
     __slots__ = (
         "_asked_by",
         "_dead",
+        "_doubts",
         "_elsewhere",
         "_functions",
         "_local",
@@ -133,6 +134,9 @@ class Hosting:
         #: actor that another node keeps, or this one is about to -> requests of clients here for a
         #: handle to it.
         self._wanted: dict[ActorId, list[_Wanted]] = {}
+        #: (peer, namespace, name) of a handle that it wants -> the actor that it means, of which
+        #: the head is asked.
+        self._doubts: dict[tuple[NodeId, str, str], ActorId] = {}
         #: actor that this node is about to keep -> peers that want a handle to it.
         self._asked_by: dict[ActorId, dict[NodeId, None]] = {}
 
@@ -558,7 +562,8 @@ class Hosting:
         wanted = self._wanted.setdefault(entry.actor_id, [])
         wanted.append(_Wanted(client_id, request_id, entry))
         if len(wanted) == 1 and not is_coming:
-            self._send(entry.keeper, AskHandle(actor_id=entry.actor_id))
+            ask = AskHandle(actor_id=entry.actor_id, name=entry.name, namespace=entry.namespace)
+            self._send(entry.keeper, ask)
 
     def _ask_again(self, item: _Wanted) -> None:
         """Who kept an actor does not: the head may know who does now."""
@@ -573,6 +578,13 @@ class Hosting:
         if self.creations.expects(message.actor_id):
             self._asked_by.setdefault(message.actor_id, {})[node_id] = None
             return
+        if message.name and message.actor_id not in self._local.actors:
+            # That we are to keep it may be on its way to us: the head's answer comes after that.
+            doubt = (node_id, message.namespace, message.name)
+            self._doubts[doubt] = message.actor_id
+            look_up = LookUpActor(request_id=0, namespace=message.namespace, name=message.name)
+            self._local.on_request(client_of(node_id), look_up)
+            return
         handle = handle_of(message.actor_id)
         actor = self._local.actors.get(message.actor_id)
         lent = []
@@ -581,6 +593,12 @@ class Hosting:
         description = b"" if actor is None else actor.message.description
         reply = HandleLent(actor_id=message.actor_id, lent=lent, description=description)
         self._send(node_id, reply)
+
+    def on_doubt_settled(self, node_id: NodeId, message: LookUpActor) -> None:
+        """The head has answered: what it had to say of an actor before is known."""
+        actor_id = self._doubts.pop((node_id, message.namespace, message.name), None)
+        if actor_id is not None and node_id not in self.borrowing.dead:
+            self.on_ask_handle(node_id, AskHandle(actor_id=actor_id))
 
     def on_handle_lent(self, node_id: NodeId, message: HandleLent) -> None:
         """A handle that we asked for has come, or there is none."""

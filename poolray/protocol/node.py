@@ -354,6 +354,9 @@ class AskHandle(msgspec.Struct, frozen=True, array_like=True, tag=215, kw_only=T
     """Somebody here wants a handle to an actor that you keep."""
 
     actor_id: ActorId
+    #: What the asker knows it as, for who does not know it (yet).
+    name: str = ""
+    namespace: str = ""
 
 
 class HandleLent(msgspec.Struct, frozen=True, array_like=True, tag=216, kw_only=True):

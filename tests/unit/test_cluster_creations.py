@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from poolray.ids import ActorId, ClientId, ObjectId, WorkerId
-from poolray.node.effects import Reply, SealFile, Warn, WriteChunk
+from poolray.node.effects import Reply, SealFile, SendHead, SendPeer, Warn, WriteChunk
 from poolray.protocol.actors import CreateActor, KillActor, LookUpActor
 from poolray.protocol.client import AllocateRange, RangeGranted
-from poolray.protocol.directory import KillActorEntry
-from poolray.protocol.node import FileSealed
+from poolray.protocol.directory import ActorFound, FindActor, KeepActor, KillActorEntry
+from poolray.protocol.node import AskHandle, FileSealed, HandleLent
 from poolray.protocol.values import InArena, InFile, TaskSpec, Value
 from poolray.protocol.worker import RunTasks
 from tests.unit.cluster_bench import A, B, C, MiniCluster
@@ -227,6 +228,26 @@ def test_a_kill_that_comes_while_its_parts_find_room_ends_it_then(cluster: MiniC
     cluster.carry()
     assert c.answers()[0].actor_id == actor_id
     assert cluster.head.statistics().actors == c.node.statistics().actors == 0
+
+
+def test_a_keeper_that_has_not_heard_that_it_is_one_asks_the_head_before_it_says_no(
+    cluster: MiniCluster,
+) -> None:
+    c = cluster.nodes[C]
+    actor_id = create(cluster)
+    entry = replace(
+        cluster.head._actors._entries[actor_id],
+        keeper=C,
+        creation=cluster.head._actors._creations[actor_id],
+    )
+    c.effects.clear()
+    c.tell(AskHandle(actor_id=actor_id, name="n", namespace="s"), B)
+    (question,) = [e.message for e in c.take(SendHead) if isinstance(e.message, FindActor)]
+    assert c.take(SendPeer) == []
+    c.tell(KeepActor(entry=entry))
+    c.tell(ActorFound(request_id=question.request_id, entry=replace(entry, creation=None)))
+    answers = [e.message for e in c.take(SendPeer) if isinstance(e.message, HandleLent)]
+    assert [len(answer.lent) for answer in answers] == [1]
 
 
 def test_who_looks_one_up_as_its_keeper_dies_finds_it_at_the_next_one(
