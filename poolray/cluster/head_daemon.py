@@ -33,7 +33,15 @@ from poolray.head.storage_open import Storage, open_storage
 from poolray.ids import NodeId
 from poolray.local.reactor import Doorbell
 from poolray.protocol import PROTOCOL_VERSION
-from poolray.protocol.cluster import Answer, AskWho, Nodes, Question, Who
+from poolray.protocol.cluster import (
+    Answer,
+    AskDrain,
+    AskWho,
+    DrainStarted,
+    Nodes,
+    Question,
+    Who,
+)
 from poolray.protocol.node import HeadRequest, NodeDied, RegisterNode, Tick
 
 _logger = logging.getLogger(__name__)
@@ -133,6 +141,9 @@ class HeadDaemon:
             # A message that makes no sense, or a bug of ours: the other nodes go on.
             _logger.exception("the head cannot take %s", type(message).__name__)
             return
+        self._carry_out(effects)
+
+    def _carry_out(self, effects: list[SendNode]) -> None:
         if self._storage is not None:
             changes = self._head.take_changes()
             if changes:
@@ -174,9 +185,20 @@ class HeadDaemon:
                 protocol_version=PROTOCOL_VERSION,
                 session_folder=self._options.session_folder,
             )
+        if isinstance(question, AskDrain):
+            refusal, effects = self._head.drain(
+                question.node_id,
+                question.reason,
+                question.patience_s,
+                question.only_if_idle,
+                time.monotonic(),
+            )
+            self._carry_out(effects)
+            return DrainStarted(refusal=refusal)
         return Nodes(
             nodes=self._head.nodes(),
             jobs=self._head.statistics().jobs,
+            pending_groups=self._head.pending_groups(),
             session_folder=self._options.session_folder,
         )
 

@@ -61,10 +61,12 @@ from poolray.protocol import PROTOCOL_VERSION
 from poolray.protocol.client import RangeGranted
 from poolray.protocol.cluster import (
     Answer,
+    AskDrain,
     AskWho,
     Hello,
     JobStarted,
     Nodes,
+    NotUnderstood,
     Output,
     Question,
     UserError,
@@ -96,6 +98,8 @@ _logger = logging.getLogger(__name__)
 _DAEMON = ClientId(b"daemon")
 #: The head has been silent for this long: whoever started it has forgotten us.
 _HEAD_SILENCE_MAX_S = 60.0
+#: A drained node waits so long for others to have what it told them.
+_FAREWELL_S = 5.0
 #: A driver's or worker's channel that was full is tried again after this long.
 _FLUSH_AGAIN_S = 0.001
 
@@ -168,6 +172,8 @@ class NodeDaemon(NodeShell):
         self._views: dict[NodeId, NodeView] = {}
         self._stop = Waitable()
         self.is_rejoining = False
+        #: It was drained: its last word to the head, and when that is said at the latest.
+        self._farewell: tuple[LeaveCluster, float] | None = None
         #: group -> fork servers in a row that died before a worker came of them.
         self._server_failures: dict[GroupId, int] = {}
         #: The switch has something to send, or may have something to read …
@@ -317,6 +323,8 @@ class NodeDaemon(NodeShell):
             self.is_switch_due = more or self.is_switch_due
         while self._deliveries:
             self._hand_over(self._deliveries.popleft())
+        if self._farewell is not None:
+            self._leave_when_heard()
 
     def next_timeout(self) -> float | None:
         """Seconds until `tick` is due."""
@@ -324,6 +332,9 @@ class NodeDaemon(NodeShell):
         deadline = self._switch.next_deadline()
         if any(session.waits for session in self._sessions.values()):
             deadline = time.monotonic() + _FLUSH_AGAIN_S
+        if self._farewell is not None:
+            leave_s = self._farewell[1]
+            deadline = leave_s if deadline is None else min(deadline, leave_s)
         if deadline is None:
             return timeout
         left = deadline - time.monotonic()
@@ -355,9 +366,22 @@ class NodeDaemon(NodeShell):
         session.send(message)
 
     def _act_send_head(self, effect: SendHead) -> None:
-        self._send_head(effect.message)
-        if isinstance(effect.message, LeaveCluster):
-            self.stop()  # it was drained
+        if isinstance(effect.message, LeaveCluster):  # it was drained
+            self._farewell = effect.message, time.monotonic() + _FAREWELL_S
+        else:
+            self._send_head(effect.message)
+
+    def _leave_when_heard(self) -> None:
+        """Go, once others have what we told them last: else they might hear of our end before our
+        results, by way of the head, and take these for lost.
+        """
+        if self._farewell is None or self._stop.done:
+            return
+        message, deadline_s = self._farewell
+        unheard = any(self._switch.waiting(node_id) for node_id in self._addresses)
+        if not unheard or time.monotonic() >= deadline_s:
+            self._send_head(message)
+            self.stop()
 
     def _send_head(self, message: Any) -> None:
         self._switch.send(HEAD_ID, self._encode(message))
@@ -663,6 +687,8 @@ class NodeDaemon(NodeShell):
                 protocol_version=PROTOCOL_VERSION,
                 session_folder=self._options.session_folder,
             )
+        if isinstance(question, AskDrain):
+            return NotUnderstood(reason="the head is to be asked")
         folder = self._options.session_folder
         return Nodes(nodes=self._known_nodes(), jobs=0, session_folder=folder)
 

@@ -65,6 +65,7 @@ from poolray.protocol.placement import (
     BundlesPrepared,
     DropGroup,
     FindGroups,
+    GroupRow,
     RegisterGroup,
     WatchGroup,
 )
@@ -321,7 +322,31 @@ class Head:
         reply = HeadReply(request_id=message.request_id, done=done, found=found, count=count)
         self._state.send(node_id, reply)
 
+    # ---- asked by those who are no members -------------------------------------------------------
+
+    def drain(
+        self, node_id: NodeId, reason: str, patience_s: float, only_if_idle: bool, now: float
+    ) -> tuple[str, list[SendNode]]:
+        """Begin to take a node out politely.
+
+        Returns
+        -------
+        refusal : str
+            Why not; empty: it has been told to leave.
+        effects : list of SendNode
+            Messages for nodes, in order.
+        """
+        state = self._state
+        state.now = now
+        refusal = self._members.drain(node_id, reason, patience_s, only_if_idle)
+        effects, state.effects = state.effects, []
+        return refusal, effects
+
     # ---- looking in ------------------------------------------------------------------------------
+
+    def pending_groups(self) -> list[GroupRow]:
+        """Placement groups with bundles that have no place."""
+        return self._placement.pending()
 
     def nodes(self) -> list[NodeRow]:
         """Living nodes in the order in which they came, then dead ones."""

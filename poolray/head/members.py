@@ -24,6 +24,7 @@ from poolray.head.state import HeadState
 from poolray.ids import NodeId
 from poolray.protocol import PROTOCOL_VERSION
 from poolray.protocol.directory import (
+    Demand,
     Drain,
     DrainNode,
     ListNodes,
@@ -53,10 +54,12 @@ _decode_row = msgspec.msgpack.Decoder(NodeRow).decode
 class Member:
     """A node that lives, as far as the head knows."""
 
-    __slots__ = ("deadline_s", "is_alone", "view")
+    __slots__ = ("deadline_s", "demands", "is_alone", "view")
 
     def __init__(self, view: NodeView, deadline_s: float, is_alone: bool) -> None:
         self.view = view
+        #: What waits there, for those who look on (`view` goes around, and is kept small).
+        self.demands: list[Demand] = []
         #: It lives in one process with the head, and sends no heartbeats.
         self.is_alone = is_alone
         #: It is dead if it has not been heard of until then.
@@ -176,6 +179,7 @@ class Members:
     def on_heartbeat(self, node_id: NodeId, message: Heartbeat) -> None:
         """A member says what it has free."""
         member = self._state.members[node_id]
+        member.demands = message.demands
         old = member.view
         if old.available == message.available and old.queued_tasks == message.queued_tasks:
             return
@@ -229,17 +233,38 @@ class Members:
     # ---- leaving ---------------------------------------------------------------------------------
 
     def on_drain(self, sender: NodeId, message: DrainNode) -> None:
-        """Somebody wants a node to end politely."""
+        """A member wants a node to end politely."""
+        done = not self.drain(message.node_id, message.reason, message.patience_s)
+        self._state.send(sender, HeadReply(request_id=message.request_id, done=done))
+
+    def drain(
+        self, node_id: NodeId, reason: str, patience_s: float, only_if_idle: bool = False
+    ) -> str:
+        """Begin to take a node out politely; gives why not, or an empty text.
+
+        Parameters
+        ----------
+        patience_s : float
+            Seconds that what it runs may take to end; 0: as long as it wants.
+        only_if_idle : bool
+            Leave a node alone that runs something, or on which something waits.
+        """
         state = self._state
-        member = state.members.get(message.node_id)
-        if member is not None and member.view.status is NodeStatus.ALIVE:
-            member.view = msgspec.structs.replace(member.view, status=NodeStatus.DRAINING)
-            self._changed[message.node_id] = None
-            self._store(member.view)
-            state.send(message.node_id, Drain(reason=message.reason, patience_s=message.patience_s))
-            self.send_views()
-        reply = HeadReply(request_id=message.request_id, done=member is not None)
-        state.send(sender, reply)
+        member = state.members.get(node_id)
+        if member is None:
+            known = self.dead.get(node_id)
+            return f"it {known.reason}" if known is not None else "the cluster has no such node"
+        view = member.view
+        if view.status is not NodeStatus.ALIVE:
+            return ""  # it has been told
+        if only_if_idle and (view.available != view.total or view.queued_tasks):
+            return "it is not idle"
+        member.view = msgspec.structs.replace(view, status=NodeStatus.DRAINING)
+        self._changed[node_id] = None
+        self._store(member.view)
+        state.send(node_id, Drain(reason=reason, patience_s=patience_s))
+        self.send_views()
+        return ""
 
     def on_leave(self, node_id: NodeId, reason: str) -> None:
         """A member has ended what it had, and goes."""
@@ -269,7 +294,10 @@ class Members:
 
     def rows(self) -> list[NodeRow]:
         """Nodes: living ones in the order in which they came, then dead ones."""
-        rows = [_row_of(member.view) for member in self._state.members.values()]
+        rows = [
+            msgspec.structs.replace(_row_of(member.view), demands=member.demands)
+            for member in self._state.members.values()
+        ]
         rows.extend(self.dead.values())
         return rows
 

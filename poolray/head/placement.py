@@ -520,6 +520,10 @@ class PlacementGroups:
 
     # ---- looking in ------------------------------------------------------------------------------
 
+    def pending(self) -> list[GroupRow]:
+        """Groups with bundles that have no place, in the order in which they came."""
+        return [self._groups[group_id].row() for group_id in self._pending]
+
     def count(self) -> int:
         """Groups that have not been removed."""
         return len(self._groups)

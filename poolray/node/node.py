@@ -28,7 +28,7 @@ from poolray.node.inquiries import Inquiries
 from poolray.node.memory import memory_table
 from poolray.node.parts import make_parts
 from poolray.node.state import NodeState
-from poolray.node.statistics import NodeStatistics, statistics_of
+from poolray.node.statistics import NodeStatistics, demands_of, statistics_of
 from poolray.objects.allocator import RangeAllocator
 from poolray.protocol.actors import (
     CallActor,
@@ -646,6 +646,7 @@ class Node:
                         node_id=state.node_id,
                         available=dict(state.resources.available),
                         queued_tasks=queued,
+                        demands=demands_of(state),
                     )
                 )
             )

@@ -14,7 +14,11 @@ from poolray.node.parts import Parts
 from poolray.node.state import NodeState
 from poolray.node.store import StoreStatistics
 from poolray.objects.allocator import AllocatorStatistics
+from poolray.protocol.directory import Demand
 from poolray.scheduling.resources import from_fixed
+
+#: Shapes in one heartbeat: those of which most calls wait.
+_DEMANDS_MAX = 100
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,3 +66,15 @@ def statistics_of(state: NodeState, parts: Parts) -> NodeStatistics:
         arena=state.allocator.statistics(),
         store=parts.store.statistics(),
     )
+
+
+def demands_of(state: NodeState) -> list[Demand]:
+    """What waits, by the resources of one call; of most calls first."""
+    counts: dict[tuple[tuple[str, int], ...], int] = {}
+    for queue in state.classes.values():
+        if queue.queued_calls:
+            shape = tuple(sorted(queue.task_class.resources.items()))
+            counts[shape] = counts.get(shape, 0) + queue.queued_calls
+    found = [Demand(resources=dict(shape), count=count) for shape, count in counts.items()]
+    found.sort(key=lambda demand: -demand.count)
+    return found[:_DEMANDS_MAX]

@@ -4,8 +4,8 @@ What: messages of drivers and their daemon, of daemons about jobs, and questions
 has the token may ask a daemon.
 Who calls: `poolray/cluster/`; no machine sees one of these.
 May touch: nothing.
-Invariants: a question changes nothing and may be asked again; `Frames` keep their shape in every
-version, so that two versions can tell each other that they are two.
+Invariants: a question may be asked again, which changes nothing more; `Frames` keep their shape in
+every version, so that two versions can tell each other that they are two.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import msgspec
 
 from poolray.ids import GroupId, NodeId
 from poolray.protocol.directory import NodeRow
+from poolray.protocol.placement import GroupRow
 
 
 class FrameKind(enum.IntEnum):
@@ -115,6 +116,18 @@ class AskNodes(msgspec.Struct, frozen=True, array_like=True, tag=542, kw_only=Tr
     """Which nodes are there, and what goes on? For the head."""
 
 
+class AskDrain(msgspec.Struct, frozen=True, array_like=True, tag=543, kw_only=True):
+    """Take this node out of the cluster politely. For the head; once it is told, again is no more.
+
+    Nobody of the cluster needs to run on the machine that asks.
+    """
+
+    node_id: NodeId
+    reason: str
+    patience_s: float = 0.0  #: seconds that what it runs may take to end; 0: without end
+    only_if_idle: bool = False
+
+
 class Who(msgspec.Struct, frozen=True, array_like=True, tag=551, kw_only=True):
     """A daemon describes itself."""
 
@@ -132,6 +145,14 @@ class Nodes(msgspec.Struct, frozen=True, array_like=True, tag=552, kw_only=True)
     nodes: list[NodeRow]
     jobs: int
     session_folder: str
+    #: Placement groups with bundles that have no place; the head knows them.
+    pending_groups: list[GroupRow] = []
+
+
+class DrainStarted(msgspec.Struct, frozen=True, array_like=True, tag=554, kw_only=True):
+    """The node has been told to leave, or why not."""
+
+    refusal: str = ""
 
 
 class NotUnderstood(msgspec.Struct, frozen=True, array_like=True, tag=553, kw_only=True):
@@ -140,5 +161,5 @@ class NotUnderstood(msgspec.Struct, frozen=True, array_like=True, tag=553, kw_on
     reason: str
 
 
-Question: TypeAlias = AskWho | AskNodes
-Answer: TypeAlias = Who | Nodes | NotUnderstood
+Question: TypeAlias = AskWho | AskNodes | AskDrain
+Answer: TypeAlias = Who | Nodes | DrainStarted | NotUnderstood

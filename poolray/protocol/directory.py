@@ -28,6 +28,13 @@ class NodeStatus(enum.IntEnum):
     DEAD = 2
 
 
+class Demand(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Calls that wait for the same resources."""
+
+    resources: dict[str, int]  #: of one call, in units of 1/10,000
+    count: int
+
+
 class NodeRow(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """A node as it is listed."""
 
@@ -40,6 +47,7 @@ class NodeRow(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     info: dict[str, str] = {}
     queued_tasks: int = 0
     reason: str = ""  #: why it is dead, or is being drained
+    demands: list[Demand] = []  #: what waits there, by its shape
 
 
 class ListNodes(msgspec.Struct, frozen=True, array_like=True, tag=315, kw_only=True):

@@ -31,6 +31,7 @@ from poolray.protocol.directory import (
     ActorFound,
     ActorsFound,
     AskCreation,
+    Demand,
     Drain,
     DrainNode,
     DropActor,
@@ -450,6 +451,7 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=302, kw_only=T
     node_id: NodeId
     available: dict[str, int]
     queued_tasks: int
+    demands: list[Demand] = []  #: what waits, by its shape: those of which most wait
 
 
 class HeadPutFunction(msgspec.Struct, frozen=True, array_like=True, tag=303, kw_only=True):

@@ -98,9 +98,9 @@ print(len({poolray.get(task.remote()), poolray.get(task.options(num_cpus=2).remo
     assert program.stdout.strip() == "2", program.stderr
     status = run("status", f"--address={address}")
     assert status.returncode == 0, status.stderr
-    assert "Nodes: 2" in status.stdout
-    assert "0/3 CPU" in status.stdout
-    assert "0/3 disk" in status.stdout
+    assert status.stdout.count(" 1 node_") == 2
+    assert " 0.0/3.0 CPU\n" in status.stdout
+    assert " 0.0/3.0 disk\n" in status.stdout
     logs = list((folder / "runs").glob("session_2*/logs/*.log"))
     assert len(logs) == 3
     stopped = run("stop", "--temp-dir", str(folder / "runs"))
@@ -168,7 +168,11 @@ def test_blocking_start_ends_with_its_daemons(folder: Path, poolray_command: Run
         (["--head", "--resources=many"], "JSON"),
         (["--head", "--labels=a"], "KEY=VALUE"),
         (["--head", '--system-config={"no_such_field": 1}'], "no_such_field"),
-        (["--head", "--min-worker-port=1"], "ports"),
+        (["--head", "--min-worker-port=1"], "--min-worker-port: workers listen on no ports"),
+        (["--head", "--worker-port-list", "1,2"], "--worker-port-list: workers listen on no ports"),
+        (["--head", "--dashboard-port=1"], "--dashboard-port: this version"),
+        (["--head", "--enable-resource-isolation"], "--enable-resource-isolation: this version"),
+        (["--head", "--include-log-monitor=false"], "log_to_driver"),
     ],
 )
 def test_what_cannot_be_started_is_refused(

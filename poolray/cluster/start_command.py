@@ -1,0 +1,296 @@
+"""`poolray start`: a head, or a node that joins a cluster.
+
+What: turns flags into daemons' options, says what was started and how to join.
+Who calls: `cluster/commands.py`.
+May touch: daemons, the token's file, standard streams.
+Invariants: flags have the names of the reference's; one that this version does not carry out is
+refused with the reason, never ignored; a start that fails leaves nothing running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any, final
+
+from poolray.cluster import auth, launch, places
+from poolray.cluster.asking import ask
+from poolray.cluster.auth import AuthMode, Credentials
+from poolray.cluster.options import HeadOptions, NodeOptions
+from poolray.cluster.speaking import fail, say
+from poolray.cluster.switch import split_address
+from poolray.exceptions import AuthenticationError, PoolrayError
+from poolray.protocol.cluster import AskWho, Who
+
+#: The port of the head, as in the reference.
+DEFAULT_PORT = 6379
+
+
+def add_start(commands: Any) -> None:
+    start = commands.add_parser(
+        "start",
+        help="start a head, or join a cluster with this machine",
+        description="Start the daemons of a cluster on this machine: with --head a new cluster, "
+        "with --address a node that joins one.",
+    )
+    start.set_defaults(run=_start)
+    add = start.add_argument
+    add("--head", action="store_true", help="start a cluster")
+    add("--address", metavar="HOST:PORT", help="join the cluster whose head is there")
+    add(
+        "--port",
+        type=int,
+        help=f"the head's port (default: {DEFAULT_PORT}; 0: any that is free)",
+    )
+    add(
+        "--node-ip-address",
+        metavar="IP",
+        help="the address by which others reach this machine (default: found; without a token "
+        "127.0.0.1)",
+    )
+    add("--node-manager-port", type=int, default=0, help="the node's port (default: any)")
+    add("--num-cpus", type=int, help="CPUs that tasks may use at once (default: all)")
+    add("--num-gpus", type=int, help="GPUs (default: those that are found)")
+    add("--memory", type=int, metavar="BYTES", help="memory that tasks with memory= share")
+    add("--resources", type=_numbers, default={}, metavar="JSON", help="custom resources")
+    add("--labels", type=_labels, default={}, metavar="KEY=VALUE,...", help="labels of the node")
+    add("--labels-file", metavar="FILE", help="the same, JSON in a file")
+    add("--object-store-memory", type=int, metavar="BYTES", help="shared memory for objects")
+    add("--object-spilling-directory", metavar="DIR", help="where objects go that it cannot hold")
+    add("--temp-dir", metavar="DIR", help="where state and logs go (default: POOLRAY_TMPDIR)")
+    add("--storage", metavar="URL", help="the head's state: sqlite:///FILE or redis://HOST:PORT")
+    add("--auth-token-file", metavar="FILE", help="the file with the cluster's token")
+    add("--block", action="store_true", help="do not return until the daemons have ended")
+    add("--include-dashboard", type=_boolean, help="true is refused: there is no dashboard yet")
+    add("--include-log-monitor", type=_boolean, help="false is refused: output is always sent")
+    add("--disable-usage-stats", action="store_true", help="nothing to do: there are none")
+    add("--log-style", choices=["auto", "record"], help="nothing to do: output has no style")
+    add("--log-color", choices=["auto", "false"], help="nothing to do: output has no colors")
+    add("--system-config", type=_numbers, default={}, metavar="JSON", help=argparse.SUPPRESS)
+    for name, reason in _REFUSED.items():
+        add(f"--{name}", nargs="?", const="", help=argparse.SUPPRESS, action=_Refused, why=reason)
+
+
+#: Flags of the reference's `ray start` that this version does not carry out, and why.
+_NO_WORKER_PORTS = "workers listen on no ports: leave it out"
+_NO_DASHBOARD = "this version of poolray has no dashboard"
+_NO_ISOLATION = "this version of poolray sets no control groups up"
+_REFUSED = {
+    "min-worker-port": _NO_WORKER_PORTS,
+    "max-worker-port": _NO_WORKER_PORTS,
+    "worker-port-list": _NO_WORKER_PORTS,
+    "ray-client-server-port": "this version takes no drivers from outside the cluster",
+    "object-manager-port": "objects travel by the node's port, which is --node-manager-port",
+    "dashboard-host": _NO_DASHBOARD,
+    "dashboard-port": _NO_DASHBOARD,
+    "dashboard-agent-listen-port": _NO_DASHBOARD,
+    "dashboard-agent-grpc-port": _NO_DASHBOARD,
+    "proxy-server-url": _NO_DASHBOARD,
+    "runtime-env-agent-port": "there is no agent of runtime environments to listen",
+    "metrics-export-port": "drivers serve metrics: poolray.util.metrics.start_metrics_server",
+    "plasma-directory": "the object store is memory without a file; objects that it cannot hold "
+    "go to --object-spilling-directory",
+    "autoscaling-config": "this version starts no machines by itself",
+    "no-redirect-output": "daemons write to files: see where `poolray start` says that logs are",
+    "ray-debugger-external": "there is no debugger to reach",
+    "enable-resource-isolation": _NO_ISOLATION,
+    "system-reserved-cpu": _NO_ISOLATION,
+    "system-reserved-memory": _NO_ISOLATION,
+    "cgroup-path": _NO_ISOLATION,
+}
+
+
+@final
+class _Refused(argparse.Action):
+    """A flag that is known and not carried out."""
+
+    def __init__(self, *, why: str, **more: Any) -> None:
+        super().__init__(**more)
+        self._why = why
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        parser.error(f"{option_string}: {self._why}")
+
+
+def _numbers(text: str) -> dict[str, float]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(v, (int, float)) for v in found.values()):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no JSON object of names and numbers, such as '{{\"disk\": 4}}'"
+        )
+    return found
+
+
+def _labels(text: str) -> dict[str, str]:
+    labels = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise argparse.ArgumentTypeError(f"{part!r} is no KEY=VALUE")
+        labels[key.strip()] = value.strip()
+    return labels
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1")
+
+
+# ---- start ---------------------------------------------------------------------------------------
+
+
+def _start(options: argparse.Namespace) -> int:
+    problem = _contradiction(options)
+    if problem:
+        return fail(problem)
+    try:
+        return _start_head(options) if options.head else _start_node(options)
+    except (PoolrayError, OSError, ValueError) as error:
+        return fail(str(error))
+
+
+def _contradiction(options: argparse.Namespace) -> str:
+    if options.head == bool(options.address):
+        return "give either --head, to start a cluster, or --address=HOST:PORT, to join one"
+    if options.include_dashboard:
+        return "--include-dashboard=true: this version of poolray has no dashboard"
+    if options.include_log_monitor is False:
+        return "--include-log-monitor=false: use init(log_to_driver=False) in the driver"
+    if not options.head and options.port is not None:
+        return "--port is the head's: a node's own is --node-manager-port"
+    if not options.head and options.storage:
+        return "--storage is the head's"
+    return ""
+
+
+def _start_head(options: argparse.Namespace) -> int:
+    token = source = ""
+    if auth.mode() is AuthMode.TOKEN:
+        token, source = auth.ensure_token(options.auth_token_file)
+    host = options.node_ip_address or (places.usual_host() if token else "127.0.0.1")
+    temp = places.temp_dir(options.temp_dir)
+    session = places.make_session_folder(temp)
+    head = launch.start(
+        HeadOptions(
+            token=token,
+            host=host,
+            port=DEFAULT_PORT if options.port is None else options.port,
+            temp_dir=temp,
+            session_folder=session,
+            storage=options.storage or f"sqlite:///{session}/head.db",
+            config=options.system_config,
+        )
+    )
+    address = head.ready.address
+    try:
+        node = launch.start(_node_options(options, token, address, host, temp, session))
+    except BaseException:
+        head.stop()
+        raise
+    say(f"A cluster is running: its head is at {address}, this machine is its first node.")
+    say(f"  logs:   {session}/logs")
+    say(f"  token:  {source}" if token else "  token:  none: only this machine can join")
+    say("")
+    say("To add another machine, run there" + (", with the same token:" if token else ":"))
+    say(f"  poolray start --address={address}")
+    if token:
+        say("  (`poolray get-auth-token` prints the token here; hand it over in a file with mode")
+        say("  0600 named by --auth-token-file, or in POOLRAY_AUTH_TOKEN.)")
+    say("To use it from a program on one of its machines:")
+    say(f"  poolray.init(address={address!r})     # or POOLRAY_ADDRESS={address}")
+    say("To look at it, and to end it:")
+    say(f"  poolray status --address={address}")
+    say("  poolray stop")
+    return _finish(options, [node, head])
+
+
+def _start_node(options: argparse.Namespace) -> int:
+    address = options.address
+    split_address(address)
+    credentials, token = _credentials(address, options.auth_token_file)
+    # In words and within seconds, before anything is started.
+    ask(address, AskWho(), Who, credentials)
+    host = options.node_ip_address or _host_towards(address, bool(token))
+    temp = places.temp_dir(options.temp_dir)
+    session = places.make_session_folder(temp)
+    node = launch.start(_node_options(options, token, address, host, temp, session))
+    say(f"This machine is a node of the cluster at {address} now, at {node.ready.address}.")
+    say(f"  logs:   {session}/logs")
+    say("To leave the cluster:")
+    say("  poolray stop")
+    return _finish(options, [node])
+
+
+def _credentials(address: str, path: str | None) -> tuple[Credentials | None, str]:
+    if auth.mode() is AuthMode.DISABLED:
+        return None, ""
+    found = auth.find_token(path)
+    if found is None:
+        launch.credentials_for(address)  # raises, with what to do
+        raise AuthenticationError(f"there is no token for {address}")
+    return Credentials.of(found[0]), found[0]
+
+
+def _host_towards(address: str, has_token: bool) -> str:
+    """Loopback for a head on loopback; else the address that the way to it has."""
+    head_host, _ = split_address(address)
+    if not has_token or auth.is_loopback(head_host):
+        return "127.0.0.1"
+    return places.usual_host()
+
+
+def _node_options(
+    options: argparse.Namespace, token: str, address: str, host: str, temp: str, session: str
+) -> NodeOptions:
+    labels = dict(options.labels)
+    if options.labels_file:
+        with open(options.labels_file, encoding="utf-8") as file:
+            labels = {**json.load(file), **labels}
+    config: dict[str, int | float] = dict(options.system_config)
+    if options.num_cpus is not None:
+        config["num_cpus"] = options.num_cpus
+    if options.object_store_memory is not None:
+        config["object_store_memory_bytes"] = options.object_store_memory
+    spill = options.object_spilling_directory
+    return NodeOptions(
+        token=token,
+        head_address=address,
+        host=host,
+        port=options.node_manager_port,
+        temp_dir=temp,
+        session_folder=session,
+        is_head=bool(options.head),
+        num_gpus=options.num_gpus,
+        memory_bytes=options.memory,
+        resources=options.resources,
+        labels=labels,
+        spill_directories=[os.path.abspath(spill)] if spill else [],
+        config=config,
+    )
+
+
+def _finish(options: argparse.Namespace, daemons: list[launch.Daemon]) -> int:
+    """Leave the daemons to themselves, or wait for their end."""
+    if not options.block:
+        for daemon in daemons:
+            daemon.leave()
+        return 0
+    say("\nCtrl-C ends them.")
+    try:
+        code = daemons[0].wait()
+    except KeyboardInterrupt:
+        code = 0
+    for daemon in daemons:
+        daemon.stop()
+    return 1 if code else 0
