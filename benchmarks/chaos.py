@@ -56,6 +56,9 @@ class Chaos:
 
     def __init__(self, seed: int, nodes: int, every_s: float, verbose: bool) -> None:
         self._draw = random.Random(seed)
+        #: Each kind has its turn before they are drawn: so that a short run has seen them all.
+        self._turns = list(_WEIGHTS)
+        self._draw.shuffle(self._turns)
         self._every_s = every_s
         self._verbose = verbose
         self.kills: collections.Counter[str] = collections.Counter()
@@ -83,8 +86,10 @@ class Chaos:
             if time.monotonic() + pause_s > until_s:
                 return
             _wait(pause_s, has_failed)
-            kinds = list(_WEIGHTS)
-            self._kill(self._draw.choices(kinds, list(_WEIGHTS.values()))[0])
+            self._kill(self._turns.pop() if self._turns else self._drawn())
+
+    def _drawn(self) -> str:
+        return self._draw.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
 
     def _kill(self, kind: str) -> None:
         nodes = self.cluster.list_all_nodes()

@@ -1,4 +1,4 @@
-"""The simulator over many seeds. What it found is in `tests/unit`, as messages and effects."""
+"""The simulator over a thousand seeds. What it found is in `tests/unit`, as messages and effects."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tests.simulation.run import run, run_churn
 _CHUNK = 20
 
 
-@pytest.mark.parametrize("first", range(0, 240, _CHUNK))
+@pytest.mark.parametrize("first", range(0, 320, _CHUNK))
 def test_one_node_keeps_its_promises(first: int) -> None:
     for seed in range(first, first + _CHUNK):
         run(seed, steps=60, nodes=1)
 
 
-@pytest.mark.parametrize("first", range(0, 80, _CHUNK))
+@pytest.mark.parametrize("first", range(0, 200, _CHUNK))
 def test_three_nodes_keep_their_promises(first: int) -> None:
     for seed in range(first, first + _CHUNK):
         run(seed, steps=60, nodes=3)
@@ -41,7 +41,7 @@ def test_values_errors_and_deaths_of_nodes_all_come_up() -> None:
     assert sum(report.node_deaths for report in reports) > 0
 
 
-@pytest.mark.parametrize("first", range(0, 60, _CHUNK))
+@pytest.mark.parametrize("first", range(0, 480, _CHUNK))
 def test_actors_keep_their_promises_on_four_nodes(first: int) -> None:
     for seed in range(first, first + _CHUNK):
         run_actors(seed)
