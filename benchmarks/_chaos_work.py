@@ -24,6 +24,8 @@ import poolray
 
 #: Of the tables that are shuffled: tasks of a round, partitions of each, numbers in a table.
 MAPS, PARTS, NUMBERS = 6, 3, 120_000
+#: What a task takes beside its work, so that kills find it at it.
+_BUSY_S = 0.05
 #: Rounds whose results are kept, to be read once more when nodes that had them are long gone.
 KEPT_ROUNDS = 4
 #: A wait that takes longer is a hang.
@@ -109,6 +111,7 @@ def parts_of(numbers: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
 def split(folder: str, number: int, index: int) -> list[np.ndarray[Any, Any]]:
     """Partitions as several returns."""
     note(folder, f"run split {number} {index}")
+    time.sleep(_BUSY_S)
     parts = parts_of(table(number, index))
     note(folder, f"over split {number} {index}")
     return parts
@@ -118,7 +121,9 @@ def split(folder: str, number: int, index: int) -> list[np.ndarray[Any, Any]]:
 def stream(folder: str, number: int, index: int) -> Iterator[np.ndarray[Any, Any]]:
     """Partitions as items of a generator."""
     note(folder, f"run stream {number} {index}")
-    yield from parts_of(table(number, index))
+    for part in parts_of(table(number, index)):
+        time.sleep(_BUSY_S / PARTS)
+        yield part
     note(folder, f"over stream {number} {index}")
 
 
@@ -128,6 +133,7 @@ def merge(
 ) -> np.ndarray[Any, Any]:
     """All of a partition, sorted."""
     note(folder, f"run merge {number} {part}")
+    time.sleep(_BUSY_S)
     merged = np.sort(np.concatenate(pieces))
     note(folder, f"over merge {number} {part}")
     return merged

@@ -117,19 +117,19 @@ class Chaos:
             time.sleep(self._draw.uniform(0.0, 1.0))
             self._add_node()
         else:
-            self._kill_process(kind, self._draw.choice(nodes))
+            self._kill_process(kind, self._draw.sample(nodes, len(nodes)))
 
-    def _kill_process(self, kind: str, node: ClusterNode) -> None:
-        """A worker, or the process that workers are forked from."""
-        servers = _children(node.pid)
-        workers = [p for server in servers for p in _children(server.pid)]
-        found = workers if kind == "worker" else servers
-        if not found:
-            return
-        victim = self._draw.choice(sorted(found, key=lambda process: process.pid))
-        self._say(f"kill {kind} {victim.pid} of {node}")
-        if _signal(victim.pid):
-            self.kills[kind] += 1
+    def _kill_process(self, kind: str, nodes: list[ClusterNode]) -> None:
+        """A worker, or the process that workers are forked from, of the first node that has one."""
+        for node in nodes:
+            servers = _children(node.pid)
+            workers = [worker for server in servers for worker in _children(server.pid)]
+            found = workers if kind == "worker" else servers
+            if found:
+                victim = self._draw.choice(sorted(found, key=lambda process: process.pid))
+                self._say(f"kill {kind} {victim.pid} of {node}")
+                self.kills[kind] += _signal(victim.pid)
+                return
 
     def _kill_node(self, node: ClusterNode, whole: bool) -> None:
         daemon = psutil.Process(node.pid)
