@@ -223,9 +223,3 @@ def write_json(path: Path | None, benchmark: str, figures: dict[str, Any]) -> No
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
     print(f"written to {path}")
-
-
-def python_environment() -> dict[str, str]:
-    """An environment in which another interpreter finds this checkout's package."""
-    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path}

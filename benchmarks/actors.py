@@ -13,18 +13,14 @@ Invariants: both sides run this very file, so they do the same; two CPUs on each
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import IO, Any
-
-if __name__ == "__main__" and __package__ is None:  # as a side's own program
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from typing import Any
 
 from benchmarks._harness import (
     COMPARISON_HEAD,
@@ -32,10 +28,10 @@ from benchmarks._harness import (
     alternate,
     make_parser,
     print_table,
-    python_environment,
     show,
     write_json,
 )
+from benchmarks._side import Side, serve
 
 CPUS = 2
 #: Case -> (calls in a round, the ratio to reach).
@@ -85,23 +81,14 @@ class Caller:
         return len(self.ray.get(refs))
 
 
-def serve(module: str) -> None:
-    """Answer each line `<case>|<count>` with the seconds it took, until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # Ray prints to standard output
+def start(module: str) -> tuple[str, dict[str, Callable[[int], None]]]:
+    """A runtime, and what it is asked for."""
     ray: Any = importlib.import_module(module)
     quiet: dict[str, Any] = {}
     if module == "ray":
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
     ray.init(num_cpus=CPUS, **quiet)
-    cases = make_cases(ray, module)
-    print(ray.__version__, file=answers, flush=True)
-    for line in sys.stdin:
-        name, _, count = line.strip().partition("|")
-        started = time.perf_counter()
-        cases[name](int(count))
-        print(time.perf_counter() - started, file=answers, flush=True)
-    ray.shutdown()
+    return ray.__version__, make_cases(ray, module)
 
 
 def make_cases(ray: Any, module: str) -> dict[str, Callable[[int], None]]:
@@ -142,49 +129,14 @@ def make_cases(ray: Any, module: str) -> dict[str, Callable[[int], None]]:
 # ---- both sides ----------------------------------------------------------------------------------
 
 
-class Side:
+def side(python: str, module: str) -> Side:
     """A runtime in a process of its own."""
-
-    def __init__(self, python: str, module: str) -> None:
-        environment = {**python_environment(), "RAY_AUTH_MODE": "disabled"}
-        environment.update(RAY_USAGE_STATS_ENABLED="0")
-        self._process = subprocess.Popen(
-            [python, str(Path(__file__).resolve()), "--side", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-        self.version = self._read()
-
-    def _read(self) -> str:
-        output: IO[str] = self._process.stdout  # type: ignore[assignment]
-        line = output.readline().strip()
-        if not line:
-            raise SystemExit("a side has not started, or died")
-        return line
-
-    def rate(self, case: str, count: int) -> float:
-        """Calls, or actors, a second."""
-        commands: IO[str] = self._process.stdin  # type: ignore[assignment]
-        commands.write(f"{case}|{count}\n")
-        commands.flush()
-        return count / float(self._read())
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+    return Side(python, __file__, ["--side", module])
 
 
 def compare(arguments: argparse.Namespace) -> list[Comparison]:
     """Both sides, case by case, round by round in turn."""
-    ours, theirs = Side(sys.executable, "poolray"), Side(arguments.ray_python, "ray")
+    ours, theirs = side(sys.executable, "poolray"), side(arguments.ray_python, "ray")
     rival = f"Ray {theirs.version}"
     cases = {**CASES, CREATION: (arguments.created, CREATION_TARGET)}
     found = []
@@ -207,13 +159,13 @@ def compare(arguments: argparse.Namespace) -> list[Comparison]:
 
 def ours_alone(arguments: argparse.Namespace) -> dict[str, float]:
     """Medians of poolray's figures, where there is no Ray."""
-    side = Side(sys.executable, "poolray")
+    ours = side(sys.executable, "poolray")
     cases = {**CASES, CREATION: (arguments.created, CREATION_TARGET)}
     found = {}
     for name, (count, _) in cases.items():
-        side.rate(name, count)
-        found[name] = statistics.median(side.rate(name, count) for _ in range(arguments.rounds))
-    side.close()
+        ours.rate(name, count)
+        found[name] = statistics.median(ours.rate(name, count) for _ in range(arguments.rounds))
+    ours.close()
     return found
 
 
@@ -256,7 +208,7 @@ def main() -> None:
     parser.add_argument("--idle", type=int, default=IDLE, help="idle actors; 0: leave that out")
     arguments = parser.parse_args()
     if arguments.side:
-        serve(arguments.side)
+        serve(functools.partial(start, arguments.side))
         return
     figures: dict[str, Any] = {}
     if arguments.ray_python:

@@ -15,13 +15,11 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from benchmarks._side import Side, serve
 
 WORKERS = 2
 #: Case -> what is counted, how many in a round, on both sides.
@@ -79,59 +77,10 @@ def cases(module: str) -> dict[str, Callable[[int], None]]:
     }
 
 
-def serve(module: str) -> None:
-    """One side: answers each line `<case> <count>` with the seconds it took."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what Ray prints is not an answer
+def start(module: str) -> tuple[str, dict[str, Callable[[int], None]]]:
+    """One side, and what it is asked for."""
     known = cases(module)
-    print(importlib.import_module(module).__version__, file=answers, flush=True)
-    for line in sys.stdin:
-        case, count = line.split()
-        started = time.perf_counter()
-        known[case](int(count))
-        print(time.perf_counter() - started, file=answers, flush=True)
-
-
-class Side:
-    """One side, in a process of its own."""
-
-    def __init__(self, python: str, module: str) -> None:
-        root = Path(__file__).resolve().parents[1]
-        environment = {**os.environ, "PYTHONPATH": str(root), "RAY_AUTH_MODE": "disabled"}
-        self._process = subprocess.Popen(
-            [python, str(Path(__file__).resolve()), "--side", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            cwd=root,
-            env={**environment, "RAY_USAGE_STATS_ENABLED": "0"},
-        )
-        self.version = self._read()
-
-    def _read(self) -> str:
-        output: IO[str] = self._process.stdout  # type: ignore[assignment]
-        line = output.readline().strip()
-        if not line:
-            raise SystemExit("one side did not start: does the Python given have the package?")
-        return line
-
-    def rate(self, case: str, count: int) -> float:
-        """How many a second."""
-        commands: IO[str] = self._process.stdin  # type: ignore[assignment]
-        commands.write(f"{case} {count}\n")
-        commands.flush()
-        return count / float(self._read())
-
-    def close(self) -> None:
-        """It ends with its input."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+    return importlib.import_module(module).__version__, known
 
 
 def main() -> None:
@@ -145,10 +94,10 @@ def main() -> None:
     )
 
     options = make_parser(__doc__, rounds=5).parse_args()
-    ours = Side(sys.executable, "poolray")
+    ours = Side(sys.executable, __file__, ["--side", "poolray"])
     figures: dict[str, Any] = {}
     if options.ray_python:
-        theirs = Side(options.ray_python, "ray")
+        theirs = Side(options.ray_python, __file__, ["--side", "ray"])
         found = []
         for case, (name, count) in CASES.items():
             samples = alternate(
@@ -183,6 +132,6 @@ if __name__ == "__main__":
     parser.add_argument("--side")
     known, _ = parser.parse_known_args()
     if known.side:
-        serve(known.side)
+        serve(functools.partial(start, known.side))
     else:
         main()
