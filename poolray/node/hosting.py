@@ -440,8 +440,10 @@ class Hosting:
         actor = self._local.actors[message.actor_id] = Actor(message, client_id)
         actor.hosted_for = node_id
         self._local.by_creation[spec.task_id] = actor
-        self._tasks.submit_foreign(client_id, spec, task.attempts)
+        group = self._tasks.submit_foreign(client_id, spec, task.attempts)
         actor.creation = self._state.tasks.get(spec.task_id)
+        if group is not None:
+            self._tasks.dispatcher.dispatch(group)
 
     def on_alive(self, actor: Actor, record: TaskRecord) -> None:
         """An actor lives here that another node keeps."""

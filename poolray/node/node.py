@@ -111,6 +111,7 @@ from poolray.protocol.node import (
     ResizeGroup,
     RestoreDone,
     RestoreFailed,
+    ReturnTasks,
     SourceDone,
     SpillDone,
     SpillFailed,
@@ -491,13 +492,14 @@ class Node:
             case ForwardTasks():
                 peers.on_forwarded(node_id, message)
             case ForwardedResults():
-                peers.on_results(node_id, message)
-                if not all(item.returned for item in message.results):
+                if peers.on_results(node_id, message):
                     self._dispatch_all()  # what waited may follow where there is room again
             case PeerReleases():
                 peers.borrowing.on_releases(node_id, message.object_ids)
             case CancelForwarded():
                 peers.on_cancel(node_id, message)
+            case ReturnTasks():
+                peers.on_return_tasks(node_id, message)
             case ObjectReady():
                 peers.borrowing.on_ready(node_id, message)
             case AwaitObject():
@@ -636,6 +638,7 @@ class Node:
         self._retries.on_tick()
         self._protection.on_tick()
         self._timeouts.on_tick()
+        self._peers.ahead.on_tick()
         state = self.state
         if self._has_head and state.now >= self._next_heartbeat_s:
             self._next_heartbeat_s = state.now + state.config.heartbeat_interval_s

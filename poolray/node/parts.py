@@ -104,6 +104,7 @@ def make_parts(
     dispatcher.place_elsewhere = peers.place_elsewhere
     dispatcher.is_hopeless = peers.placing.never
     dispatcher.peers = peers.views
+    peers.ahead.dispatcher = dispatcher
     observer.actors = actors
     tasks.cancellation = cancellation = Cancellation(state, tasks)
     tasks.retries = retries = Retries(state, tasks)

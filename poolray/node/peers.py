@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, final
 
 import msgspec
 
-from poolray.ids import ClientId, NodeId, ObjectId, TaskId
+from poolray.ids import ClientId, GroupId, NodeId, ObjectId, TaskId
+from poolray.node.ahead import Ahead
 from poolray.node.borrowing import Borrowing, client_of, is_peer, node_of
 from poolray.node.effects import SendPeer
 from poolray.node.functions import Functions
@@ -26,6 +27,7 @@ from poolray.node.state import NodeState
 from poolray.node.store import Store
 from poolray.node.tasks import Tasks
 from poolray.node.transfers import Transfers
+from poolray.node.workers import Group
 from poolray.objects.directory import READY, ObjectRecord
 from poolray.protocol.node import (
     CancelForwarded,
@@ -35,6 +37,8 @@ from poolray.protocol.node import (
     ForwardedTask,
     ForwardTasks,
     NodeView,
+    PeerMessage,
+    ReturnTasks,
 )
 from poolray.protocol.streams import Yielded
 from poolray.protocol.values import (
@@ -71,6 +75,7 @@ class Peers:
         "_state",
         "_tasks",
         "actors",
+        "ahead",
         "borrowing",
         "cancellation",
         "dead",
@@ -103,6 +108,7 @@ class Peers:
         #: Peers that are dead for good; what still comes from them is ignored.
         self.dead: dict[NodeId, None] = {}
         self.placing = Placing(state, self.views)
+        self.ahead = Ahead(state)
         self.transfers = Transfers(state, store, objects)
         self.borrowing = Borrowing(state, store, objects, self.dead)
         self.borrowing.tasks = self.transfers.tasks = tasks
@@ -126,16 +132,28 @@ class Peers:
         if functions is None or not self._may_travel(record):
             return False
         target = choose(queue)
+        has_room = target is not None
         if target is None:
-            return False
+            target = self.ahead.choose(queue)
+            if target is None or not self.placing.is_open(target):
+                return False
         queue.queue.popleft()
         queue.queued_calls -= 1
-        self.give(record, target, functions)
+        self.give(record, target, functions, has_room=has_room)
         return True
 
-    def give(self, record: TaskRecord, target: NodeId, functions: list[FunctionDefinition]) -> None:
-        """A task goes to a peer."""
-        self.placing.charge(target, record.class_queue.demand)
+    def give(
+        self,
+        record: TaskRecord,
+        target: NodeId,
+        functions: list[FunctionDefinition],
+        *,
+        has_room: bool = True,
+    ) -> None:
+        """A task goes to a peer, which has room for it or keeps it in stock."""
+        if has_room:
+            self.placing.charge(target, record.class_queue.demand)
+        self.ahead.on_given(record.task_id, record.class_queue, target, has_room)
         self._tasks.forward(record, target)
         self._send(record, target, functions)
 
@@ -215,34 +233,63 @@ class Peers:
             creation=self.actors.by_creation[record.task_id].message if is_creation else None,
         )
         message = ForwardTasks(tasks=[task], classes=[task_class], functions=sent)
-        self._state.effects.append(SendPeer(node_id, message))
+        self._send_together(node_id, message)
         self.streams.on_forwarded(record, node_id)
+
+    def _send_together(self, node_id: NodeId, message: ForwardTasks | ForwardedResults) -> None:
+        """Send a message, with the one before it if that may be."""
+        effects = self._state.effects
+        last = effects[-1] if effects else None
+        if (
+            type(last) is not SendPeer
+            or last.node_id != node_id
+            or not absorb(last.message, message)
+        ):
+            effects.append(SendPeer(node_id, message))
 
     def send_call(self, record: TaskRecord, node_id: NodeId) -> None:
         """A call of an actor goes to the node that it lives on."""
         self._send(record, node_id, [])
 
-    def on_results(self, node_id: NodeId, message: ForwardedResults) -> None:
-        """What came of tasks that we gave away."""
-        writer = client_of(node_id)
+    def on_results(self, node_id: NodeId, message: ForwardedResults) -> bool:
+        """What came of tasks that we gave away; True: there may be room for others now."""
+        writer, may_have_room = client_of(node_id), False
         for item in message.results:
+            # (What a peer gives back by itself does not go there again at once.)
+            if not item.returned or self.ahead.was_asked_back(item.task_id):
+                may_have_room = True
             fresh = self.borrowing.adopt(node_id, item.lent)
+            is_free = self.ahead.on_back(item.task_id, node_id, has_run=not item.returned)
             record = self._state.tasks.get(item.task_id)
             if record is None or record.state is not FORWARDED or record.node_id != node_id:
                 if not isinstance(item.result, bytes):
                     for value in item.result.values:
                         self._objects.discard(value, writer)
-            elif item.returned:
-                queue = record.class_queue
+                self._objects.release_all(fresh)
+                continue
+            queue = record.class_queue
+            if item.estimate_s:
+                queue.report(1, item.estimate_s)
+            if item.returned:
                 self._tasks.losses.on_returned(record)
-                # (Afterwards: a task that came back does not go there again at once.)
-                self.placing.discharge(node_id, queue.demand)
             else:
-                queue = record.class_queue
                 self._tasks.finish(record, item.result, writer)
-                if queue.task_class.kind is not CallKind.CREATE:  # (An actor keeps what it has.)
-                    self.placing.discharge(node_id, queue.demand)
+                # (An actor keeps what it has.)
+                is_free = is_free and queue.task_class.kind is not CallKind.CREATE
+            if is_free:  # (Afterwards, for the same reason.)
+                self.placing.discharge(node_id, queue.demand)
             self._objects.release_all(fresh)  # the values hold them now
+        return may_have_room
+
+    def on_return_tasks(self, node_id: NodeId, message: ReturnTasks) -> None:
+        """A peer wants back what we have not begun of a class."""
+        queue = self._state.classes.get(message.class_id)
+        if queue is not None:
+            client_id = client_of(node_id)
+            waiting = [record for record in queue.queue if record not in queue.removed]
+            for record in waiting:
+                if record.is_foreign and record.client_id == client_id:
+                    self._tasks.return_unbegun(record)
 
     def on_items(self, node_id: NodeId, message: ForwardedItems) -> None:
         """What a generator that we gave away has yielded there."""
@@ -263,6 +310,7 @@ class Peers:
         client = self._objects.client(client_id)
         for task_class in message.classes:
             self._functions.define_class(task_class)
+        groups: dict[GroupId, Group] = {}
         for task in message.tasks:
             fresh = self.borrowing.adopt(node_id, task.lent)
             for definition in message.functions:
@@ -274,9 +322,13 @@ class Peers:
             elif spec.task_id not in self._state.tasks and not self.actors.hosting.on_forwarded(
                 node_id, task
             ):
-                self._tasks.submit_foreign(client_id, spec, task.attempts)
+                group = self._tasks.submit_foreign(client_id, spec, task.attempts)
+                if group is not None:
+                    groups[group.group_id] = group
             # (Else: the link delivers once, so its owner does not remember giving it to us.)
             self._objects.release_all(fresh)  # the task holds them now
+        for group in groups.values():
+            self._tasks.dispatcher.dispatch(group)
 
     def on_cancel(self, node_id: NodeId, message: CancelForwarded) -> None:
         """The owner of a task wants it stopped."""
@@ -292,7 +344,9 @@ class Peers:
             self._tasks.discard(result, writer)
             return
         if isinstance(result, bytes):
-            self._answer(node_id, ForwardedResult(task_id=record.root_id, result=result))
+            estimate_s = record.class_queue.estimate_s or 0.0
+            item = ForwardedResult(task_id=record.root_id, result=result, estimate_s=estimate_s)
+            self._answer(node_id, item)
             return
         # (The items that a list of items refers to are known to the owner alone.)
         found = [] if record.class_queue.task_class.stream else result.contained
@@ -307,7 +361,10 @@ class Peers:
         contained = [object_id for inner in found for object_id in inner]
         outcome = msgspec.structs.replace(result, values=values)
         lent = self.borrowing.lend(node_id, contained, needed=False)
-        item = ForwardedResult(task_id=record.root_id, result=outcome, lent=lent)
+        estimate_s = record.class_queue.estimate_s or 0.0
+        item = ForwardedResult(
+            task_id=record.root_id, result=outcome, lent=lent, estimate_s=estimate_s
+        )
         self._answer(node_id, item)
 
     def send_items(self, record: TaskRecord, items: Yielded, writer: ClientId) -> None:
@@ -336,7 +393,7 @@ class Peers:
 
     def _answer(self, node_id: NodeId, item: ForwardedResult) -> None:
         if node_id not in self.dead:
-            self._state.effects.append(SendPeer(node_id, ForwardedResults(results=[item])))
+            self._send_together(node_id, ForwardedResults(results=[item]))
 
     # ---- objects elsewhere -----------------------------------------------------------------------
 
@@ -387,6 +444,7 @@ class Peers:
                 del self.gone[next(iter(self.gone))]
         self.actors.hosting.on_node_died(node_id)
         self.placing.note(node_id)
+        self.ahead.on_node_died(node_id)
         stopped = self.transfers.on_node_died(node_id)
         client_id = client_of(node_id)
         self._tasks.cancel(
@@ -427,3 +485,31 @@ class Peers:
             assert record.location() not in self.dead
         for task in self._state.tasks.values():
             assert task.node_id not in self.dead
+        self.ahead.check_invariants(
+            {
+                task_id: task.node_id
+                for task_id, task in self._state.tasks.items()
+                if task.state is FORWARDED and not task.actor_id and task.node_id is not None
+            }
+        )
+
+
+def absorb(into: PeerMessage, message: PeerMessage) -> bool:
+    """Put what a message says into the one that goes to the same peer before it, if that may be.
+
+    Neither of them may have been looked at by anybody else.
+    """
+    if type(into) is ForwardedResults and type(message) is ForwardedResults:
+        into.results.extend(message.results)
+        return True
+    if type(into) is not ForwardTasks or type(message) is not ForwardTasks:
+        return False
+    # (Code that is an object is lent with the first task of its class.)
+    if into.functions or message.functions:
+        if into.classes[0].class_id != message.classes[0].class_id:
+            return False
+    else:
+        known = [task_class.class_id for task_class in into.classes]
+        into.classes.extend(c for c in message.classes if c.class_id not in known)
+    into.tasks.extend(message.tasks)
+    return True

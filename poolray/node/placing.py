@@ -272,6 +272,11 @@ class Placing:
                     best, best_free = node_id, left
         return best
 
+    def is_open(self, node_id: NodeId) -> bool:
+        """Whether a peer takes tasks."""
+        view = self._views.get(node_id)
+        return view is not None and view.status is NodeStatus.ALIVE
+
     def has_room(self, node_id: NodeId, queue: ClassQueue) -> bool:
         """Whether a peer could run a task of a class now."""
         view = self._views.get(node_id)

@@ -217,15 +217,33 @@ class Tasks:
             reason = "it has no calls" if known else "its class was never defined, or released"
             raise InternalError(f"task {refused.task_id.hex()} cannot be taken: {reason}")
 
-    def submit_foreign(self, client_id: ClientId, spec: TaskSpec, attempts: int) -> None:
-        """A task that another node owns: its result goes there, no object is made here."""
+    def submit_foreign(self, client_id: ClientId, spec: TaskSpec, attempts: int) -> Group | None:
+        """A task that another node owns: its result goes there, no object is made here.
+
+        Returns
+        -------
+        Group or None
+            What the caller is to dispatch.
+        """
         record = self.record_foreign(client_id, spec, attempts)
-        group = self._state.groups.get(record.class_queue.task_class.group_id)
-        self.inputs.take(record, spec)
-        if self.usable_group(record) is None:
+        queue = record.class_queue
+        group = self._state.groups.get(queue.task_class.group_id)
+        definition = self._state.functions.get(queue.task_class.function_id)
+        if (
+            spec.dependencies
+            or spec.borrows
+            or not isinstance(spec.calls[0], bytes)
+            or (definition is not None and not isinstance(definition.blob, bytes))
+        ):
+            self.inputs.take(record, spec)
+        if group is None or group.state >= _FAILED_GROUP:
             self.fail_encoded(record, self._no_group_error(record, group))
         elif record.missing == 0:
-            self.enqueue(record)
+            record.move(QUEUED)
+            queue.push(record)
+            group.ready[queue.task_class.class_id] = queue
+            return group
+        return None
 
     def record_foreign(self, client_id: ClientId, spec: TaskSpec, attempts: int) -> TaskRecord:
         """The record of a task that another node owns."""

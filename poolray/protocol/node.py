@@ -15,6 +15,7 @@ import msgspec
 
 from poolray.ids import (
     ActorId,
+    ClassId,
     FunctionId,
     GroupId,
     NodeId,
@@ -256,6 +257,7 @@ class ForwardedResult(msgspec.Struct, frozen=True, array_like=True, kw_only=True
     returned: bool = False
     #: What the values refer to.
     lent: list[Lent] = []
+    estimate_s: float = 0.0  #: how long calls of its class take here; 0: that is not known
 
 
 class ForwardedResults(msgspec.Struct, frozen=True, array_like=True, tag=202, kw_only=True):
@@ -291,6 +293,12 @@ class PullEnded(msgspec.Struct, frozen=True, array_like=True, tag=207, kw_only=T
     object_id: ObjectId
     #: The whole object is here now: others may be sent to us for it.
     is_copied: bool = False
+
+
+class ReturnTasks(msgspec.Struct, frozen=True, array_like=True, tag=234, kw_only=True):
+    """Give me back what you have of this class and have not begun."""
+
+    class_id: ClassId
 
 
 class AwaitObject(msgspec.Struct, frozen=True, array_like=True, tag=208, kw_only=True):
@@ -405,6 +413,7 @@ PeerMessage: TypeAlias = (
     | PullEnded
     | PeerReleases
     | CancelForwarded
+    | ReturnTasks
     | AwaitObject
     | ObjectReady
     | AskSource

@@ -109,6 +109,8 @@ class Driver:
         self.ledger = node.ledger
         self._faults = faults
         self._max_cpus = max_cpus
+        #: What tasks may want that some node can give in the end.
+        self.burst_cpus = max_cpus
         self._request_ids = itertools.count(1)
         self._group_ids = itertools.count(1)
         #: Objects that it holds, in order.
@@ -290,7 +292,7 @@ class Driver:
                 self._submit_stream,
                 self.readers.act,
             ],
-            weights=[12, 6, 8, 3, 5, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 3, 2, 1, 1, 4, 8],
+            weights=[12, 6, 8, 3, 5, 3, 1, 1, 1, 1, 1, 1, 3, 1, 1, 4, 3, 2, 1, 1, 4, 8],
         )[0]
         action()
 
@@ -399,12 +401,17 @@ class Driver:
         return next(self._request_ids)
 
     def _submit_burst(self) -> None:
-        """Many short tasks of one class in one message."""
+        """Many tasks of one class in one message, short ones but for a few; some can run on the
+        largest nodes only, which keep a stock of them.
+        """
+        world = self.world
         options = dataclasses.replace(self._options(), num_returns=1)
+        if world.chance(0.5):
+            options = dataclasses.replace(options, cpus=self.burst_cpus)
         jobs = []
-        for _ in range(self.world.random.randint(5, 40)):
+        for _ in range(world.random.randint(5, 40)):
             job = self._job(options, depth=9)
-            job.duration_s = self.world.between(1e-6, 1e-4)
+            job.duration_s = world.between(1e-6, 2.0 if world.chance(0.05) else 1e-4)
             jobs.append(job)
         self._define(options)
         specs = []

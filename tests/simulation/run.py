@@ -19,6 +19,8 @@ from tests.simulation.machines import Ids, SimHead, SimNode
 from tests.simulation.network import HEAD, Network
 from tests.simulation.world import World
 
+#: CPUs of the largest nodes.
+_CPUS_MAX = 4
 #: Virtual seconds that a run may go on after its last action.
 _PATIENCE_S = 2_000.0
 
@@ -77,7 +79,7 @@ class Run:
         self.nodes: list[SimNode] = []
         self.drivers: list[Driver] = []
         self._ids = ids
-        cpus = [world.random.randint(1, 4) for _ in range(nodes)]
+        cpus = [world.random.randint(1, _CPUS_MAX) for _ in range(nodes)]
         self._cpus_min = min(cpus)
         for count in cpus:
             self._add_node(count)
@@ -98,7 +100,10 @@ class Run:
         node.damages = self.faults.damages
         node.shortages = self.faults.shortages
         self.nodes.append(node)
-        self.drivers.append(Driver(node, self.faults, self._cpus_min))
+        driver = Driver(node, self.faults, self._cpus_min)
+        if self.nodes_count > 1:
+            driver.burst_cpus = _CPUS_MAX
+        self.drivers.append(driver)
         names = [each.name for each in self.nodes]
         for driver in self.drivers:
             driver.node_names = names
@@ -169,7 +174,7 @@ class Run:
         for _ in range(self.faults.node_crashes):
             world.at(world.random.random() * max(at, 1.0), self._crash_node)
             if self.faults.joins:
-                cpus = world.random.randint(self._cpus_min, 4)
+                cpus = world.random.randint(self._cpus_min, _CPUS_MAX)
                 join_s = world.random.random() * at
                 world.at(join_s, lambda cpus=cpus: self._add_node(cpus))
         for _ in range(self.faults.partitions):
@@ -227,6 +232,8 @@ class Run:
             node.shortages = 0.0
         for driver in self._living():
             driver.ask_for_all()
+        if self.nodes_count > 1:  # tasks wait for a large node, and there may be none (any more)
+            self.world.after(5.0, lambda: self._add_node(_CPUS_MAX))
         # Groups that have room get it by then; the rest, and what waits for them, is given up.
         until = self.world.now + 20.0
         while self.world.now < until and self.world.step():

@@ -62,14 +62,21 @@ class Pair:
         self.a.tell(ClusterView(nodes=[view]))
         self.kind = self.a.task_class(**options)  # type: ignore[arg-type]
 
-    def carry(self) -> None:
-        """All messages between the two arrive, in order."""
+    @staticmethod
+    def view(node_id: NodeId, cpus: int) -> NodeView:
+        """A node that is empty, as the head sees it."""
+        return NodeView(node_id=node_id, total={}, available={"CPU": cpus * CPU}, queued_tasks=0)
+
+    def carry(self, only: NodeId | None = None) -> None:
+        """All messages between the two arrive, in order; those for a third go nowhere."""
         while True:
             moved = False
             for sender, bench, other in ((A, self.a, self.b), (B, self.b, self.a)):
                 for effect in bench.effects[:]:
                     if isinstance(effect, SendPeer):
                         bench.effects.remove(effect)
+                        if only is not None and effect.node_id not in (A, only):
+                            continue
                         other.tell(effect.message, sender)
                         moved = True
                     elif isinstance(effect, SendChunk):
@@ -403,7 +410,10 @@ def remote_argument(pair: Pair, **options: object) -> tuple[TaskId, TaskId]:
     forwarded = [e for e in pair.a.take(SendPeer) if e.node_id == B]
     assert len(forwarded) == 1
     # It went to C instead, for all that A knows.
-    pair.a.node.state.tasks[first].node_id = C
+    record = pair.a.node.state.tasks[first]
+    record.node_id = C
+    pair.a.node._peers.ahead.on_back(first, B, has_run=False)
+    pair.a.node._peers.ahead.on_given(first, record.class_queue, C, True)
     place = InArena(object_id=result_of(first), offset=0, size_bytes=LARGE, node_id=C)
     item = ForwardedResult(task_id=first, result=Outcome(values=[place]))
     # A fetches it for nobody; the next task only names it.
