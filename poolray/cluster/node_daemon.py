@@ -56,6 +56,7 @@ from poolray.node.effects import (
     Warn,
     WriteChunk,
 )
+from poolray.node.peers import absorb
 from poolray.node.workers import GroupState
 from poolray.protocol import PROTOCOL_VERSION
 from poolray.protocol.client import RangeGranted
@@ -80,6 +81,8 @@ from poolray.protocol.node import (
     ClientLeft,
     ClusterView,
     FinishJob,
+    ForwardedResults,
+    ForwardTasks,
     HeadBack,
     HeadMessage,
     HeadRequest,
@@ -170,6 +173,8 @@ class NodeDaemon(NodeShell):
         self._addresses: dict[NodeId, tuple[str, int]] = {}
         #: Living nodes as the head told of them last, this one among them.
         self._views: dict[NodeId, NodeView] = {}
+        #: Peer -> tasks or results for it that others of the same turn may join.
+        self._open: dict[NodeId, PeerMessage] = {}
         self._stop = Waitable()
         self.is_rejoining = False
         #: It was drained: its last word to the head, and when that is said at the latest.
@@ -318,6 +323,8 @@ class NodeDaemon(NodeShell):
         """Read the network; hand over what is for users."""
         if self.is_switch_due:
             self.is_switch_due = False
+            if self._open:
+                self._close_messages()
             more = self._switch.service(time.monotonic(), self._looks_everywhere)
             self._looks_everywhere = False
             self.is_switch_due = more or self.is_switch_due
@@ -400,8 +407,24 @@ class NodeDaemon(NodeShell):
                 _logger.warning("node=%s is nowhere", node_id.hex()[:12])
                 return
             self._switch.connect(node_id, *address)
-        self._switch.send(node_id, self._encode(message))
         self.is_switch_due = True
+        open_message = self._open.get(node_id)
+        if open_message is not None:
+            if absorb(open_message, message):
+                return
+            del self._open[node_id]
+            self._switch.send(node_id, self._encode(open_message))
+        if type(message) in (ForwardTasks, ForwardedResults):
+            self._open[node_id] = message
+        else:
+            self._switch.send(node_id, self._encode(message))
+
+    def _close_messages(self) -> None:
+        """Nothing more is added to messages of this turn."""
+        with self.guard.lock:
+            opened, self._open = self._open, {}
+        for node_id, message in opened.items():
+            self._switch.send(node_id, self._encode(message))
 
     def _act_send_chunk(self, effect: SendChunk) -> None:
         data = self._chunks.read(effect.place, effect.offset, effect.size_bytes)
@@ -661,6 +684,7 @@ class NodeDaemon(NodeShell):
         self._feed_remote(HEAD_ID, message)
         if isinstance(message, NodeDied):
             _logger.warning("node=%s %s", message.node_id.hex()[:12], message.reason)
+            self._open.pop(message.node_id, None)
             self._switch.forget(message.node_id)
             self._addresses.pop(message.node_id, None)
             self._views.pop(message.node_id, None)

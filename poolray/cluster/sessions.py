@@ -24,7 +24,7 @@ from poolray.cluster.stream import FrameReader, FrameWriter, frame
 from poolray.exceptions import PoolrayError
 from poolray.ids import WORKER_ID_BYTES, ClientId
 from poolray.protocol import PROTOCOL_VERSION
-from poolray.protocol.client import ClientRequest
+from poolray.protocol.client import ClientRequest, SubmitTasks
 from poolray.protocol.cluster import Farewell, Hello, Welcome
 
 _logger = logging.getLogger(__name__)
@@ -114,13 +114,27 @@ class DriverSession:
             if frames is None:
                 self.close()
                 return
+            submitted: SubmitTasks | None = None
             for body in frames:
                 if self._closed:
                     return
                 if self.hello is None:
                     self._sign_on(_decode_hello(body))
-                else:
-                    self._host.on_request(self, _decode_request(body))
+                    continue
+                request = _decode_request(body)
+                if type(request) is SubmitTasks:
+                    # Tasks that came one by one are decided on together.
+                    if submitted is None:
+                        submitted = request
+                    else:
+                        submitted.tasks.extend(request.tasks)
+                    continue
+                if submitted is not None:
+                    self._host.on_request(self, submitted)
+                    submitted = None
+                self._host.on_request(self, request)
+            if submitted is not None:
+                self._host.on_request(self, submitted)
         except (msgspec.MsgspecError, PoolrayError) as error:
             _logger.warning("a driver is dismissed: %s", error)
             self.dismiss(f"it was not understood: {error}")

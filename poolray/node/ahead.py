@@ -25,6 +25,7 @@ from poolray.tasks.class_queue import ClassQueue
 
 if TYPE_CHECKING:
     from poolray.node.dispatch import Dispatcher
+    from poolray.node.placing import Placing
 
 #: A stock is worth so many packets of a worker: on a slow network the way there and back is longer
 #: than one of them takes.
@@ -41,13 +42,27 @@ _AGAIN = 10.0
 class Stock:
     """What one peer has of one class."""
 
-    __slots__ = ("given", "heard_s", "is_stalled", "is_watched", "node_id", "queue", "slots")
+    __slots__ = (
+        "charged",
+        "given",
+        "heard_s",
+        "is_stalled",
+        "is_watched",
+        "node_id",
+        "queue",
+        "report",
+        "slots",
+    )
 
     def __init__(self, node_id: NodeId, queue: ClassQueue) -> None:
         self.node_id = node_id
         self.queue = queue
         self.given = 0
         self.slots = 0
+        #: Slots that were charged to the peer's last report, and which one that was: the next one
+        #: counts what runs there.
+        self.charged = 0
+        self.report = 0
         #: When it said something of this class last, or was given the first.
         self.heard_s = 0.0
         #: It was silent for too long: it gets no more than it has room for until it has run one.
@@ -59,10 +74,19 @@ class Stock:
 class Ahead:
     """The stocks of all peers."""
 
-    __slots__ = ("_roomy", "_state", "_stock_by_task", "_stocks", "_watched", "dispatcher")
+    __slots__ = (
+        "_roomy",
+        "_state",
+        "_stock_by_task",
+        "_stocks",
+        "_watched",
+        "dispatcher",
+        "placing",
+    )
 
-    def __init__(self, state: NodeState) -> None:
+    def __init__(self, state: NodeState, placing: Placing) -> None:
         self._state = state
+        self.placing = placing
         self.dispatcher: Dispatcher
         #: class -> peer -> what it has; none that is empty.
         self._stocks: dict[ClassId, dict[NodeId, Stock]] = {}
@@ -120,6 +144,9 @@ class Ahead:
         stock.given += 1
         if has_room:
             stock.slots += 1
+            report = self.placing.report_of(node_id)
+            stock.charged = stock.charged + 1 if stock.report == report else 1
+            stock.report = report
             if not stock.is_stalled and queue.obstacle is not None:
                 self._roomy.setdefault(class_id, {})[node_id] = stock
         elif not stock.is_watched:
@@ -138,25 +165,29 @@ class Ahead:
         stock = self._stock_by_task.get(task_id)
         return stock is not None and stock.is_stalled
 
-    def on_back(self, task_id: TaskId, node_id: NodeId, *, has_run: bool) -> bool:
-        """A peer has answered for a task; True when a slot of it is free again."""
+    def on_back(self, task_id: TaskId, node_id: NodeId, *, has_run: bool) -> ClassQueue | None:
+        """A peer has answered for a task; gives its class if a slot is free again that was charged
+        to the peer.
+        """
         stock = self._stock_by_task.get(task_id)
         if stock is None or stock.node_id != node_id:
-            return False
+            return None
         del self._stock_by_task[task_id]
         class_id = stock.queue.task_class.class_id
         stock.given -= 1
         stock.heard_s = self._state.now
-        is_free = stock.given < stock.slots
-        if is_free:
+        is_free = False
+        if stock.given < stock.slots:
             stock.slots -= 1
+            is_free = stock.charged > 0 and stock.report == self.placing.report_of(node_id)
+            stock.charged -= is_free
         if has_run:
             stock.is_stalled = False
         if not stock.given:
             self._forget(class_id, node_id)
         elif stock.slots and not stock.is_stalled and stock.queue.obstacle is not None:
             self._roomy.setdefault(class_id, {})[node_id] = stock
-        return is_free
+        return stock.queue if is_free else None
 
     def _forget(self, class_id: ClassId, node_id: NodeId) -> None:
         for table in (self._stocks, self._roomy):
@@ -213,6 +244,8 @@ class Ahead:
                 assert stock.node_id == node_id
                 assert stock.queue.task_class.class_id == class_id
                 assert 0 <= stock.slots <= stock.given
+                is_current = stock.report == self.placing.report_of(node_id)
+                assert not is_current or 0 <= stock.charged <= stock.slots
                 assert stock.given == counts.pop(id(stock), 0)
         assert not counts, "stock that nobody knows"
         for class_id, roomy in self._roomy.items():

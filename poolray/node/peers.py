@@ -108,7 +108,7 @@ class Peers:
         #: Peers that are dead for good; what still comes from them is ignored.
         self.dead: dict[NodeId, None] = {}
         self.placing = Placing(state, self.views)
-        self.ahead = Ahead(state)
+        self.ahead = Ahead(state, self.placing)
         self.transfers = Transfers(state, store, objects)
         self.borrowing = Borrowing(state, store, objects, self.dead)
         self.borrowing.tasks = self.transfers.tasks = tasks
@@ -259,25 +259,24 @@ class Peers:
             if not item.returned or self.ahead.was_asked_back(item.task_id):
                 may_have_room = True
             fresh = self.borrowing.adopt(node_id, item.lent)
-            is_free = self.ahead.on_back(item.task_id, node_id, has_run=not item.returned)
+            freed = self.ahead.on_back(item.task_id, node_id, has_run=not item.returned)
             record = self._state.tasks.get(item.task_id)
             if record is None or record.state is not FORWARDED or record.node_id != node_id:
                 if not isinstance(item.result, bytes):
                     for value in item.result.values:
                         self._objects.discard(value, writer)
-                self._objects.release_all(fresh)
-                continue
-            queue = record.class_queue
-            if item.estimate_s:
-                queue.report(1, item.estimate_s)
-            if item.returned:
-                self._tasks.losses.on_returned(record)
             else:
-                self._tasks.finish(record, item.result, writer)
-                # (An actor keeps what it has.)
-                is_free = is_free and queue.task_class.kind is not CallKind.CREATE
-            if is_free:  # (Afterwards, for the same reason.)
-                self.placing.discharge(node_id, queue.demand)
+                queue = record.class_queue
+                if item.estimate_s:
+                    queue.report(1, item.estimate_s)
+                if item.returned:
+                    self._tasks.losses.on_returned(record)
+                else:
+                    self._tasks.finish(record, item.result, writer)
+                    if queue.task_class.kind is CallKind.CREATE:
+                        freed = None  # an actor keeps what it has
+            if freed is not None:  # (Afterwards, for the same reason.)
+                self.placing.discharge(node_id, freed.demand)
             self._objects.release_all(fresh)  # the values hold them now
         return may_have_room
 

@@ -59,6 +59,7 @@ class Placing:
         "_gained",
         "_groups",
         "_indexes",
+        "_reports",
         "_state",
         "_version",
         "_views",
@@ -76,6 +77,8 @@ class Placing:
         self._gained: dict[NodeId, None] = {}
         #: Node -> what was given to it since its last view.
         self._charges: dict[NodeId, dict[str, int]] = {}
+        #: Node -> how many views of it there were.
+        self._reports: dict[NodeId, int] = {}
         #: Nodes whose views the indexes do not know.
         self._changed: dict[NodeId, None] = {}
         #: Conditions on labels -> these, and the nodes that meet them.
@@ -89,7 +92,15 @@ class Placing:
         """A view is another one than it was, or gone."""
         self._changed[node_id] = None
         self._charges.pop(node_id, None)
+        if node_id in self._views:
+            self._reports[node_id] = self._reports.get(node_id, 0) + 1
+        else:
+            self._reports.pop(node_id, None)
         self._have_gained()
+
+    def report_of(self, node_id: NodeId) -> int:
+        """Number of the last view of a node: what was charged to it is void with the next."""
+        return self._reports.get(node_id, 0)
 
     def _have_gained(self) -> None:
         self._version += 1
@@ -122,9 +133,7 @@ class Placing:
 
     def discharge(self, node_id: NodeId, demand: Mapping[str, int]) -> None:
         """A task that was given to a node since its last report is over."""
-        charges = self._charges.get(node_id)
-        if not charges or any(charges.get(name, 0) < amount for name, amount in demand.items()):
-            return  # its next report says so
+        charges = self._charges[node_id]
         for name, amount in demand.items():
             charges[name] -= amount
         self._add(node_id, demand, 1)

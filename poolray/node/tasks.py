@@ -181,7 +181,7 @@ class Tasks:
             queue = state.classes.get(class_id)
             if queue is None or not spec.calls:
                 refused = spec
-                break
+                continue
             task_class = queue.task_class
             record = TaskRecord(task_id, task_id, client_id, queue, spec.calls, 0, 0)
             tasks[task_id] = record

@@ -413,7 +413,7 @@ def remote_argument(pair: Pair, **options: object) -> tuple[TaskId, TaskId]:
     record = pair.a.node.state.tasks[first]
     record.node_id = C
     pair.a.node._peers.ahead.on_back(first, B, has_run=False)
-    pair.a.node._peers.ahead.on_given(first, record.class_queue, C, True)
+    pair.a.node._peers.ahead.on_given(first, record.class_queue, C, False)
     place = InArena(object_id=result_of(first), offset=0, size_bytes=LARGE, node_id=C)
     item = ForwardedResult(task_id=first, result=Outcome(values=[place]))
     # A fetches it for nobody; the next task only names it.
