@@ -14,7 +14,8 @@ leave them too large, until a search comes by); a search finds a node if there i
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias, final
 
 from poolray.ids import NodeId
@@ -28,6 +29,12 @@ _WIDTH = 8
 _LOOKS_MAX = 16
 #: Shares of a resource that are free, as whole numbers.
 _WHOLE = 1 << 20
+
+_Kind: TypeAlias = Callable[["_Leaf | _Block"], dict[str, int]]
+_free: _Kind = operator.attrgetter("free")
+_half: _Kind = operator.attrgetter("half")
+_share: _Kind = operator.attrgetter("share")
+_ALL = (_free, _half, _share)
 
 
 @final
@@ -53,8 +60,7 @@ class _Leaf:
 
     def score(self, demand: Amounts) -> int:
         """The smallest share that is free of a resource that is asked for."""
-        share = self.share
-        return min((share.get(name, 0) for name, q in demand.items() if q), default=_WHOLE)
+        return _least(self.share, demand)
 
 
 @final
@@ -69,31 +75,42 @@ class _Block:
         self.half: dict[str, int] = {}
         self.share: dict[str, int] = {}
 
-    def raise_to(self, leaf: _Leaf) -> None:
-        """A node below has this much."""
-        for mine, its in (
-            (self.free, leaf.free),
-            (self.half, leaf.half),
-            (self.share, leaf.share),
-        ):
-            for name, amount in its.items():
+    def raise_to(self, item: _Leaf | _Block) -> bool:
+        """What is below has this much; False when that is no news."""
+        is_news = False
+        for of in _ALL:
+            mine = of(self)
+            for name, amount in of(item).items():
                 if amount > mine.get(name, -1):
                     mine[name] = amount
+                    is_news = True
+        return is_news
 
-    def tighten(self) -> None:
-        """Work the numbers out anew."""
-        self.free, self.half, self.share = {}, {}, {}
-        for child in self.children:
-            if child is None:
-                continue
-            for mine, its in (
-                (self.free, child.free),
-                (self.half, child.half),
-                (self.share, child.share),
-            ):
-                for name, amount in its.items():
-                    if amount > mine.get(name, -1):
-                        mine[name] = amount
+    def tighten(self, names: Iterable[str], *kinds: _Kind) -> None:
+        """Work numbers out anew."""
+        children = [child for child in self.children if child is not None]
+        for of in kinds:
+            mine = of(self)
+            for name in names:
+                most = -1
+                for child in children:
+                    amount = of(child).get(name, -1)
+                    if amount > most:
+                        most = amount
+                if most < 0:
+                    mine.pop(name, None)
+                else:
+                    mine[name] = most
+
+
+def _least(shares: Amounts, demand: Amounts) -> int:
+    least = _WHOLE
+    for name, amount in demand.items():
+        if amount:
+            share = shares.get(name, 0)
+            if share < least:
+                least = share
+    return least
 
 
 def _has(amounts: Amounts, demand: Amounts) -> bool:
@@ -154,7 +171,8 @@ class NodeIndex:
             leaf.set_free(free)
         for level in self._levels:
             place //= _WIDTH
-            level[place].raise_to(leaf)
+            if not level[place].raise_to(leaf):
+                break  # what is above knows at least as much
 
     def remove(self, node_id: NodeId) -> None:
         """A node is gone."""
@@ -189,7 +207,8 @@ class NodeIndex:
             blocks = []
             for start in range(0, len(top), _WIDTH):
                 block = _Block(list(top[start : start + _WIDTH]))
-                block.tighten()
+                for below in top[start : start + _WIDTH]:
+                    block.raise_to(below)
                 blocks.append(block)
             self._levels.append(blocks)
 
@@ -197,23 +216,21 @@ class NodeIndex:
 
     def pack(self, demand: Amounts) -> NodeId | None:
         """The first node that would be at most half full of anything that is asked for."""
-        found = self._first(demand, 0, lambda item: item.half)
+        found = self._first(demand, 0, _half)
         return None if found is None else found[1]
 
     def next_fit(self, demand: Amounts) -> NodeId | None:
         """The next node by turns that has room; None at the end of a round, after which the next
         one begins.
         """
-        found = self._first(demand, self.cursor, lambda item: item.free)
+        found = self._first(demand, self.cursor, _free)
         if found is None:
             self.cursor = 0
             return None
         self.cursor = found[0] + 1
         return found[1]
 
-    def _first(
-        self, demand: Amounts, start: int, of: Callable[[_Block | _Leaf], Amounts]
-    ) -> tuple[int, NodeId] | None:
+    def _first(self, demand: Amounts, start: int, of: _Kind) -> tuple[int, NodeId] | None:
         """The first node from a place on whose amounts cover a demand."""
         if not self._levels:
             return None
@@ -226,7 +243,7 @@ class NodeIndex:
         first: int,
         start: int,
         demand: Amounts,
-        of: Callable[[_Block | _Leaf], Amounts],
+        of: _Kind,
     ) -> tuple[int, NodeId] | None:
         span = _WIDTH ** (height - 1)  # leaves below each child
         for number, child in enumerate(block.children):
@@ -238,7 +255,7 @@ class NodeIndex:
             found = self._first_below(child, height - 1, place, start, demand, of)
             if found is not None:
                 return found
-            child.tighten()
+            child.tighten(demand, of)
         return None
 
     def emptiest(self, demand: Amounts) -> NodeId | None:
@@ -272,19 +289,14 @@ class NodeIndex:
             for number, child in enumerate(item.children):
                 if child is None or not _has(child.free, demand):
                     continue
-                if isinstance(child, _Leaf):
-                    score = child.score(demand)
-                    leaf = (-score, place + number, child.node_id)
-                    found = leaf if found is None else min(found, leaf)
-                else:
-                    score = min(
-                        (child.share.get(name, 0) for name, q in demand.items() if q),
-                        default=_WHOLE,
-                    )
-                best = max(best, score)
+                score = _least(child.share, demand)
+                if isinstance(child, _Leaf) and (found is None or -score < found[0]):
+                    found = (-score, place + number, child.node_id)
+                if score > best:
+                    best = score
                 heapq.heappush(heap, (-score, place + number * span, height - 1, child))
             if best < -bound:
-                item.tighten()  # it promised more than it had
+                item.tighten(demand, _free, _share)  # it promised more than it had
         return None
 
     # ---- checks ----------------------------------------------------------------------------------
