@@ -30,6 +30,7 @@ from benchmarks._harness import (
     machine,
     make_parser,
     print_table,
+    rate,
     show,
     write_json,
 )
@@ -78,6 +79,23 @@ class Maker:
     def make(self, size_bytes: int) -> list[Any]:
         """A ref to a value that stays here until it is read."""
         return [poolray.put(np.ones(size_bytes, dtype=np.uint8))]
+
+
+class Counter:
+    """Counts what it is told."""
+
+    def __init__(self) -> None:
+        self._sum = 0
+
+    def add(self, number: int) -> int:
+        """The sum so far."""
+        self._sum += number
+        return self._sum
+
+
+def successor(number: int) -> int:
+    """The smallest of tasks."""
+    return number + 1
 
 
 def last_of(array: Any) -> int:
@@ -150,6 +168,57 @@ def broadcasts(rounds: int, ray: RaySide | None) -> tuple[list[Comparison], dict
     return found, {}
 
 
+# ---- calls ---------------------------------------------------------------------------------------
+
+
+def calls(rounds: int, ray: RaySide | None) -> tuple[list[Comparison], dict[str, Samples]]:
+    """Tasks and calls of an actor that run on the other node: one at a time, and in bulk."""
+    found: list[Comparison] = []
+    alone: dict[str, Samples] = {}
+    with running_cluster(1):
+        far = {"resources": {"node1": 0.001}}
+        task = poolray.remote(successor).options(**far)
+        actor = poolray.remote(Counter).options(num_cpus=0, **far).remote()
+        poolray.get(actor.add.remote(0))
+
+        def tasks_in_bulk(count: int) -> None:
+            refs = [task.remote(number) for number in range(count)]
+            assert poolray.get(refs) == list(range(1, count + 1))
+
+        def calls_in_bulk(count: int) -> None:
+            sums = poolray.get([actor.add.remote(1) for _ in range(count)])
+            assert sums == list(range(sums[0], sums[0] + count))
+
+        def tasks_one_at_a_time(count: int) -> None:
+            for number in range(count):
+                assert poolray.get(task.remote(number)) == number + 1
+
+        def calls_one_at_a_time(count: int) -> None:
+            first = poolray.get(actor.add.remote(1))
+            for number in range(1, count):
+                assert poolray.get(actor.add.remote(1)) == first + number
+
+        cases: list[tuple[str, Callable[[int], None], str, int]] = [
+            ("task on the other node, one at a time", tasks_one_at_a_time, "far_task", 200),
+            ("tasks on the other node, in bulk", tasks_in_bulk, "far_tasks", 2000),
+            ("call of an actor there, one at a time", calls_one_at_a_time, "far_call", 200),
+            ("calls of an actor there, in bulk", calls_in_bulk, "far_calls", 2000),
+        ]
+        for name, run, case, count in cases:
+            contestants: dict[str, Callable[[], float]] = {
+                "poolray": lambda run=run, count=count: rate(count, lambda: run(count))
+            }
+            if ray is not None:
+                contestants["ray"] = lambda case=case, count=count: ray.rate(case, count)
+            taken = alternate(rounds, contestants)
+            if ray is not None:
+                found.append(Comparison(name, taken["poolray"], taken["ray"], "Ray", "/s", 5))
+            else:
+                each = tuple(1 / value for value in taken["poolray"].values)
+                alone[f"{name}, each"] = Samples(each)
+    return found, alone
+
+
 # ---- daemons -------------------------------------------------------------------------------------
 
 
@@ -211,13 +280,14 @@ def pid_after(path: str) -> int:
 
 Part = Callable[[int, "RaySide | None"], "tuple[list[Comparison], dict[str, Samples]]"]
 PARTS: dict[str, Part] = {
+    "calls": calls,
     "transfers": transfers,
     "broadcasts": broadcasts,
     "starts": starts,
     "deaths": deaths,
 }
 #: Parts in which Ray has the same.
-WITH_RAY = {"transfers", "broadcasts"}
+WITH_RAY = {"calls", "transfers", "broadcasts"}
 
 
 def main() -> None:

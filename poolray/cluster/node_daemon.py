@@ -733,6 +733,8 @@ class NodeDaemon(NodeShell):
 
 def groups_in(message: Any) -> list[GroupId]:
     """Groups of workers that a message of a peer or of the head counts on."""
+    if type(message) is ForwardedResults:
+        return []  # (One of those that come once per call.)
     found = [task_class.group_id for task_class in getattr(message, "classes", ())]
     single = getattr(message, "task_class", None)
     if single is not None:

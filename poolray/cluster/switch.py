@@ -60,7 +60,13 @@ _WHOLE, _PART, _SEVERAL = b"\0", b"\1", b"\2"
 _SEVERAL_BYTES_MAX = 256 << 10
 #: Rounds of reading and answering in one call of `service`.
 _ROUNDS_MAX = 4
-_EVENTS, _POLLIN, _DONT_WAIT, _MORE = zmq.EVENTS, zmq.POLLIN, zmq.DONTWAIT, zmq.SNDMORE
+#: (As plain numbers: sums of the enums' members are made in Python.)
+_POLLIN, _DONT_WAIT, _DONT_WAIT_MORE = (
+    int(zmq.POLLIN),
+    int(zmq.DONTWAIT),
+    int(zmq.DONTWAIT) | int(zmq.SNDMORE),
+)
+_EVENTS = zmq.EVENTS
 
 
 def pack(kind: FrameKind, sender: bytes, body: bytes) -> bytes:
@@ -368,7 +374,7 @@ class Switch:
                 socket.send(data, _DONT_WAIT)
             elif peer.route is not None and self._router is not None:
                 socket = self._router
-                socket.send(peer.route, _DONT_WAIT | _MORE)
+                socket.send(peer.route, _DONT_WAIT_MORE)
                 socket.send(data, _DONT_WAIT)
         except zmq.ZMQError:
             pass  # full, or cut off just now
