@@ -31,7 +31,7 @@ from poolray.cluster.stream import FRAME_BYTES_MAX, FrameReader, frame
 from poolray.config import Config
 from poolray.exceptions import ClusterConnectionError
 from poolray.ids import WORKER_ID_BYTES, NodeId, ObjectId, TaskIdSource
-from poolray.local import process_state
+from poolray.local import news, process_state
 from poolray.local.callbacks import CallbackThread
 from poolray.local.reactor import Guard, Interrupts, Reactor, Waitable
 from poolray.objects.serialization import Serializer
@@ -47,14 +47,29 @@ from poolray.protocol.client import (
     UnpinObjects,
     WaitObjects,
 )
-from poolray.protocol.cluster import Farewell, Hello, Output, UserError, UserNotice, Welcome
+from poolray.protocol.cluster import (
+    Farewell,
+    Hello,
+    News,
+    Output,
+    UserError,
+    UserNotice,
+    Welcome,
+)
+from poolray.protocol.inquiry import HeadAnswer
 from poolray.protocol.state import QueryState, StateKind, StateRow, StateRows
 from poolray.protocol.values import InArena
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(ClientReply | Farewell | Output | UserNotice | UserError).decode
+_decode = msgspec.msgpack.Decoder(
+    ClientReply | Farewell | Output | News | UserNotice | UserError
+).decode
 _decode_welcome = msgspec.msgpack.Decoder(Welcome | Farewell).decode
 
+#: What is handed over outside of the guard, in the order in which it came.
+_FOR_USERS = (Output, News, UserNotice, UserError)
+#: Replies that may be too large for one message.
+_IN_PARTS = (ObjectValues, StateRows, HeadAnswer)
 _SIGN_ON_S = 10.0
 
 
@@ -189,14 +204,14 @@ class DriverRuntime:
         kind = type(message)
         if kind is Farewell:
             self._lose(message.reason)
-        elif kind is Output or kind is UserNotice or kind is UserError:
+        elif kind in _FOR_USERS:
             self._deliveries.append(message)
         else:
             request = self._requests.get(message.request_id)
             if request is None:
                 return
             request.parts.append(message)
-            if isinstance(message, (ObjectValues, StateRows)) and message.more:
+            if isinstance(message, _IN_PARTS) and message.more:
                 return
             self._requests.pop(message.request_id, None)
             if request.call is not None:
@@ -247,6 +262,9 @@ class DriverRuntime:
             item.call(_joined(item.parts))
         elif kind is Output:
             self._output.show(item)
+        elif kind is News:
+            is_near = item.address == self.welcome.node_address
+            news.hand_over(item.topic, item.data, "" if is_near else item.address)
         elif kind is UserNotice and item.is_warning:
             import warnings
 
@@ -460,6 +478,8 @@ def _joined(parts: list[Any]) -> Any:
     first = parts[0]
     if len(parts) == 1:
         return first
+    if isinstance(first, HeadAnswer):
+        return msgspec.structs.replace(first, data=b"".join(p.data for p in parts), more=False)
     if isinstance(first, StateRows):
         return msgspec.structs.replace(first, rows=[r for p in parts for r in p.rows], more=False)
     values: list[Any] = []

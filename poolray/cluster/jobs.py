@@ -16,7 +16,7 @@ import msgspec
 
 from poolray.cluster.sessions import DriverSession
 from poolray.ids import GroupId, NodeId
-from poolray.protocol.cluster import JobStarted, Output
+from poolray.protocol.cluster import JobStarted, News, Output
 from poolray.protocol.node import RegisterJob
 
 _logger = logging.getLogger(__name__)
@@ -111,13 +111,21 @@ class Jobs:
     def on_output(self, output: Output) -> None:
         """A worker of a job has printed something."""
         job = self._jobs.get(output.job_id)
-        if job is None or not job.facts.log_to_driver:
-            return
+        if job is not None and job.facts.log_to_driver:
+            self._tell_driver(job, output)
+
+    def on_news(self, news: News) -> None:
+        """A library in a worker of a job has something for its part in the driver."""
+        job = self._jobs.get(news.job_id)
+        if job is not None:
+            self._tell_driver(job, news)
+
+    def _tell_driver(self, job: Job, message: Output | News) -> None:
         session: DriverSession | None = job.session
         if session is not None:
-            session.send(output)
+            session.send(message)
         elif job.node_id and job.node_id != self._host.node_id:
-            self._host.send_peer(job.node_id, output)
+            self._host.send_peer(job.node_id, message)
 
     def on_group_failed(self, group_id: GroupId) -> None:
         """A job's fork servers died one after the other: the next task tries again."""

@@ -28,7 +28,7 @@ from poolray._version import __version__
 from poolray.cluster import daemon, places
 from poolray.cluster.auth import Credentials
 from poolray.cluster.head_daemon import HEAD_ID
-from poolray.cluster.jobs import Job, Jobs, group_of
+from poolray.cluster.jobs import Job, Jobs, group_of, job_of
 from poolray.cluster.options import NodeOptions, Ready
 from poolray.cluster.sessions import DriverSession, Reception
 from poolray.cluster.switch import Switch, split_address
@@ -64,8 +64,10 @@ from poolray.protocol.cluster import (
     Answer,
     AskDrain,
     AskWho,
+    DaemonMessage,
     Hello,
     JobStarted,
+    News,
     Nodes,
     NotUnderstood,
     Output,
@@ -94,7 +96,7 @@ from poolray.protocol.node import (
     RegisterJob,
     RegisterNode,
 )
-from poolray.protocol.worker import WorkerExited, WorkerOutput
+from poolray.protocol.worker import WorkerExited, WorkerNews, WorkerOutput
 
 _logger = logging.getLogger(__name__)
 
@@ -186,7 +188,7 @@ class NodeDaemon(NodeShell):
         #: … anywhere: now and then all is looked at.
         self._looks_everywhere = True
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode_peer = msgspec.msgpack.Decoder(PeerMessage | JobStarted | Output).decode
+        self._decode_peer = msgspec.msgpack.Decoder(PeerMessage | DaemonMessage).decode
         self._decode_request = msgspec.msgpack.Decoder(HeadRequest).decode
         self._decode_head = msgspec.msgpack.Decoder(HeadMessage).decode
         self._chunks = ChunkStore(self.arena, self._path_of)
@@ -309,6 +311,12 @@ class NodeDaemon(NodeShell):
         except InternalError:
             # A report that came too late, or a bug: one job may suffer, the others must not.
             _logger.exception("a worker's report cannot be taken")
+
+    def _take_news(self, host: WorkerHost, message: WorkerNews) -> None:
+        """Pass them on at once: on every link they stay before the results that follow them."""
+        job_id, address = job_of(host.group_id), self._options.host
+        news = News(job_id=job_id, topic=message.topic, data=message.data, address=address)
+        self.jobs.on_news(news)
 
     def on_socket_news(self, descriptor: int) -> None:
         """A socket of the network may have something: `settle` looks."""
@@ -665,6 +673,8 @@ class NodeDaemon(NodeShell):
             self.jobs.begin(Job(message, node_id=NodeId(peer)))
         elif isinstance(message, Output):
             self.jobs.on_output(message)
+        elif isinstance(message, News):
+            self.jobs.on_news(message)
         else:
             self._feed_remote(peer, message)
 

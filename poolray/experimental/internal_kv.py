@@ -9,11 +9,17 @@ that it was put under, and under no other.
 
 from __future__ import annotations
 
-import errno
 from typing import Any
 
 from poolray.exceptions import PoolrayError
-from poolray.protocol.inquiry import AskHead, HeadQuestion, read_answer
+from poolray.local import process_state
+from poolray.protocol.inquiry import (
+    AskHead,
+    AskHeadPart,
+    HeadQuestion,
+    encode_question,
+    read_answer,
+)
 from poolray.protocol.node import (
     HeadReply,
     KeyValueDelete,
@@ -35,6 +41,10 @@ __all__ = [
 ]
 
 
+#: Of a question that a worker asks, in one packet.
+_PART_BYTES = 64 * 1024
+
+
 def _bytes(what: str, value: Any) -> bytes:
     if isinstance(value, str):
         return value.encode()
@@ -49,7 +59,21 @@ def _space(namespace: Any) -> str:
 
 
 def _ask(question: HeadQuestion) -> HeadReply:
-    found = find_client().link.ask(lambda n: AskHead(request_id=n, question=question))
+    link = find_client().link
+    data = encode_question(question) if process_state.is_worker() else b""
+    if len(data) <= _PART_BYTES:
+        found = link.ask(lambda n: AskHead(request_id=n, question=question))
+    else:  # more than one packet of a worker's channel may hold
+
+        def send_parts(number: int) -> AskHeadPart:
+            """Send all but the last, and give that."""
+            last = (len(data) - 1) // _PART_BYTES * _PART_BYTES
+            for start in range(0, last, _PART_BYTES):
+                part = data[start : start + _PART_BYTES]
+                link.send(AskHeadPart(request_id=number, data=part, more=True))
+            return AskHeadPart(request_id=number, data=data[last:], more=False)
+
+        found = link.ask(send_parts)
     answer = read_answer(found if isinstance(found, list) else [found])
     assert isinstance(answer, HeadReply)
     return answer
@@ -115,15 +139,7 @@ def _internal_kv_put(
     question = KeyValuePut(
         request_id=0, namespace=_space(namespace), key=name, value=data, overwrite=overwrite
     )
-    try:
-        reply = _ask(question)
-    except OSError as error:
-        if error.errno != errno.EMSGSIZE:
-            raise
-        raise ValueError(
-            f"a value of {len(data)} bytes is too large to be put from a worker: put it from the "
-            "driver, or put() it and store what finds it"
-        ) from None
+    reply = _ask(question)
     if not reply.done and not (reply.count and not overwrite):
         raise PoolrayError(
             "The key-value store is full: delete keys, and put large values with put()."

@@ -52,6 +52,12 @@ class _BarState(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     total: int | float | None
     count: int | float
     closed: bool
+    address: str = ""  #: of its process's node, where that is another one than the driver's
+
+    @property
+    def source(self) -> tuple[str, int]:
+        """Whose bar it is."""
+        return self.address, self.pid
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -257,9 +263,9 @@ def safe_print(*values: Any, **options: Any) -> None:
 _print = builtins.print
 
 
-def on_news(data: bytes) -> None:
+def on_news(data: bytes, address: str) -> None:
     """In the driver: a bar in a worker has changed."""
-    _board.show(_decode(data))
+    _board.show(msgspec.structs.replace(_decode(data), address=address))
 
 
 # ---- the driver's side ---------------------------------------------------------------------------
@@ -281,8 +287,8 @@ class _Board:
     def __init__(self) -> None:
         #: Guards all below; taken again by `print` in the middle of a redraw.
         self._lock = threading.RLock()
-        #: (pid, number) -> its bar, in the order of the lines.
-        self._bars: dict[tuple[int, int], _Shown] = {}
+        #: (source, number) -> its bar, in the order of the lines.
+        self._bars: dict[tuple[tuple[str, int], int], _Shown] = {}
         self._looked_at = 0.0
         self._has_patched = False
         #: `tqdm.auto.tqdm`; None: not looked for yet, or not there.
@@ -294,7 +300,7 @@ class _Board:
         with self._lock:
             if not self._find_tqdm():
                 return
-            key = state.pid, state.number
+            key = state.source, state.number
             shown = self._bars.get(key)
             if shown is None:
                 shown = self._open(state)
@@ -331,7 +337,7 @@ class _Board:
             dynamic_ncols=True,
             unit_scale=True,
         )
-        shown = self._bars[state.pid, state.number] = _Shown(state, bar)
+        shown = self._bars[state.source, state.number] = _Shown(state, bar)
         self._sort()
         self._patch_print(True)
         return shown
@@ -348,7 +354,7 @@ class _Board:
         shown.state = state
         bar.refresh()
 
-    def _close(self, key: tuple[int, int]) -> None:
+    def _close(self, key: tuple[tuple[str, int], int]) -> None:
         shown = self._bars.pop(key)
         shown.bar.close()
         self._sort()
@@ -358,17 +364,17 @@ class _Board:
     def _line_of(self, state: _BarState) -> int:
         """Bars of one process stand together, in the order that it wants."""
         first = 0
-        for pid, height in self._heights().items():
-            if pid == state.pid:
+        for source, height in self._heights().items():
+            if source == state.source:
                 break
             first += height
         return first + state.position
 
-    def _heights(self) -> dict[int, int]:
-        heights: dict[int, int] = {}
+    def _heights(self) -> dict[tuple[str, int], int]:
+        heights: dict[tuple[str, int], int] = {}
         for shown in self._bars.values():
-            pid, height = shown.state.pid, shown.state.position + 1
-            heights[pid] = max(heights.get(pid, 0), height)
+            source, height = shown.state.source, shown.state.position + 1
+            heights[source] = max(heights.get(source, 0), height)
         return heights
 
     def _sort(self) -> None:
@@ -386,9 +392,11 @@ class _Board:
         if now - self._looked_at < _LOOK_EVERY_S:
             return
         self._looked_at = now
-        for pid in list(self._heights()):
-            if pid != os.getpid() and not _is_alive(pid):
-                for key in [key for key in self._bars if key[0] == pid]:
+        for source in list(self._heights()):
+            address, pid = source
+            # (Of processes of other machines nothing is known here.)
+            if not address and pid != os.getpid() and not _is_alive(pid):
+                for key in [key for key in self._bars if key[0] == source]:
                     self._close(key)
 
     def count(self) -> int:
@@ -443,9 +451,10 @@ class _Hidden:
 
 
 def _label(state: _BarState) -> str:
-    if state.pid == os.getpid():
+    if state.source == ("", os.getpid()):
         return state.description
-    return f"(pid={state.pid}) {state.description}"
+    where = f", ip={state.address}" if state.address else ""
+    return f"(pid={state.pid}{where}) {state.description}"
 
 
 def _is_alive(pid: int) -> bool:

@@ -59,10 +59,10 @@ def flush() -> None:
         call()
 
 
-def hand_over(topic: str, data: bytes) -> None:
-    """In the driver: news have come."""
+def hand_over(topic: str, data: bytes, address: str = "") -> None:
+    """In the driver: news have come, from a worker of the node with this address; empty: ours."""
     try:
-        importlib.import_module(_TAKERS[topic]).on_news(data)
+        importlib.import_module(_TAKERS[topic]).on_news(data, address)
     except Exception:
         # Whoever waits for results in this thread has nothing to do with it.
         _log.exception("News on %s could not be taken.", topic)

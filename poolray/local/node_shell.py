@@ -371,7 +371,7 @@ class NodeShell:
                     group.watch.on_note(message)
                 return
             if type(message) is WorkerNews:
-                self._deliveries.append(message)
+                self._take_news(host, message)
                 return
             if type(message) is ClientMessage:
                 if self.default_group is None:
@@ -388,6 +388,10 @@ class NodeShell:
             if self.open_batches:
                 # A call that was added meanwhile saw the worker busy that has just become idle.
                 self._flush_batches()
+
+    def _take_news(self, host: WorkerHost, message: WorkerNews) -> None:
+        """A worker has news for its driver; what it reports afterwards must not overtake them."""
+        self._deliveries.append(message)
 
     def _collect_output(self, message: WorkerOutput) -> None:
         """Put the parts of one write together: workers share the channel."""

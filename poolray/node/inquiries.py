@@ -18,9 +18,11 @@ from poolray.node.effects import Reply, SendHead
 from poolray.node.state import NodeState
 from poolray.protocol.inquiry import (
     AskHead,
+    AskHeadPart,
     HeadAnswer,
     HeadAnswers,
     HeadQuestion,
+    decode_question,
     encode_answer,
 )
 
@@ -32,13 +34,15 @@ _PART_BYTES = 64 * 1024
 class Inquiries:
     """The open questions of a node's clients."""
 
-    __slots__ = ("_next", "_open", "_state")
+    __slots__ = ("_next", "_open", "_parts", "_state")
 
     def __init__(self, state: NodeState) -> None:
         self._state = state
         self._next = 0
         #: our number -> who asked, under which number, and what.
         self._open: dict[int, tuple[ClientId, int, HeadQuestion]] = {}
+        #: client -> its number -> the parts of a question that is not complete.
+        self._parts: dict[ClientId, dict[int, list[bytes]]] = {}
 
     def on_ask(self, client_id: ClientId, message: AskHead) -> None:
         """A client wants to know something."""
@@ -46,6 +50,23 @@ class Inquiries:
         question = msgspec.structs.replace(message.question, request_id=number)
         self._open[number] = (client_id, message.request_id, question)
         self._state.effects.append(SendHead(question))
+
+    def on_part(self, client_id: ClientId, message: AskHeadPart) -> None:
+        """A part of what a client wants to know; nothing is asked before the last."""
+        mine = self._parts.setdefault(client_id, {})
+        parts = mine.setdefault(message.request_id, [])
+        parts.append(message.data)
+        if message.more:
+            return
+        del mine[message.request_id]
+        if not mine:
+            del self._parts[client_id]
+        question = decode_question(b"".join(parts))
+        self.on_ask(client_id, AskHead(request_id=message.request_id, question=question))
+
+    def on_left(self, client_id: ClientId) -> None:
+        """A client is gone: what it began to ask will not be completed."""
+        self._parts.pop(client_id, None)
 
     def on_answer(self, message: HeadAnswers) -> None:
         """The head has answered."""

@@ -72,7 +72,7 @@ from poolray.protocol.directory import (
     NodesFound,
     RestartActor,
 )
-from poolray.protocol.inquiry import AskHead
+from poolray.protocol.inquiry import AskHead, AskHeadPart
 from poolray.protocol.memory import MemoryTable
 from poolray.protocol.node import (
     AskHandle,
@@ -376,6 +376,8 @@ class Node:
                 objects.note_call_site(message.object_ids, message.call_site)
             case AskHead():
                 self._inquiries.on_ask(client_id, message)
+            case AskHeadPart():
+                self._inquiries.on_part(client_id, message)
             case QueryState():
                 self._observer.on_query(client_id, message)
             case CancelTasks():
@@ -452,6 +454,7 @@ class Node:
                 self._dispatcher.on_taken_back(message)
             case WorkerLost():
                 groups.on_lost(message)
+                self._inquiries.on_left(ClientId(message.worker_id))
             case CallProgress():
                 self._timeouts.on_progress(message)
             case CreateGroup():
@@ -466,6 +469,7 @@ class Node:
                 groups.resize(message.group_id, message.size)
             case ClientLeft():
                 self._tasks.drop_client(ClientId(message.client_id))
+                self._inquiries.on_left(ClientId(message.client_id))
             case SpillDone():
                 self._store.on_spill_done(message)
             case SpillFailed():

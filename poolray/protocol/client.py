@@ -14,7 +14,7 @@ import msgspec
 
 from poolray.ids import FunctionId, ObjectId, TaskId
 from poolray.protocol.actors import ActorReply, ActorRequest, CallCount, NamedActors
-from poolray.protocol.inquiry import AskHead, HeadAnswer
+from poolray.protocol.inquiry import AskHead, AskHeadPart, HeadAnswer
 from poolray.protocol.placement import PlacementGroupReply, PlacementRequest
 from poolray.protocol.state import QueryState, StateRows
 from poolray.protocol.streams import StreamReply, StreamRequest
@@ -207,6 +207,7 @@ ClientRequest: TypeAlias = (
     | QueryState
     | PlacementRequest
     | AskHead
+    | AskHeadPart
     | StreamRequest
 )
 

@@ -77,6 +77,15 @@ class Output(msgspec.Struct, frozen=True, array_like=True, tag=504, kw_only=True
     address: str  #: of its node
 
 
+class News(msgspec.Struct, frozen=True, array_like=True, tag=507, kw_only=True):
+    """What a library in a worker tells its part in the driver, on its way there."""
+
+    job_id: bytes
+    topic: str
+    data: bytes
+    address: str  #: of the worker's node
+
+
 class UserNotice(msgspec.Struct, frozen=True, array_like=True, tag=505, kw_only=True):
     """Something that the user of a driver should know."""
 
@@ -102,7 +111,7 @@ class JobStarted(msgspec.Struct, frozen=True, array_like=True, tag=521, kw_only=
     log_to_driver: bool = True
 
 
-DaemonMessage: TypeAlias = JobStarted | Output
+DaemonMessage: TypeAlias = JobStarted | Output | News
 
 
 # ---- questions -----------------------------------------------------------------------------------

@@ -51,6 +51,17 @@ class AskHead(msgspec.Struct, frozen=True, array_like=True, tag=130, kw_only=Tru
     question: HeadQuestion
 
 
+class AskHeadPart(msgspec.Struct, frozen=True, array_like=True, tag=135, kw_only=True):
+    """A part of a question that is too large for one packet of a worker's channel.
+
+    The parts of a question have one number and come in order; the last has no `more`.
+    """
+
+    request_id: int
+    data: bytes  #: of a `HeadQuestion`, in msgpack
+    more: bool
+
+
 class HeadAnswer(msgspec.Struct, frozen=True, array_like=True, tag=168, kw_only=True):
     """What the head says, or a part of it: a worker's control channel takes limited packets."""
 
@@ -59,7 +70,8 @@ class HeadAnswer(msgspec.Struct, frozen=True, array_like=True, tag=168, kw_only=
     more: bool = False
 
 
-encode_answer = msgspec.msgpack.Encoder().encode
+encode_answer = encode_question = msgspec.msgpack.Encoder().encode
+decode_question = msgspec.msgpack.Decoder(HeadQuestion).decode
 _decode_answer = msgspec.msgpack.Decoder(HeadAnswers).decode
 
 

@@ -42,7 +42,7 @@ from poolray.protocol.client import (
     WaitObjects,
     WaitReply,
 )
-from poolray.protocol.inquiry import AskHead, HeadAnswer
+from poolray.protocol.inquiry import AskHead, AskHeadPart, HeadAnswer
 from poolray.protocol.placement import PlacementGroupReply, PlacementRequest
 from poolray.protocol.state import QueryState, StateRows
 from poolray.protocol.streams import ItemsYielded, StreamReply, StreamRequest
@@ -262,6 +262,7 @@ class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_onl
         | PlacementRequest
         | StreamRequest
         | AskHead
+        | AskHeadPart
     )
 
 

@@ -158,7 +158,7 @@ def _parts(items: list[tuple[Any, _Update]]) -> Iterator[list[tuple[Any, _Update
         yield part
 
 
-def on_news(data: bytes) -> None:
+def on_news(data: bytes, address: str) -> None:
     """In the driver: a worker has recorded something."""
     store = _store
     updates = _decode(data)

@@ -69,6 +69,21 @@ def test_large_values_are_read_whole_everywhere() -> None:
     assert get(there.remote())
 
 
+def test_large_values_are_put_by_workers() -> None:
+    value = bytes(range(256)) * 8192
+
+    @ray.remote
+    def there(key: str) -> bool:
+        return bool(kv._internal_kv_put(key, value, namespace="large"))
+
+    assert get([there.remote(key) for key in ("one", "two", "one")]) in (
+        [False, False, True],
+        [True, False, False],
+    )
+    assert kv._internal_kv_get("one", namespace="large") == value
+    assert kv._internal_kv_get("two", namespace="large") == value
+
+
 @better_than_reference("it fails with an assertion")
 @pytest.mark.parametrize("key", [1, None, ["k"]])
 def test_other_keys_and_values_are_type_errors(key: Any) -> None:
