@@ -84,7 +84,7 @@ HEIGHT_BY_ROOM = {room: height for height, floor in enumerate(FLOORS) for room i
 SIDEWAYS_LINES = {
     ("cluster", "local"): {
         *("workers", "channel", "reactor", "node_shell", "fork_server", "machine", "process_state"),
-        "callbacks",
+        *("callbacks", "news"),
     }
 }
 
