@@ -8,14 +8,20 @@ results handed to receivers.
 Who calls: `pool.py`, `executor.py`, when they are given an address.
 May touch: what the driver's runtime touches.
 Invariants: a worker runs one call at a time; short calls wait with it a few at a time, long ones
-never behind another; each receiver gets exactly one result.
+never behind another, one whose time is limited neither before nor behind; each receiver gets
+exactly one result; whoever leaves politely has been wound up.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import functools
+import multiprocessing.context
+import os
 import pickle
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, final
@@ -23,7 +29,14 @@ from typing import TYPE_CHECKING, Any, final
 from poolray import api, cluster_connection
 from poolray.client_functions import function_id_of
 from poolray.cluster_state import cluster_resources
-from poolray.exceptions import ClusterConnectionError, NotSupportedError, PoolrayError
+from poolray.exceptions import (
+    ActorError,
+    CallTimeoutError,
+    ClusterConnectionError,
+    NotSupportedError,
+    PoolrayError,
+)
+from poolray.local.fork_server import WorkerExtras
 from poolray.local.reactor import Waitable
 from poolray.objects.serialization import Serialized, Serializer, deserialize
 from poolray.protocol.values import CallKind
@@ -44,27 +57,53 @@ _NEW_WEIGHT = 0.2
 class _PoolWorker:
     """The actor that stands for a worker process."""
 
-    def __init__(self, initializer: bytes, arguments: bytes) -> None:
+    def __init__(self, initializer: bytes, arguments: bytes, extras: bytes) -> None:
         self._functions: dict[bytes, Callable[..., Any]] = {}
         self._failure = b""
-        if initializer:
+        #: What each call is given before its own arguments: the state, if there is one.
+        self._given: tuple[Any, ...] = ()
+        self._exit: Callable[..., Any] | None = None
+        try:
+            if initializer:
+                deserialize(initializer, True)(*deserialize(arguments, True))
+            if extras:
+                make_state, init, self._exit = deserialize(extras, True)
+                if make_state is not None:
+                    self._given = (make_state(),)
+                if init is not None:
+                    init(*self._given)
+        except BaseException as error:
             from poolray.local import worker_errors
 
-            try:
-                deserialize(initializer, True)(*deserialize(arguments, True))
-            except BaseException as error:
-                self._failure = worker_errors.encode_plain(error)
+            self._failure = worker_errors.encode_plain(error)
 
     def pid(self) -> int:
         """The process that it is."""
-        import os
-
         return os.getpid()
 
+    def wind_up(self) -> tuple[bool, bytes] | None:
+        """The worker leaves: (whether it is a result, as opposed to an error; what it left)."""
+        if self._exit is None or self._failure:
+            return None
+        from poolray.local import worker_errors
+
+        try:
+            serializer = Serializer(main_definitions={}, out_of_band_all=False, modules=frozenset())
+            return True, _flat(serializer.dumps(self._exit(*self._given)))
+        except BaseException as error:
+            traceback.print_exc()
+            return False, worker_errors.encode_plain(error)
+
     def run(
-        self, key: bytes, function: bytes, kind: int, payload: bytes, refs: list[Any]
+        self,
+        key: bytes,
+        function: bytes,
+        kind: int,
+        payload: bytes,
+        refs: list[Any],
+        limit_s: float = 0.0,
     ) -> tuple[bool, Any, float]:
-        """Run one call.
+        """Run one call; one that takes longer than its limit is the end of this process.
 
         Returns
         -------
@@ -79,35 +118,62 @@ class _PoolWorker:
             return False, self._failure, 0.0
         started_s = time.perf_counter()
         try:
-            call = self._functions.get(key)
-            if call is None and key:
-                call = self._functions[key] = deserialize(function, True)
-            arguments = deserialize(payload, True)
-            if kind == CallKind.CALL:
-                args, kwargs = arguments
-                assert call is not None
-                value: Any = call(*args, **kwargs)
-            elif kind == CallKind.APPLY:
-                call, args, kwargs = arguments
-                value = call(*args, **kwargs)
-            elif kind == CallKind.MAP:
-                assert call is not None
-                value = list(map(call, arguments))
-            else:
-                assert call is not None
-                value = [call(*each) for each in arguments]
+            with _Limit(limit_s):
+                value = self._call(key, function, kind, payload)
             return True, value, time.perf_counter() - started_s
         except Exception as error:
             return False, worker_errors.encode_plain(error), time.perf_counter() - started_s
+
+    def _call(self, key: bytes, function: bytes, kind: int, payload: bytes) -> Any:
+        call = self._functions.get(key)
+        if call is None and key:
+            call = self._functions[key] = self._dressed(deserialize(function, True))
+        arguments = deserialize(payload, True)
+        if kind == CallKind.APPLY:
+            call, args, kwargs = arguments
+            return self._dressed(call)(*args, **kwargs)
+        assert call is not None
+        if kind == CallKind.CALL:
+            args, kwargs = arguments
+            return call(*args, **kwargs)
+        if kind == CallKind.MAP:
+            return list(map(call, arguments))
+        return [call(*each) for each in arguments]
+
+    def _dressed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(call, *self._given) if self._given else call
+
+
+@final
+class _Limit:
+    """Ends this process when what is inside takes longer: also where it never lets others run."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+
+    def __enter__(self) -> None:
+        if self._limit_s:
+            self._nowhere = open(os.devnull, "w")
+            # A thread that needs no lock of the interpreter, and no cooperation of the call.
+            faulthandler.dump_traceback_later(self._limit_s, exit=True, file=self._nowhere)
+
+    def __exit__(self, *_: object) -> None:
+        if self._limit_s:
+            faulthandler.cancel_dump_traceback_later()
+            self._nowhere.close()
 
 
 class _Worker:
     """An actor as the driver sees it."""
 
-    __slots__ = ("actor", "elapsed_s", "under_way")
+    __slots__ = ("actor", "calls_left", "elapsed_s", "is_exclusive", "under_way")
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, calls_left: int) -> None:
         self.actor = actor
+        #: Calls that it may still be given; below 0: any number.
+        self.calls_left = calls_left
+        #: It is at a call whose time is limited: its end may be the end of the process.
+        self.is_exclusive = False
         #: Calls that have not come back.
         self.under_way = 0
         #: How long its calls take, about; None: none has come back.
@@ -115,9 +181,13 @@ class _Worker:
 
     def window(self) -> int:
         """How many calls may be with it at a time."""
+        if self.is_exclusive:
+            return self.under_way
         if self.elapsed_s is None or self.elapsed_s > _PREFETCH_BELOW_S:
-            return 1
-        return min(_WINDOW_MAX, 2 + int(_AHEAD_S / max(self.elapsed_s, 1e-6)))
+            wanted = 1
+        else:
+            wanted = min(_WINDOW_MAX, 2 + int(_AHEAD_S / max(self.elapsed_s, 1e-6)))
+        return wanted if self.calls_left < 0 else min(wanted, self.under_way + self.calls_left)
 
 
 class _Host:
@@ -145,10 +215,21 @@ class ClusterHandle(Waitable):
 class ClusterStream:
     """Calls of one function."""
 
-    __slots__ = ("_calls", "function", "key", "kind")
+    __slots__ = ("_calls", "function", "key", "kind", "limit_s", "name")
 
-    def __init__(self, calls: ClusterCalls, kind: CallKind, key: bytes, function: Any) -> None:
+    def __init__(
+        self,
+        calls: ClusterCalls,
+        kind: CallKind,
+        key: bytes,
+        function: Any,
+        name: str = "",
+        limit_s: float = 0.0,
+    ) -> None:
         self._calls = calls
+        self.name = name
+        #: How long a call may run, from its beginning; 0: without end.
+        self.limit_s = limit_s
         self.kind = kind
         self.key = key
         #: A ref to the serialized function, or empty bytes where calls bring theirs.
@@ -243,15 +324,26 @@ class ClusterCalls:
         handle: ClusterHandle,
         workers: list[_Worker],
         cancellable: bool,
+        make_worker: Callable[[], _Worker],
+        max_retries: int,
+        has_exit: bool,
     ) -> None:
         self.runtime = runtime
         self.handle = handle
         self.inline_max_bytes = runtime.config.inline_max_bytes
         self._workers = workers
         self._cancellable = cancellable
-        self._waiting: deque[tuple[ClusterStream, bytes | Serialized, Any]] = deque()
-        #: (function id, kind) -> stream.
-        self._streams: dict[tuple[bytes, CallKind], ClusterStream] = {}
+        self._make_worker = make_worker
+        self._max_retries = max_retries
+        self._has_exit = has_exit
+        #: Workers that wind up.
+        self._leaving = 0
+        #: What those that have done so left: (whether it is a result; bytes).
+        self._exits: list[tuple[bool, bytes]] = []
+        #: The last is how often it was tried before.
+        self._waiting: deque[tuple[ClusterStream, bytes | Serialized, Any, int]] = deque()
+        #: (function id, kind, limit) -> stream.
+        self._streams: dict[tuple[bytes, CallKind, float], ClusterStream] = {}
         self._apply = ClusterStream(self, CallKind.APPLY, b"", b"")
         self._ended = False
         self._pumping = False
@@ -266,8 +358,10 @@ class ClusterCalls:
         """Serialize the arguments of a call for the workers."""
         return self.handle.serializer.dumps_call(args, kwargs)
 
-    def stream(self, function: Callable[..., Any], kind: CallKind) -> ClusterStream:
-        """Calls of a function.
+    def stream(
+        self, function: Callable[..., Any], kind: CallKind, limit_s: float = 0.0
+    ) -> ClusterStream:
+        """Calls of a function; each may run for `limit_s`, if that is not 0.
 
         Raises
         ------
@@ -277,25 +371,23 @@ class ClusterCalls:
         data, _ = self.handle.serializer.dumps_function(function)
         blob = data if isinstance(data, bytes) else data.to_bytes()
         key = function_id_of(blob)
-        found = self._streams.get((key, kind))
+        found = self._streams.get((key, kind, limit_s))
         if found is None:
             function_ref = self.runtime.connection.client.put(blob)
-            found = self._streams[key, kind] = ClusterStream(self, kind, key, function_ref)
+            name = getattr(function, "__name__", repr(function))
+            found = ClusterStream(self, kind, key, function_ref, name, limit_s)
+            self._streams[key, kind, limit_s] = found
         return found
 
-    def limited_stream(self, *_: object) -> ClusterStream:
-        """Calls that may take so long.
+    limited_stream = stream
 
-        Raises
-        ------
-        NotSupportedError
-            On a cluster, by this version.
-        """
-        raise NotSupportedError(
-            "timeout= of single calls is not supported by this version of poolray on clusters."
-        )
+    def limited_apply_stream(self, limit_s: float) -> ClusterStream:
+        """Calls that bring their callable along, and may take so long."""
+        return ClusterStream(self, CallKind.APPLY, b"", b"", "apply", limit_s)
 
-    limited_apply_stream = limited_stream
+    def exits(self) -> list[tuple[bool, bytes]]:
+        """What workers have left: (whether it is a result, as opposed to an error; bytes)."""
+        return list(self._exits)
 
     def apply_stream(self) -> ClusterStream:
         """Calls that bring their callable along."""
@@ -303,12 +395,12 @@ class ClusterCalls:
 
     def submit(self, stream: ClusterStream, payload: bytes | Serialized, receiver: Any) -> None:
         """One more call."""
-        self._waiting.append((stream, payload, receiver))
+        self._waiting.append((stream, payload, receiver, 0))
         self._pump()
 
     def drain(self) -> list[Any]:
         """Receivers of calls that no worker has been given; they will not be."""
-        receivers = [receiver for _, _, receiver in self._waiting]
+        receivers = [receiver for _, _, receiver, _ in self._waiting]
         self._waiting.clear()
         return receivers
 
@@ -335,17 +427,28 @@ class ClusterCalls:
                 if worker.under_way >= worker.window():
                     return
                 try:
-                    stream, payload, receiver = self._waiting.popleft()
+                    stream, payload, receiver, tried = self._waiting.popleft()
                 except IndexError:
                     return  # another thread was faster
-                if self._cancellable and not receiver.begin():
+                if stream.limit_s and worker.under_way:
+                    idle = [each for each in self._workers if each.window() > each.under_way == 0]
+                    if not idle:
+                        self._waiting.appendleft((stream, payload, receiver, tried))
+                        return
+                    worker = idle[0]
+                if self._cancellable and not tried and not receiver.begin():
                     continue
-                self._send(worker, stream, payload, receiver)
+                self._send(worker, stream, payload, receiver, tried)
         finally:
             self._pumping = False
 
     def _send(
-        self, worker: _Worker, stream: ClusterStream, payload: bytes | Serialized, receiver: Any
+        self,
+        worker: _Worker,
+        stream: ClusterStream,
+        payload: bytes | Serialized,
+        receiver: Any,
+        tried: int,
     ) -> None:
         client = self.runtime.connection.client
         refs: list[Any] = []
@@ -354,22 +457,88 @@ class ClusterCalls:
             frame = bytearray(payload.size_bytes)
             payload.write_into(memoryview(frame))
             payload = bytes(frame)
+        run = worker.actor.run
+        if stream.limit_s:  # whether it is tried again is decided here
+            run = run.options(max_task_retries=0)
         try:
-            ref = worker.actor.run.remote(
-                stream.key, stream.function, int(stream.kind), payload, refs
+            ref = run.remote(
+                stream.key, stream.function, int(stream.kind), payload, refs, stream.limit_s
             )
         except PoolrayError as error:
             receiver.on_result(error)
             return
+        sent_s = time.monotonic()
         worker.under_way += 1
+        worker.calls_left -= 1 if worker.calls_left > 0 else 0
+        worker.is_exclusive = bool(stream.limit_s)
 
         def arrive(reply: Any) -> None:
             worker.under_way -= 1
-            receiver.on_result(_Result(ref, reply))
-            self._note_time(worker, reply)
+            worker.is_exclusive = False
+            error = self._loss(ref, reply) if stream.limit_s and reply.errors else None
+            if error is not None:
+                self._replace(worker, politely=False)
+                self._on_lost(stream, payload, receiver, tried, error, time.monotonic() - sent_s)
+            else:
+                receiver.on_result(_Result(ref, reply))
+                self._note_time(worker, reply)
+                if worker.calls_left == 0 and worker.under_way == 0:
+                    self._replace(worker, politely=True)
             self._pump()
 
         client.link.when_ready(ref._id, arrive)
+
+    def _loss(self, ref: ObjectRef[Any], reply: Any) -> ActorError | None:
+        """The error of a call whose worker has ended; None: it has ended itself."""
+        error, _ = self.runtime.connection.client.read_reply(reply, ref, True)
+        return error if isinstance(error, ActorError) else None
+
+    def _on_lost(
+        self,
+        stream: ClusterStream,
+        payload: bytes | Serialized,
+        receiver: Any,
+        tried: int,
+        error: ActorError,
+        elapsed_s: float,
+    ) -> None:
+        """A call of limited time was lost with its worker."""
+        if elapsed_s >= stream.limit_s:
+            pid = getattr(error, "pid", 0)
+            name, limit_s = stream.name, stream.limit_s
+            receiver.on_result(CallTimeoutError(task_name=name, timeout_s=limit_s, pid=pid))
+        elif self._max_retries < 0 or tried < self._max_retries:
+            self._waiting.appendleft((stream, payload, receiver, tried + 1))
+        else:
+            receiver.on_result(error)
+
+    def _replace(self, worker: _Worker, politely: bool) -> None:
+        """Another worker takes the place of one that has run its calls, or is dead."""
+        if self._ended:
+            return
+        index = self._workers.index(worker)
+        self._workers[index] = self.handle.host.workers[index] = self._make_worker()
+        self._let_go(worker, kill=not politely)
+
+    def _let_go(self, worker: _Worker, kill: bool) -> None:
+        from poolray.actor import kill as kill_actor
+
+        actor, worker.actor = worker.actor, None  # the last handle: it ends after its calls
+        if kill:
+            kill_actor(actor)
+        elif self._has_exit:
+            self._leaving += 1
+            ref = actor.wind_up.remote()
+
+            def arrive(reply: Any) -> None:
+                self._leaving -= 1
+                error, left = self.runtime.connection.client.read_reply(reply, ref, True)
+                if error is None and left is not None:
+                    self._exits.append(left)
+                if self._ended and not self._leaving:
+                    self.handle.finish()
+
+            self.runtime.connection.client.link.when_ready(ref._id, arrive)
 
     def _note_time(self, worker: _Worker, reply: Any) -> None:
         """How long its calls take: told by small results only, which are read at no cost."""
@@ -391,17 +560,15 @@ class ClusterCalls:
         if self._ended:
             return
         self._ended = True
-        from poolray.actor import kill as kill_actor
-
         for worker in self._workers:
             try:
-                if kill:
-                    kill_actor(worker.actor)
-                worker.actor = None  # the last handle: it ends after its calls
+                self._let_go(worker, kill)
             except ClusterConnectionError:
+                self._leaving = 0
                 break  # the cluster is gone, and they with it
         self._waiting.clear()
-        self.handle.finish()
+        if kill or not self._leaving:
+            self.handle.finish()
 
 
 # ---- making --------------------------------------------------------------------------------------
@@ -453,16 +620,22 @@ def make_calls(
     max_retries: int | None,
     name: str,
     cancellable: bool = False,
+    context: Any = None,
+    max_tasks: int = 0,
+    extras: WorkerExtras | None = None,
 ) -> ClusterCalls:
     """Workers on a cluster for a Pool or an Executor.
 
     Raises
     ------
+    NotSupportedError
+        The context asks for forks of this process.
     ValueError
         More workers than the cluster has CPUs.
     ConnectionError, AuthenticationError
         There is no cluster, or it does not let us in.
     """
+    check_context(context)
     runtime = ClusterRuntime(connect(address))
     cpus = int(cluster_resources().get("CPU", 0))
     if processes > cpus:
@@ -482,14 +655,39 @@ def make_calls(
             _flat(serializer.dumps_function(initializer)[0]),
             _flat(serializer.dumps(initargs)),
         )
+    wanted = b""
+    if extras is not None:
+        wanted = _flat(serializer.dumps((extras.make_state, extras.init, extras.exit)))
     retries = runtime.config.max_retries if max_retries is None else max_retries
     worker_class = api.remote(
         num_cpus=1, max_restarts=-1 if retries else 0, max_task_retries=retries
     )(_PoolWorker)
-    workers = [_Worker(worker_class.remote(*prepared)) for _ in range(processes)]
+
+    def make_worker() -> _Worker:
+        return _Worker(worker_class.remote(*prepared, wanted), max_tasks or -1)
+
+    workers = [make_worker() for _ in range(processes)]
     handle = ClusterHandle(workers, serializer)
-    runtime.calls = ClusterCalls(runtime, handle, workers, cancellable)
+    has_exit = extras is not None and extras.exit is not None
+    runtime.calls = ClusterCalls(
+        runtime, handle, workers, cancellable, make_worker, retries, has_exit
+    )
     return runtime.calls
+
+
+def check_context(context: Any) -> None:
+    """Refuse what workers on other machines cannot be: forks of this process.
+
+    Raises
+    ------
+    NotSupportedError
+        It is the context of the start method "fork".
+    """
+    if isinstance(context, multiprocessing.context.ForkContext):
+        raise NotSupportedError(
+            'With an address the workers cannot be forks of this process: leave the "fork" context '
+            'out, or give a "spawn" one. Functions bring along what they refer to.'
+        )
 
 
 def _flat(data: bytes | Serialized) -> bytes:

@@ -435,7 +435,7 @@ class CallTimeoutError(PoolrayError, TimeoutError):
     timeout_s : float
         How long it may run.
     pid : int
-        The worker's process, which was replaced.
+        The worker's process, which was replaced; 0: not known, on a cluster.
     """
 
     def __init__(self, *, task_name: str, timeout_s: float, pid: int) -> None:
@@ -444,7 +444,8 @@ class CallTimeoutError(PoolrayError, TimeoutError):
         self.pid = pid
         super().__init__(
             f"A call of {task_name} ran for longer than its timeout of {timeout_s:g} s and was "
-            f"ended; its worker (pid {pid}) was replaced. Give it more time with timeout=."
+            f"ended; its worker{f' (pid {pid})' if pid else ''} was replaced. Give it more time "
+            "with timeout=."
         )
 
 

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, final
 
 from poolray import cluster_connection
 from poolray.exceptions import (
-    NotSupportedError,
     OutOfMemoryError,
     PoolrayError,
     TaskError,
@@ -301,6 +300,7 @@ class _Core:
             max_retries=0 if self._break_on_death else self._max_retries,
             name=f"executor-{id(self)}",
             cancellable=True,
+            max_tasks=self._max_tasks,
         )
         # (They have what this class uses of their local counterparts.)
         self.runtime, self.group = cast("Any", calls.runtime), cast("Any", calls)
@@ -401,6 +401,7 @@ class Executor(StandardExecutor):
     address : str, optional
         A cluster's, as `init` takes it: the workers are spread over its nodes, one per CPU by
         default. None takes what `POOLRAY_ADDRESS` says, if it is set; "local" is this machine.
+        Workers are fresh processes there: a "fork" context is refused.
 
     Raises
     ------
@@ -433,15 +434,12 @@ class Executor(StandardExecutor):
     ) -> None:
         self._core: _Core | None = None
         address = cluster_connection.pool_address(address)
-        if address is not None and (mp_context is not None or max_tasks_per_child is not None):
-            raise NotSupportedError(
-                "An Executor with an address cannot have mp_context or max_tasks_per_child in this "
-                "version of poolray."
-            )
-        if max_workers is None and address is not None:
-            from poolray.cluster_calls import cluster_size
+        if address is not None:
+            from poolray.cluster_calls import check_context, cluster_size
 
-            max_workers = cluster_size(address)
+            check_context(mp_context)
+            if max_workers is None:
+                max_workers = cluster_size(address)
         if max_workers is None:
             max_workers = local_runtime.usable_cpus()
         elif max_workers <= 0:

@@ -96,8 +96,8 @@ class Pool:
     address : str, optional
         A cluster's, as `init` takes it: the workers are spread over its nodes, one per CPU by
         default. None takes what `POOLRAY_ADDRESS` says, if it is set; "local" is this machine.
-        Functions go by value; `maxtasksperchild`, `context`, what workers tell of themselves and
-        `timeout=` of calls are refused.
+        Functions go by value; workers are fresh processes, so a "fork" context is refused, and so
+        is `insights`.
 
     Raises
     ------
@@ -170,25 +170,17 @@ class Pool:
         #: id -> result or iterator that has not ended.
         self._cache: dict[int, Any] = {}
         if address is not None:
-            unsupported = {
-                "maxtasksperchild": maxtasksperchild,
-                "context": context,
-                "worker_state, worker_init, worker_exit or insights": self._extras,
-            }
-            self._start_on_cluster(address, unsupported, max_retries)
+            self._start_on_cluster(address, context, max_retries)
         else:
             self._start(start_method(context), max_retries)
 
-    def _start_on_cluster(
-        self, address: str, unsupported: dict[str, Any], max_retries: int | None
-    ) -> None:
+    def _start_on_cluster(self, address: str, context: Any, max_retries: int | None) -> None:
         from poolray.cluster_calls import make_calls
 
-        for name, given in unsupported.items():
-            if given is not None:
-                raise NotSupportedError(
-                    f"A Pool with an address cannot have {name} in this version of poolray."
-                )
+        if self._extras is not None and self._extras.measures:
+            raise NotSupportedError(
+                "A Pool with an address cannot have insights in this version of poolray."
+            )
         calls = make_calls(
             address=address,
             processes=self._processes,
@@ -196,7 +188,11 @@ class Pool:
             initargs=self._initargs,
             max_retries=max_retries,
             name=f"pool-{id(self)}",
+            context=context,
+            max_tasks=self._maxtasksperchild or 0,
+            extras=self._extras,
         )
+        self._watch = cast("Any", calls)
         # (They have what this class uses of their local counterparts.)
         self._group, self._handle = cast("Any", calls), cast("Any", calls.handle)
         self._runtime = cast("Any", calls.runtime)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +17,7 @@ import pytest
 import poolray
 from poolray import Executor, Pool
 from poolray.cluster_utils import Cluster
-from poolray.exceptions import NotSupportedError
+from poolray.exceptions import ActorError, CallTimeoutError, NotSupportedError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons need Linux")
 
@@ -112,13 +116,94 @@ def test_an_executor_gives_standard_futures(cluster: Cluster) -> None:
             executor.submit(lambda: 1 / 0).result(20)
 
 
+def test_workers_are_replaced_after_their_share_of_calls(cluster: Cluster) -> None:
+    with Pool(1, maxtasksperchild=2, address=cluster.address) as pool:
+        pids = pool.map(lambda _: os.getpid(), range(6), chunksize=1)
+    assert [len(set(pids[n : n + 2])) for n in (0, 2, 4)] == [1, 1, 1]
+    assert len(set(pids)) == 3
+    with Executor(1, max_tasks_per_child=1, address=cluster.address) as executor:
+        assert len({executor.submit(os.getpid).result(30) for _ in range(3)}) == 3
+
+
+def _note(state: dict[str, int], number: int) -> int:
+    state["calls"] = state.get("calls", state["first"]) + 1
+    return number
+
+
+def test_workers_keep_a_state_and_wind_it_up(cluster: Cluster) -> None:
+    pool = Pool(
+        2,
+        context=multiprocessing.get_context("spawn"),
+        worker_state=True,
+        worker_init=lambda state: state.update(first=100),
+        worker_exit=lambda state: state.get("calls", 100) - 100,
+        address=cluster.address,
+    )
+    assert pool.map(_note, range(10), chunksize=1) == list(range(10))
+    assert pool.apply(_note, (3,)) == 3
+    pool.close()
+    pool.join()
+    left = pool.get_exit_results()
+    assert len(left) == 2
+    assert sum(left) == 11
+
+
+def test_what_winding_up_raises_is_raised_where_it_is_asked_for(cluster: Cluster) -> None:
+    pool = Pool(1, worker_exit=lambda: 1 / 0, address=cluster.address)
+    assert pool.apply(abs, (-1,)) == 1
+    pool.close()
+    pool.join()
+    with pytest.raises(ZeroDivisionError):
+        pool.get_exit_results()
+
+
+def test_a_late_call_is_ended_also_where_it_lets_nobody_else_run(cluster: Cluster) -> None:
+    def match(text: str) -> bool:
+        return re.match(r"(a+)+b", text) is not None
+
+    with Pool(1, address=cluster.address) as pool:
+        texts = ["ab", "a" * 60, "aab", "c"]
+        late = [pool.apply_async(match, (text,), timeout=0.5) for text in texts]
+        found: list[Any] = []
+        for result in late:
+            try:
+                found.append(result.get(60))
+            except CallTimeoutError as error:
+                found.append(error.timeout_s)
+        assert found == [True, 0.5, True, False]
+        assert pool.map(abs, [-1, -2], timeout=20) == [1, 2]
+
+
+def test_a_call_with_a_limit_whose_worker_is_killed_runs_again(
+    cluster: Cluster, tmp_path: Any
+) -> None:
+    def die_twice(path: str) -> int:
+        with open(path, "a") as file:
+            file.write("x")
+        if os.path.getsize(path) < 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.path.getsize(path)
+
+    with Pool(1, address=cluster.address) as pool:
+        assert pool.apply(die_twice, (str(tmp_path / "tried"),), timeout=60) == 3
+    with Pool(1, max_retries=0, address=cluster.address) as pool:
+        with pytest.raises(ActorError):
+            pool.apply(die_twice, (str(tmp_path / "again"),), timeout=60)
+        assert pool.apply(abs, (-1,)) == 1
+
+
 def test_what_a_pool_on_a_cluster_cannot_do_is_refused(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="only has 3 CPUs"):
         Pool(4, address=cluster.address)
-    with pytest.raises(NotSupportedError, match="maxtasksperchild"):
-        Pool(1, maxtasksperchild=2, address=cluster.address)
+    with pytest.raises(NotSupportedError, match="insights"):
+        Pool(1, insights=True, address=cluster.address)
+    forks = multiprocessing.get_context("fork")
+    with pytest.raises(NotSupportedError, match="forks of this process"):
+        Pool(1, context=forks, address=cluster.address)
+    with pytest.raises(NotSupportedError, match="forks of this process"):
+        Executor(1, mp_context=forks, address=cluster.address)
     poolray.shutdown()
     monkeypatch.setenv("POOLRAY_AUTH_TOKEN", "0123456789abcdef0123456789abcdef")
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9"):

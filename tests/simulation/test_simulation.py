@@ -1,4 +1,4 @@
-"""The simulator over a thousand seeds. What it found is in `tests/unit`, as messages and effects."""
+"""The simulator over a thousand seeds. What it found is in `tests/unit`, as messages."""
 
 from __future__ import annotations
 
