@@ -134,6 +134,12 @@ class Config:
     #: Nodes that pull one object from one source at once: the next ones wait for who has it by
     #: then, so that a broadcast takes steps in the logarithm of its nodes.
     transfer_fanout: int = 2
+    #: Nodes that one object is pulled from at once, a part from each, if so many have all of it and
+    #: nothing else to do.
+    transfer_sources: int = 3
+    #: Threads of a node's daemon that send bytes of objects to other nodes, and as many that
+    #: receive; each with any number of connections.
+    transfer_threads: int = 2
     #: Ended tasks that are remembered, for `poolray.util.state` and `poolray.timeline`; 0: none.
     task_history_max: int = 10_000
     #: Transitions kept per failed task for its error message.
@@ -212,6 +218,8 @@ _MINIMUM = {
     "transfer_chunk_bytes": 1,
     "transfer_window_chunks": 1,
     "transfer_fanout": 1,
+    "transfer_sources": 1,
+    "transfer_threads": 1,
     "max_io_workers": 1,
     "imap_window_items": 1,
     "imap_window_bytes": 1,

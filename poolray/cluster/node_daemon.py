@@ -20,6 +20,7 @@ import platform
 import socket
 import sys
 import time
+from collections import deque
 from typing import Any, final
 
 import msgspec
@@ -27,6 +28,7 @@ import msgspec
 from poolray._version import __version__
 from poolray.cluster import daemon, places
 from poolray.cluster.auth import Credentials
+from poolray.cluster.bulk import Bulk
 from poolray.cluster.head_daemon import HEAD_ID
 from poolray.cluster.jobs import Job, Jobs, group_of, job_of
 from poolray.cluster.options import NodeOptions, Ready
@@ -43,6 +45,8 @@ from poolray.local.node_shell import SHELL, NodeShell, store_bytes
 from poolray.local.reactor import Waitable
 from poolray.local.workers import WorkerHost
 from poolray.node.effects import (
+    ExpectChunk,
+    ForgetChunks,
     GroupDrained,
     GroupFailed,
     Notice,
@@ -64,12 +68,15 @@ from poolray.protocol.cluster import (
     Answer,
     AskDrain,
     AskWho,
+    BulkPort,
+    CloseBulk,
     DaemonMessage,
     Hello,
     JobStarted,
     News,
     Nodes,
     NotUnderstood,
+    OpenBulk,
     Output,
     Question,
     UserError,
@@ -177,6 +184,8 @@ class NodeDaemon(NodeShell):
         self._views: dict[NodeId, NodeView] = {}
         #: Peer -> tasks or results for it that others of the same turn may join.
         self._open: dict[NodeId, PeerMessage] = {}
+        #: What threads that read and write files have to tell; they append.
+        self._spill_news: deque[Any] = deque()
         self._stop = Waitable()
         self.is_rejoining = False
         #: It was drained: its last word to the head, and when that is said at the latest.
@@ -196,6 +205,8 @@ class NodeDaemon(NodeShell):
             {
                 SendChunk: self._act_send_chunk,
                 SendCreation: self._act_send_creation,
+                ExpectChunk: self._act_expect_chunk,
+                ForgetChunks: self._act_forget_chunks,
                 WriteChunk: self._act_write_chunk,
                 SealFile: self._act_seal_file,
             }
@@ -215,6 +226,17 @@ class NodeDaemon(NodeShell):
         self._channels: dict[int, _Channel] = {}
         port = self._switch.listen(options.host, options.port)
         self.address = f"{options.host}:{port}"
+        self._bulk = Bulk(
+            host=options.host,
+            port=options.bulk_port,
+            machine=places.machine_id(),
+            arena=self.arena,
+            chunks=self._chunks,
+            threads=config.transfer_threads,
+            host_of=lambda node_id: self._addresses.get(node_id, ("", 0))[0],
+            tell=self.send_peer,
+            wake=self.reactor.wake,
+        )
         self._reception = Reception(
             self, places.socket_name("node", options.temp_dir, options.head_address)
         )
@@ -258,6 +280,7 @@ class NodeDaemon(NodeShell):
         self._closed = True
         self.reactor.stop()
         self._spill_threads.stop()
+        self._bulk.close()
         now = time.monotonic()
         self._switch.service(now)
         self._switch.close(linger_s=0.2)
@@ -266,6 +289,7 @@ class NodeDaemon(NodeShell):
     def _abandon(self) -> None:
         """In a forked child (a fork server): let go of what is the daemon's."""
         self._abandon_shell()
+        self._bulk.abandon()
         self._switch.abandon()
         _close_network_sockets()
 
@@ -325,7 +349,9 @@ class NodeDaemon(NodeShell):
 
     def is_unsettled(self) -> bool:
         """Whether something waits to be read or handed over."""
-        return self.is_switch_due or bool(self._deliveries)
+        return bool(
+            self.is_switch_due or self._deliveries or self._bulk.has_news or self._spill_news
+        )
 
     def settle(self) -> None:
         """Read the network; hand over what is for users."""
@@ -336,15 +362,36 @@ class NodeDaemon(NodeShell):
             more = self._switch.service(time.monotonic(), self._looks_everywhere)
             self._looks_everywhere = False
             self.is_switch_due = more or self.is_switch_due
+        if self._spill_news or self._bulk.has_news:
+            self._take_threads_news()
         while self._deliveries:
             self._hand_over(self._deliveries.popleft())
         if self._farewell is not None:
             self._leave_when_heard()
 
+    def _on_spill_news(self, message: Any) -> None:
+        """A thread has written or read a file: what follows is done on the daemon's own."""
+        self._spill_news.append(message)
+        self.reactor.wake()
+
+    def _take_threads_news(self) -> None:
+        """Files and chunks that threads are done with."""
+        told, instead = self._bulk.settle()
+        for effect in instead:
+            self._send_by_link(effect)
+        with self.guard:
+            while self._spill_news:
+                self.feed(SHELL, self._spill_news.popleft())
+            for message in told:
+                self.feed(SHELL, message)
+
     def next_timeout(self) -> float | None:
         """Seconds until `tick` is due."""
         timeout = super().next_timeout()
         deadline = self._switch.next_deadline()
+        opening = self._bulk.next_deadline()
+        if opening is not None:
+            deadline = opening if deadline is None else min(deadline, opening)
         if any(session.waits for session in self._sessions.values()):
             deadline = time.monotonic() + _FLUSH_AGAIN_S
         if self._farewell is not None:
@@ -361,6 +408,8 @@ class NodeDaemon(NodeShell):
             session.flush()
         now = time.monotonic()
         self._switch.tick(now)
+        for effect in self._bulk.tick(now):
+            self._send_by_link(effect)
         self.is_switch_due = self._looks_everywhere = True
         super().tick()
         heard = self._switch.heard_s(HEAD_ID)
@@ -435,12 +484,23 @@ class NodeDaemon(NodeShell):
             self._switch.send(node_id, self._encode(message))
 
     def _act_send_chunk(self, effect: SendChunk) -> None:
+        if not self._bulk.send(effect):
+            self._send_by_link(effect)
+
+    def _act_expect_chunk(self, effect: ExpectChunk) -> None:
+        self._bulk.expect(effect)
+
+    def _act_forget_chunks(self, effect: ForgetChunks) -> None:
+        self._bulk.forget(effect)
+
+    def _send_by_link(self, effect: SendChunk) -> None:
         data = self._chunks.read(effect.place, effect.offset, effect.size_bytes)
         chunk = ChunkData(
             object_id=effect.object_id,
             offset=effect.offset,
             data=b"" if data is None else data,  # type: ignore[arg-type]
             missing=data is None,
+            number=effect.number,
         )
         self.send_peer(effect.node_id, chunk)
 
@@ -675,6 +735,9 @@ class NodeDaemon(NodeShell):
             self.jobs.on_output(message)
         elif isinstance(message, News):
             self.jobs.on_news(message)
+        elif isinstance(message, (OpenBulk, BulkPort, CloseBulk)):
+            for effect in self._bulk.on_message(NodeId(peer), message):
+                self._send_by_link(effect)
         else:
             self._feed_remote(peer, message)
 
@@ -696,6 +759,7 @@ class NodeDaemon(NodeShell):
             _logger.warning("node=%s %s", message.node_id.hex()[:12], message.reason)
             self._open.pop(message.node_id, None)
             self._switch.forget(message.node_id)
+            self._bulk.forget_peer(message.node_id)
             self._addresses.pop(message.node_id, None)
             self._views.pop(message.node_id, None)
             self.jobs.on_node_died(message.node_id)

@@ -43,6 +43,7 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     spill_directories: list[str] = []
     config: dict[str, int | float] = {}
+    bulk_port: int = 0  #: where other nodes fetch values; 0: any
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True):

@@ -62,7 +62,7 @@ class ChunkStore:
             return None
         return memoryview(data) if len(data) == size_bytes else None
 
-    def write(self, offset: int, file_number: int, data: bytes) -> None:
+    def write(self, offset: int, file_number: int, data: bytes | memoryview) -> None:
         """Bytes have come."""
         if not file_number:
             target = self._arena.write(offset, len(data))

@@ -154,9 +154,9 @@ class SendHead(msgspec.Struct, frozen=True, gc=False):
 
 
 class SendChunk(msgspec.Struct, frozen=True, gc=False):
-    """Send some bytes of a value to another node, as `ChunkData`.
+    """Send some bytes of a value to another node: as `ChunkData`, or by a faster way.
 
-    A value in the arena stays where it is until the node says `PullEnded`, or is dead: its memory
+    A range of the arena stays what it is until the node says `PullEnded`, or is dead: its memory
     may be sent without a copy. A value on disk that cannot be read is sent as `missing`.
     """
 
@@ -165,6 +165,28 @@ class SendChunk(msgspec.Struct, frozen=True, gc=False):
     place: InArena | InFile
     offset: int  #: bytes from the start of the value
     size_bytes: int
+    number: int  #: of the `PullChunk` that this answers
+    by_message: bool = False  #: as `ChunkData` in any case
+
+
+class ExpectChunk(msgspec.Struct, frozen=True, gc=False):
+    """These bytes were asked for: if they come by another way than in `ChunkData`, write them there
+    and say `ChunkArrived`.
+    """
+
+    node_id: NodeId
+    number: int  #: of the `PullChunk`
+    #: Bytes from the start of the arena, or of the file where there is one.
+    offset: int
+    file_number: int  #: 0: into the arena
+    size_bytes: int
+
+
+class ForgetChunks(msgspec.Struct, frozen=True, gc=False):
+    """Chunks are not expected any more: once this was carried out nothing is written there."""
+
+    node_id: NodeId
+    numbers: list[int]
 
 
 class SendCreation(msgspec.Struct, frozen=True, gc=False):
@@ -232,6 +254,8 @@ Effect: TypeAlias = (
     | SendHead
     | SendChunk
     | SendCreation
+    | ExpectChunk
+    | ForgetChunks
     | WriteChunk
     | SealFile
     | Warn

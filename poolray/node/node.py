@@ -80,7 +80,10 @@ from poolray.protocol.node import (
     AwaitObject,
     CallProgress,
     CancelForwarded,
+    ChunkArrived,
     ChunkData,
+    ChunkMissing,
+    ChunksLost,
     ClientLeft,
     CloseGroup,
     ClusterView,
@@ -187,6 +190,9 @@ ShellMessage: TypeAlias = (
     | RestoreFailed
     | MemoryReport
     | FileSealed
+    | ChunkArrived
+    | ChunkMissing
+    | ChunksLost
     | HeadBack
     | Tick
 )
@@ -485,6 +491,12 @@ class Node:
             case FileSealed():
                 if not self._actors.hosting.creations.on_file_sealed(message):
                     self._peers.transfers.on_file_sealed(message)
+            case ChunkArrived():
+                self._peers.transfers.on_chunk_arrived(message)
+            case ChunkMissing():
+                self._peers.transfers.on_chunk_missing(message)
+            case ChunksLost():
+                self._peers.transfers.on_chunks_lost(message)
             case _:
                 _assert_never(message)
 
@@ -539,11 +551,11 @@ class Node:
             case PullEnded():
                 transfers.on_pull_ended(node_id, message)
             case AskSource():
-                transfers.on_ask(node_id, message)
+                transfers.sourcing.on_ask(node_id, message)
             case UseSource():
                 transfers.on_use_source(node_id, message)
             case SourceDone():
-                transfers.on_source_done(node_id, message)
+                transfers.sourcing.on_done(node_id, message)
             case _:
                 _assert_never(message)
 

@@ -109,7 +109,7 @@ class Peers:
         self.dead: dict[NodeId, None] = {}
         self.placing = Placing(state, self.views)
         self.ahead = Ahead(state, self.placing)
-        self.transfers = Transfers(state, store, objects)
+        self.transfers = Transfers(state, store, objects, self.dead)
         self.borrowing = Borrowing(state, store, objects, self.dead)
         self.borrowing.tasks = self.transfers.tasks = tasks
         self.borrowing.transfers, self.transfers.borrowing = self.transfers, self.borrowing
@@ -402,7 +402,7 @@ class Peers:
         if object_id in self.borrowing.borrowed:
             self.borrowing.on_lost(object_id, record, location or self._state.node_id)
             return True
-        copy = self.transfers.copy_of(object_id, location)
+        copy = self.transfers.sourcing.copy_of(object_id, location)
         original = self._objects.originals.pop(object_id, None)
         if original is not None:
             self.borrowing.give_back(*original)

@@ -114,9 +114,11 @@ class Store:
         "_counts",
         "_dirty",
         "_disk_bytes",
+        "_doomed",
         "_files",
         "_has_failed",
         "_has_warned",
+        "_held",
         "_high_bytes",
         "_kept",
         "_leaving",
@@ -183,6 +185,11 @@ class Store:
         self._has_warned = False
         #: object id -> the object whose memory it shares.
         self._aliases: dict[ObjectId, ObjectId] = {}
+        #: offset of a range -> how many peers read from it: until they are through, its memory is
+        #: not used again, whatever becomes of the object.
+        self._held: dict[int, int] = {}
+        #: Those of them whose objects are gone, or elsewhere.
+        self._doomed: dict[int, None] = {}
         #: Objects that stay in memory as long as they live.
         self._kept: dict[ObjectId, None] = {}
         self._counts = _Counts()
@@ -289,9 +296,26 @@ class Store:
             self._free(offset)
 
     def _free(self, offset: int) -> None:
+        if offset in self._held:
+            self._doomed[offset] = None
+            return
         self._state.allocator.free(offset)
         if self._waiting:
             self.attention = True
+
+    def hold_range(self, offset: int) -> None:
+        """A peer begins to read from a range: its memory is not used again meanwhile."""
+        self._held[offset] = self._held.get(offset, 0) + 1
+
+    def let_go_of_range(self, offset: int) -> None:
+        """A peer no longer reads from a range."""
+        if self._held[offset] > 1:
+            self._held[offset] -= 1
+            return
+        del self._held[offset]
+        if offset in self._doomed:
+            del self._doomed[offset]
+            self._free(offset)
 
     def forget(self, object_id: ObjectId) -> None:
         """An object was freed: its memory and its share of a file go with it."""
@@ -747,6 +771,8 @@ class Store:
         for batch in self._writing.values():
             offsets.extend(o for i, o in batch.objects.items() if i not in self._leaving)
         offsets.extend(restore.offset for restore in self._restores.values())
+        offsets.extend(self._doomed)
+        assert self._held.keys() >= self._doomed.keys(), "a range is freed by nobody"
         assert len(offsets) == len(set(offsets)), "a range has two owners"
         used = sum(allocator.size_of(offset) for offset in offsets)
         assert used == allocator.used_bytes, "a range has no owner"

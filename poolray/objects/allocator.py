@@ -60,6 +60,19 @@ class RangeAllocator:
         #: start -> size of each range handed out.
         self._taken: dict[int, int] = {}
 
+    def start_of(self, offset: int) -> int:
+        """Start of the range that an offset lies in; for tests, it looks at all of them.
+
+        Raises
+        ------
+        KeyError
+            It is in none.
+        """
+        for start, size in self._taken.items():
+            if start <= offset < start + size:
+                return start
+        raise KeyError(offset)
+
     def allocate(self, size_bytes: int) -> int | None:
         """The offset of a free range of at least `size_bytes`, or None when there is none."""
         size = range_bytes(size_bytes)

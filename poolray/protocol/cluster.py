@@ -111,7 +111,34 @@ class JobStarted(msgspec.Struct, frozen=True, array_like=True, tag=521, kw_only=
     log_to_driver: bool = True
 
 
-DaemonMessage: TypeAlias = JobStarted | Output | News
+# ---- daemons about bytes of values ---------------------------------------------------------------
+
+
+class OpenBulk(msgspec.Struct, frozen=True, array_like=True, tag=561, kw_only=True):
+    """I shall connect to your port for values: `BulkPort` says which. Who has this link has the
+    cluster's token, so this secret proves as much.
+    """
+
+    connection_id: bytes  #: never used before
+    key: bytes
+    machine: str  #: mine: on the same one, bytes may stay in the open
+
+
+class BulkPort(msgspec.Struct, frozen=True, array_like=True, tag=562, kw_only=True):
+    """Where to connect."""
+
+    connection_id: bytes
+    port: int
+
+
+class CloseBulk(msgspec.Struct, frozen=True, array_like=True, tag=563, kw_only=True):
+    """That connection is no more: nothing comes by it, or is to be sent by it."""
+
+    connection_id: bytes
+
+
+BulkMessage: TypeAlias = OpenBulk | BulkPort | CloseBulk
+DaemonMessage: TypeAlias = JobStarted | Output | News | BulkMessage
 
 
 # ---- questions -----------------------------------------------------------------------------------

@@ -201,6 +201,24 @@ class HeadBack(msgspec.Struct, frozen=True):
     """
 
 
+class ChunkArrived(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes that `ExpectChunk` told of have come past the links, and are where they belong."""
+
+    number: int
+
+
+class ChunkMissing(msgspec.Struct, frozen=True, kw_only=True):
+    """The source of a chunk that was expected could not read it."""
+
+    number: int
+
+
+class ChunksLost(msgspec.Struct, frozen=True, kw_only=True):
+    """What they were to come by has ended: these chunks will not come unless asked for again."""
+
+    numbers: list[int]
+
+
 class FileSealed(msgspec.Struct, frozen=True, kw_only=True):
     """A value that came from another node is in a file of its own."""
 
@@ -272,19 +290,24 @@ class PullChunk(msgspec.Struct, frozen=True, array_like=True, tag=203, kw_only=T
     object_id: ObjectId  #: under your name for it
     offset: int  #: bytes from the start of the value
     size_bytes: int
+    #: The request's own number, which its answer bears; the asking node never uses it again.
+    number: int = 0
+    by_message: bool = False  #: as `ChunkData` in any case: there is no place to write it to
 
 
 class ChunkData(msgspec.Struct, frozen=True, array_like=True, tag=204, kw_only=True):
     """Bytes of an object; with `missing`, it is not there any more.
 
     `data` is never looked at by a machine: a shell may send it as a frame of its own and put any
-    buffer here, which comes back to it in `WriteChunk`.
+    buffer here, which comes back to it in `WriteChunk`. Where shells have a faster way for bytes,
+    `ChunkArrived` takes the place of this message.
     """
 
     object_id: ObjectId
     offset: int
     data: bytes = b""
     missing: bool = False
+    number: int = 0  #: of the `PullChunk` that this answers
 
 
 class PullEnded(msgspec.Struct, frozen=True, array_like=True, tag=207, kw_only=True):
@@ -327,6 +350,8 @@ class UseSource(msgspec.Struct, frozen=True, array_like=True, tag=211, kw_only=T
     object_id: ObjectId
     node_id: NodeId
     name: ObjectId
+    #: Nodes that have all of it as well, under `object_id`: parts may come from these.
+    more: list[NodeId] = []
 
 
 class SourceDone(msgspec.Struct, frozen=True, array_like=True, tag=212, kw_only=True):

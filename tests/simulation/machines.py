@@ -25,7 +25,9 @@ from poolray.protocol.actors import ActorReply
 from poolray.protocol.client import CallResults, ObjectValues, RangeGranted, WaitReply
 from poolray.protocol.directory import StoreCreation
 from poolray.protocol.node import (
+    ChunkArrived,
     ChunkData,
+    ChunksLost,
     FileSealed,
     HeadBack,
     MemoryReport,
@@ -58,8 +60,15 @@ def own_file(number: int) -> str:
 
 
 def _placed(data: bytes, offset: int, part: bytes) -> bytes:
-    assert offset == len(data), "simulated nodes get chunks in order"
-    return data + part
+    grown = bytearray(data.ljust(offset + len(part), b"?"))
+    grown[offset : offset + len(part)] = part
+    return bytes(grown)
+
+
+#: Of chunks, so many go past the links, as over a daemon's bulk channel …
+_PAST_LINKS = 0.7
+#: … and of these, so many are lost with what they go by, beside what the network loses.
+_CHANNEL_ENDS = 0.02
 
 
 class Ids:
@@ -106,8 +115,8 @@ class SimNode(Endpoint):
         #: What is in memory and on disk.
         self._arena: dict[int, bytes] = {}
         self._files: dict[str, dict[int, bytes]] = {}
-        #: start of a range -> bytes that have come from another node so far.
-        self._incoming: dict[int, int] = {}
+        #: number -> a chunk that may come past the links.
+        self._expected: dict[int, fx.ExpectChunk] = {}
         #: Chances that a write or read of the disk fails, and that a file turns out to be damaged.
         self.disk_failures = self.damages = 0.0
         #: The chance that memory is found to be short.
@@ -245,11 +254,13 @@ class SimNode(Endpoint):
                 parts = [replace(part, value=self.read(part.value)) for part in creation.parts]
                 stored = StoreCreation(actor_id=actor_id, creation=replace(creation, parts=parts))
                 self.network.send(self.name, HEAD, stored)
-            case fx.SendChunk(node_id=node_id, place=place, offset=start):
-                assert self.network is not None
-                data = self.read(place)[start : start + effect.size_bytes]
-                chunk = ChunkData(object_id=effect.object_id, offset=start, data=data)
-                self.network.send(self.name, node_id, chunk)
+            case fx.SendChunk():
+                self._send_chunk(effect)
+            case fx.ExpectChunk(number=number):
+                self._expected[number] = effect
+            case fx.ForgetChunks(numbers=numbers):
+                for number in numbers:
+                    self._expected.pop(number, None)
             case fx.WriteChunk(offset=offset, file_number=number, data=data):
                 self._write_chunk(offset, number, data)
             case fx.SealFile(file_number=number, object_id=object_id, size_bytes=size):
@@ -278,17 +289,60 @@ class SimNode(Endpoint):
             self._echoes.append(sent.message)
         self._own_head.check_invariants()
 
+    # ---- chunks ----------------------------------------------------------------------------------
+
+    def _send_chunk(self, effect: fx.SendChunk) -> None:
+        """As a message, or past the links, from memory that is read when it arrives."""
+        assert self.network is not None
+        part = self._part(effect)
+        if effect.by_message or not self.world.chance(_PAST_LINKS):
+            chunk = ChunkData(
+                object_id=effect.object_id, offset=effect.offset, data=part, number=effect.number
+            )
+            self.network.send(self.name, effect.node_id, chunk)
+            return
+        delay_s = self.world.between(1e-5, 1e-2)
+        self.world.after(delay_s, lambda: self._carry_chunk(effect, part))
+
+    def _carry_chunk(self, effect: fx.SendChunk, part: bytes) -> None:
+        assert self.network is not None
+        target = self.network.endpoint(effect.node_id)
+        if not isinstance(target, SimNode) or effect.number not in target._expected:
+            return  # it is gone, or does not want this any more
+        if self.network.is_cut(self.name, effect.node_id):
+            self.world.after(0.5, lambda: self._carry_chunk(effect, part))
+            return
+        expected = target._expected.pop(effect.number)
+        if not self.alive or self.network.loses() or self.world.chance(_CHANNEL_ENDS):
+            target.tell(b"", ChunksLost(numbers=[effect.number]))
+            return
+        assert self._part(effect) == part, "memory was used again while it was sent"
+        assert (expected.size_bytes, expected.node_id) == (len(part), self.name)
+        target._write_chunk(expected.offset, expected.file_number, part)
+        target.tell(b"", ChunkArrived(number=effect.number))
+
+    def _part(self, effect: fx.SendChunk) -> bytes:
+        """What is to be sent; of a value that is not all here, it may be what is here."""
+        place, end = effect.place, effect.offset + effect.size_bytes
+        if isinstance(place, InArena):
+            self.node.state.allocator.size_of(place.offset)  # raises if it was freed
+            data = self._arena[place.offset]
+        elif place.path in self._files:
+            data = self._files[place.path][place.offset]
+        else:
+            # (It was deleted since, for whoever asked wants it no more; a shell sees that too.)
+            data = b"?" * end
+        assert len(data) >= end
+        return data[effect.offset : end]
+
     def _write_chunk(self, offset: int, number: int, data: bytes) -> None:
         """Bytes from another node; ranges are granted at page starts."""
         if number:
             file = self._files.setdefault(own_file(number), {-1: b""})
             file[-1] = _placed(file[-1], offset, data)
             return
-        start = next((o for o in self._incoming if o + self._incoming[o] == offset), offset)
-        self.node.state.allocator.size_of(start)
-        known = self._arena[start] if start != offset else b""
-        self._incoming[start] = len(known) + len(data)
-        self._arena[start] = _placed(known, offset - start, data)
+        start = self.node.state.allocator.start_of(offset)
+        self._arena[start] = _placed(self._arena.get(start, b""), offset - start, data)
 
     def _reply(self, client_id: ClientId, reply: ClientMessages) -> None:
         if client_id == self.driver_id:
@@ -357,8 +411,8 @@ class SimNode(Endpoint):
         assert value.node_id in (b"", self.name), "a value of another node"
         self.node.state.allocator.size_of(value.offset)  # raises if it was freed
         data = self._arena[value.offset]
-        assert len(data) == value.size_bytes
-        return data
+        assert len(data) >= value.size_bytes
+        return data[: value.size_bytes]
 
     def write(self, object_id: ObjectId, granted: RangeGranted, data: bytes) -> InArena | InFile:
         """A process writes a large value to the range it was given, or to a file."""

@@ -67,6 +67,18 @@ class Network:
         """All cuts are mended."""
         self._cut.clear()
 
+    def endpoint(self, name: NodeId) -> Endpoint | None:
+        """Who is reached by another way than a link, if it is there."""
+        return self._endpoints.get(name)
+
+    def is_cut(self, one: NodeId, other: NodeId) -> bool:
+        """Whether nothing passes between two endpoints."""
+        return frozenset((one, other)) in self._cut
+
+    def loses(self) -> bool:
+        """Whether the next thing that goes by another way is lost."""
+        return self._world.chance(self._loss)
+
     def send(self, sender: NodeId, receiver: NodeId, message: object) -> None:
         """Send a message, as bytes."""
         frames = self._link(sender, receiver).send(_encode(message), self._world.now)

@@ -68,6 +68,7 @@ class Run:
             transfer_chunk_bytes=world.random.choice([37, 1 << 20]),
             transfer_window_chunks=world.random.choice([1, 4]),
             transfer_fanout=world.random.choice([1, 2]),
+            transfer_sources=world.random.choice([1, 3]),
         )
         self.network: Network | None = None
         self.head: SimHead | None = None

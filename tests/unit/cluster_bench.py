@@ -91,7 +91,12 @@ class MiniCluster:
             elif isinstance(effect, SendChunk):
                 node.effects.remove(effect)
                 data = b"D" * effect.size_bytes
-                chunk = ChunkData(object_id=effect.object_id, offset=effect.offset, data=data)
+                chunk = ChunkData(
+                    object_id=effect.object_id,
+                    offset=effect.offset,
+                    data=data,
+                    number=effect.number,
+                )
                 if effect.node_id in self.nodes:
                     self.nodes[effect.node_id].tell(chunk, node_id)
             elif isinstance(effect, SendCreation) and head:

@@ -85,6 +85,7 @@ class Pair:
                             object_id=effect.object_id,
                             offset=effect.offset,
                             data=b"D" * effect.size_bytes,
+                            number=effect.number,
                         )
                         other.tell(message, sender)
                         moved = True
@@ -399,9 +400,16 @@ def test_a_node_that_is_dead_is_not_heard() -> None:
 C = NodeId(b"C" * 28)
 
 
-def chunk(name: ObjectId) -> ChunkData:
-    """All of an object."""
-    return ChunkData(object_id=name, offset=0, data=b"x" * LARGE)
+def chunk(pull: PullChunk) -> ChunkData:
+    """What was asked for."""
+    return ChunkData(object_id=pull.object_id, offset=0, data=b"x" * LARGE, number=pull.number)
+
+
+def asked_of(pair: Pair, source: NodeId) -> PullChunk:
+    """The chunk that A has asked a node for."""
+    found = [e.message for e in pair.a.take(SendPeer) if e.node_id == source]
+    (pull,) = [message for message in found if isinstance(message, PullChunk)]
+    return pull
 
 
 def remote_argument(pair: Pair, **options: object) -> tuple[TaskId, TaskId]:
@@ -427,16 +435,17 @@ def test_an_argument_on_another_node_is_fetched_before_its_task_may_run() -> Non
     pair = Pair()
     first, second = remote_argument(pair)
     assert pair.a.state(second) == "WAITING"
-    pull = next(e.message for e in pair.a.take(SendPeer) if e.node_id == C)
-    assert pull == PullChunk(object_id=result_of(first), offset=0, size_bytes=LARGE)
-    pair.a.tell(chunk(result_of(first)), C)
+    pull = asked_of(pair, C)
+    assert (pull.object_id, pull.offset, pull.size_bytes) == (result_of(first), 0, LARGE)
+    pair.a.tell(chunk(pull), C)
     assert pair.a.state(second) == "FORWARDED"
 
 
 def test_an_argument_that_is_gone_from_its_node_is_made_again() -> None:
     pair = Pair()
     first, second = remote_argument(pair)
-    pair.a.tell(ChunkData(object_id=result_of(first), offset=0, missing=True), C)
+    number = asked_of(pair, C).number
+    pair.a.tell(ChunkData(object_id=result_of(first), offset=0, missing=True, number=number), C)
     assert pair.a.state(first) == "FORWARDED", "it runs again, on B"
     assert pair.a.state(second) == "WAITING"
 
@@ -444,10 +453,11 @@ def test_an_argument_that_is_gone_from_its_node_is_made_again() -> None:
 def test_what_was_awaited_from_a_node_that_dies_is_made_again() -> None:
     pair = Pair()
     first, second = remote_argument(pair)
+    pull = asked_of(pair, C)
     pair.a.tell(NodeDied(node_id=C))
     assert pair.a.state(first) == "FORWARDED"
     assert pair.a.state(second) == "WAITING"
-    pair.a.tell(chunk(result_of(first)), C)
+    pair.a.tell(chunk(pull), C)
     assert pair.a.state(second) == "WAITING"
 
 
@@ -517,8 +527,8 @@ def test_an_argument_whose_node_dies_meanwhile_is_asked_for_again() -> None:
 
 def test_a_task_that_comes_back_waits_for_its_argument_again_and_is_not_charged() -> None:
     pair = Pair(max_retries=0)
-    first, second = remote_argument(pair, max_retries=0)
-    pair.a.tell(chunk(result_of(first)), C)
+    _, second = remote_argument(pair, max_retries=0)
+    pair.a.tell(chunk(asked_of(pair, C)), C)
     assert pair.a.state(second) == "FORWARDED"
     item = ForwardedResult(task_id=second, result=b"", returned=True)
     pair.a.tell(ForwardedResults(results=[item]), B)
@@ -536,7 +546,7 @@ def test_a_large_error_on_another_node_is_fetched_like_a_value() -> None:
     pair.a.tell(ForwardedResults(results=[ForwardedResult(task_id=task, result=outcome)]), B)
     request = pair.a.get(result_of(task, 1))
     assert pair.a.values() == {}
-    pair.a.tell(chunk(name), B)
+    pair.a.tell(chunk(asked_of(pair, B)), B)
     reply = pair.a.values()[request]
     assert reply.errors == [0]
     assert isinstance(reply.values[0], InArena)

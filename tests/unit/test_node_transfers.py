@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from poolray.ids import ClientId, NodeId, ObjectId, TaskId
-from poolray.node.effects import SealFile, SendChunk, SendPeer, WriteChunk
+from poolray.node.effects import (
+    ExpectChunk,
+    ForgetChunks,
+    SealFile,
+    SendChunk,
+    SendPeer,
+    WriteChunk,
+)
 from poolray.protocol.client import AllocateRange, PutObject
 from poolray.protocol.node import (
     AskSource,
+    ChunkArrived,
     ChunkData,
+    ChunksLost,
     ClusterView,
     FileSealed,
     NodeDied,
@@ -62,6 +71,17 @@ VALUE = ObjectId(b"v" * 28)
 def peer_messages(bench: Bench, kind: type, to: NodeId) -> list[object]:
     taken = [e for e in bench.effects if isinstance(e, SendPeer) and e.node_id == to]
     return [e.message for e in taken if isinstance(e.message, kind)]
+
+
+def asked_of(bench: Bench, source: NodeId) -> list[PullChunk]:
+    """Chunks that a node has asked another one for."""
+    return [m for m in peer_messages(bench, PullChunk, source) if isinstance(m, PullChunk)]
+
+
+def answer(pull: PullChunk) -> ChunkData:
+    """The chunk that was asked for."""
+    data = b"x" * pull.size_bytes
+    return ChunkData(object_id=pull.object_id, offset=pull.offset, data=data, number=pull.number)
 
 
 # ---- refs ----------------------------------------------------------------------------------------
@@ -147,16 +167,14 @@ def test_no_more_chunks_are_under_way_than_the_window_has() -> None:
     lend(cluster, VALUE, B)
     b.get(VALUE)
     b.tell(UseSource(object_id=VALUE, node_id=A, name=VALUE), A)
-    asked = peer_messages(b, PullChunk, A)
-    assert asked == [
-        PullChunk(object_id=VALUE, offset=0, size_bytes=CHUNK),
-        PullChunk(object_id=VALUE, offset=CHUNK, size_bytes=CHUNK),
-    ]
-    b.tell(ChunkData(object_id=VALUE, offset=CHUNK, data=b"x" * CHUNK), A)
+    asked = asked_of(b, A)
+    assert [(pull.offset, pull.size_bytes) for pull in asked] == [(0, CHUNK), (CHUNK, CHUNK)]
+    b.tell(answer(asked[1]), A)
     assert len(peer_messages(b, PullChunk, A)) == 3
-    b.tell(ChunkData(object_id=VALUE, offset=CHUNK, data=b"x" * CHUNK), A)
-    b.tell(ChunkData(object_id=VALUE, offset=0, data=b"too short"), A)
-    assert len(peer_messages(b, PullChunk, A)) == 3, "neither twice nor by half"
+    b.tell(answer(asked[1]), A)
+    b.tell(ChunkData(object_id=VALUE, offset=0, data=b"too short", number=asked[0].number), A)
+    b.tell(answer(asked[0]), C)
+    assert len(peer_messages(b, PullChunk, A)) == 3, "neither twice, nor by half, nor of others"
     cluster.carry()
     written = [e.offset for e in b.take(WriteChunk)]
     assert sorted(written) == [written[0] - CHUNK + i * CHUNK for i in range(4)]
@@ -254,14 +272,163 @@ def sources(bench: Bench) -> list[tuple[NodeId, NodeId]]:
     ]
 
 
-def test_who_has_all_of_it_serves_the_next() -> None:
+def test_who_is_still_pulling_serves_the_next() -> None:
     cluster = broadcast()
     a = cluster.nodes[A]
     for node_id in (B, C, D):
         a.tell(AskSource(object_id=VALUE), node_id)
-    assert sources(a) == [(B, A)]
+    assert sources(a) == [(B, A), (C, B), (D, C)], "each passes on what it gets"
+
+
+def test_no_source_serves_more_than_the_fanout() -> None:
+    cluster = broadcast()
+    a = cluster.nodes[A]
+    a.tell(AskSource(object_id=VALUE), B)
     a.tell(SourceDone(object_id=VALUE, node_id=A, is_copied=True), B)
-    assert sorted(sources(a)) == [(C, A), (D, B)]
+    for node_id in (C, D):
+        a.tell(AskSource(object_id=VALUE), node_id)
+    assert sources(a) == [(B, A), (C, A), (D, C)], "A and B both serve C"
+
+
+def test_nobody_is_told_to_wait_for_himself() -> None:
+    cluster = broadcast()
+    a = cluster.nodes[A]
+    for node_id in (B, C, D):
+        a.tell(AskSource(object_id=VALUE), node_id)
+    assert sources(a) == [(B, A), (C, B), (D, C)]
+    a.tell(AskSource(object_id=VALUE), B)  # its pull was given up; C and D depend on the next one
+    assert sources(a) == [(B, A)]
+
+
+def test_parts_are_passed_on_as_they_come() -> None:
+    cluster = broadcast()
+    b = cluster.nodes[B]
+    request = b.get(VALUE)
+    b.tell(UseSource(object_id=VALUE, node_id=A, name=VALUE), A)
+    asked = asked_of(b, A)
+    b.tell(PullChunk(object_id=VALUE, offset=CHUNK, size_bytes=CHUNK, number=7), C)
+    b.tell(ChunkArrived(number=asked[0].number))
+    assert b.take(SendChunk) == [], "that is not the part that C wants"
+    b.tell(ChunkArrived(number=asked[1].number))
+    (sent,) = b.take(SendChunk)
+    assert (sent.node_id, sent.number, sent.offset) == (C, 7, CHUNK)
+    b.tell(PullChunk(object_id=VALUE, offset=0, size_bytes=CHUNK, number=8), C)
+    (sent,) = b.take(SendChunk)
+    assert sent.number == 8, "what is here goes at once"
+    for pull in asked[2:]:
+        b.tell(ChunkArrived(number=pull.number))
+    assert b.values()[request].errors == []
+
+
+def test_what_waits_for_a_pull_that_is_given_up_is_missing() -> None:
+    cluster = broadcast()
+    b = cluster.nodes[B]
+    b.get(VALUE)
+    b.tell(PullChunk(object_id=VALUE, offset=0, size_bytes=CHUNK, number=7), C)
+    assert peer_messages(b, ChunkData, C) == []
+    b.drop(VALUE)
+    (reply,) = peer_messages(b, ChunkData, C)
+    assert isinstance(reply, ChunkData)
+    assert (reply.missing, reply.number) == (True, 7)
+
+
+def test_memory_that_a_peer_reads_from_is_not_used_again_before_it_is_done() -> None:
+    cluster = broadcast()
+    b = cluster.nodes[B]
+    b.get(VALUE)
+    b.tell(UseSource(object_id=VALUE, node_id=A, name=VALUE), A)
+    b.tell(ChunkArrived(number=asked_of(b, A)[0].number))
+    b.tell(PullChunk(object_id=VALUE, offset=0, size_bytes=CHUNK, number=7), C)
+    assert b.take(SendChunk)
+    b.drop(VALUE)
+    used = b.node.statistics().arena.used_bytes
+    assert used >= LARGE, "a thread may be sending it this moment"
+    b.tell(PullEnded(object_id=VALUE), C)
+    assert b.node.statistics().arena.used_bytes <= used - LARGE
+
+
+def test_nothing_is_written_to_a_range_that_was_given_back() -> None:
+    cluster = broadcast()
+    b = cluster.nodes[B]
+    b.get(VALUE)
+    b.tell(UseSource(object_id=VALUE, node_id=A, name=VALUE), A)
+    expected = {effect.number for effect in b.take(ExpectChunk)}
+    assert len(expected) == LARGE // CHUNK
+    b.drop(VALUE)
+    (forgotten,) = b.take(ForgetChunks)
+    assert set(forgotten.numbers) == expected
+
+
+def test_chunks_that_are_lost_with_their_connection_are_asked_for_again() -> None:
+    cluster = broadcast()
+    b = cluster.nodes[B]
+    request = b.get(VALUE)
+    b.tell(UseSource(object_id=VALUE, node_id=A, name=VALUE), A)
+    asked = asked_of(b, A)
+    b.take(SendPeer)
+    b.tell(ChunkArrived(number=asked[0].number))
+    b.tell(ChunksLost(numbers=[pull.number for pull in asked[1:]]))
+    again = asked_of(b, A)
+    assert sorted(p.offset for p in again) == [p.offset for p in asked[1:]]
+    assert not {p.number for p in again} & {p.number for p in asked}
+    b.tell(ChunkArrived(number=asked[1].number))  # (said before it was lost: it is not counted)
+    for pull in again:
+        assert b.values() == {}
+        b.tell(ChunkArrived(number=pull.number))
+    assert b.values()[request].errors == []
+
+
+def two_sources() -> tuple[MiniCluster, dict[NodeId, list[PullChunk]]]:
+    """D pulls a value of A's that B has too; and what it has asked each for."""
+    cluster = broadcast()
+    d = cluster.nodes[D]
+    d.get(VALUE)
+    d.tell(UseSource(object_id=VALUE, node_id=A, name=VALUE, more=[B]), A)
+    return cluster, {source: asked_of(d, source) for source in (A, B)}
+
+
+def test_who_comes_when_others_have_it_is_told_of_several() -> None:
+    cluster = broadcast()
+    a = cluster.nodes[A]
+    a.tell(AskSource(object_id=VALUE), B)
+    a.tell(SourceDone(object_id=VALUE, node_id=A, is_copied=True), B)
+    a.take(SendPeer)
+    a.tell(AskSource(object_id=VALUE), D)
+    (use,) = peer_messages(a, UseSource, D)
+    assert isinstance(use, UseSource)
+    assert (use.node_id, use.more) == (A, [B])
+
+
+def test_parts_come_from_several_sources() -> None:
+    _, asked = two_sources()
+    assert [len(pulls) for pulls in asked.values()] == [2, 2]
+    offsets = [pull.offset for pulls in asked.values() for pull in pulls]
+    assert sorted(offsets) == list(range(0, LARGE, CHUNK))
+
+
+def test_of_several_sources_one_may_die() -> None:
+    cluster, asked = two_sources()
+    d = cluster.nodes[D]
+    d.take(SendPeer)
+    d.tell(NodeDied(node_id=B))
+    again = asked_of(d, A)
+    assert sorted(p.offset for p in again) == sorted(p.offset for p in asked[B])
+    for pull in (*asked[A], *again):
+        d.tell(ChunkArrived(number=pull.number))
+    (done,) = peer_messages(d, SourceDone, A)
+    assert isinstance(done, SourceDone)
+    assert done.is_copied
+
+
+def test_of_several_sources_one_may_have_lost_it() -> None:
+    cluster, asked = two_sources()
+    d = cluster.nodes[D]
+    d.take(SendPeer)
+    first = asked[B][0]
+    missing = ChunkData(object_id=VALUE, offset=first.offset, missing=True, number=first.number)
+    d.tell(missing, B)
+    assert len(asked_of(d, A)) == 2
+    assert peer_messages(d, PullEnded, B), "it need not keep anything for us"
 
 
 def test_everybody_gets_it_in_the_end() -> None:

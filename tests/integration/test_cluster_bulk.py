@@ -1,0 +1,498 @@
+"""The channel for bytes of values between nodes: who is let in, what is carried, what ends it."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from poolray.cluster import bulk as bulk_module
+from poolray.cluster import bulk_loop, bulk_seal
+from poolray.cluster.bulk import Bulk
+from poolray.cluster.bulk_seal import HELLO_BYTES, ID_BYTES, MAGIC, Handshake, HandshakeError
+from poolray.cluster.transfer import ChunkStore
+from poolray.ids import NodeId, ObjectId
+from poolray.node.effects import ExpectChunk, ForgetChunks, SendChunk
+from poolray.objects.shared_memory import Arena, create_arena_file
+from poolray.protocol.cluster import BulkMessage, BulkPort, CloseBulk, OpenBulk
+from poolray.protocol.node import ChunkArrived, ChunkMissing, ChunksLost
+from poolray.protocol.values import InArena, InFile
+
+ARENA_BYTES = 16 << 20
+CHUNK = 2 << 20
+NAME = ObjectId(b"v" * 28)
+
+
+class End:
+    """One node's side: an arena, a channel, and a control link to the other end."""
+
+    def __init__(self, name: bytes, folder: Path, machine: str) -> None:
+        self.node_id = NodeId(name)
+        self.arena = Arena(create_arena_file(ARENA_BYTES), ARENA_BYTES)
+        self.outbox: list[BulkMessage] = []
+        self.told: list[ChunkArrived | ChunkMissing | ChunksLost] = []
+        #: Chunks that go over the control link.
+        self.by_link: list[SendChunk] = []
+        self.folder = folder
+        self.bulk = Bulk(
+            host="127.0.0.1",
+            port=0,
+            machine=machine,
+            arena=self.arena,
+            chunks=ChunkStore(self.arena, self.path_of),
+            threads=2,
+            host_of=lambda node_id: "127.0.0.1",
+            tell=lambda node_id, message: self.outbox.append(message),
+            wake=lambda: None,
+        )
+
+    def path_of(self, number: int) -> str:
+        return str(self.folder / f"{self.node_id!r}-{number}")
+
+    def turn(self, other: End) -> None:
+        told, instead = self.bulk.settle()
+        self.told += told
+        self.by_link += instead
+        self.by_link += self.bulk.tick(time.monotonic())
+        while self.outbox:
+            other.by_link += other.bulk.on_message(self.node_id, self.outbox.pop(0))
+
+    def fill(self, offset: int, data: bytes) -> None:
+        self.arena.write(offset, len(data))[:] = data
+
+    def read(self, offset: int, size: int) -> bytes:
+        return bytes(self.arena.write(offset, size))
+
+    def arrived(self) -> list[int]:
+        return [message.number for message in self.told if isinstance(message, ChunkArrived)]
+
+
+class Pair:
+    """A node that has values and one that wants them."""
+
+    def __init__(self, folder: Path, machines: tuple[str, str]) -> None:
+        self.source = End(b"S" * 28, folder, machines[0])
+        self.target = End(b"T" * 28, folder, machines[1])
+        self.data = random.Random(1).randbytes(4 * CHUNK)
+        self.source.fill(0, self.data)
+
+    def run(self, until: Callable[[], bool], timeout_s: float = 20.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not until():
+            assert time.monotonic() < deadline, "it does not happen"
+            self.target.turn(self.source)
+            self.source.turn(self.target)
+            time.sleep(0.0005)
+
+    def expect(self, number: int, to: int, size: int = CHUNK, file_number: int = 0) -> None:
+        effect = ExpectChunk(self.source.node_id, number, to, file_number, size)
+        self.target.bulk.expect(effect)
+        self.target.turn(self.source)  # what it says comes before what asks for the chunk
+
+    def send(self, number: int, start: int, size: int = CHUNK) -> None:
+        place = InArena(object_id=NAME, offset=0, size_bytes=len(self.data))
+        self.send_place(number, place, start, size)
+
+    def send_place(self, number: int, place: InArena | InFile, start: int, size: int) -> None:
+        effect = SendChunk(self.target.node_id, NAME, place, start, size, number)
+        if not self.source.bulk.send(effect):
+            self.source.by_link.append(effect)
+
+    def transfer(self, *numbers: int) -> None:
+        """Chunks of these numbers go to where they are at the source."""
+        for number in numbers:
+            self.expect(number, number * CHUNK)
+            self.send(number, number * CHUNK)
+        self.run(lambda: set(numbers) <= set(self.target.arrived()))
+        for number in numbers:
+            start = number * CHUNK
+            assert self.target.read(start, CHUNK) == self.data[start : start + CHUNK]
+
+    def close(self) -> None:
+        for end in (self.source, self.target):
+            end.bulk.close()
+            end.arena.close()
+
+
+@pytest.fixture(params=["in the open", "sealed"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
+    machines = ("here", "here") if request.param == "in the open" else ("here", "there")
+    pair = Pair(tmp_path, machines)
+    yield pair
+    pair.close()
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Iterator[Pair]:
+    pair = Pair(tmp_path, ("here", "there"))
+    yield pair
+    pair.close()
+
+
+# ---- what is carried -----------------------------------------------------------------------------
+
+
+def test_chunks_arrive_where_they_belong(pair: Pair) -> None:
+    pair.transfer(0, 1, 2)
+    pair.transfer(3)
+    assert pair.source.by_link == []
+
+
+def test_chunks_may_go_to_a_file_and_come_from_one(pair: Pair, tmp_path: Path) -> None:
+    spilled = tmp_path / "spilled"
+    spilled.write_bytes(b"before" + pair.data)
+    place = InFile(object_id=NAME, path=str(spilled), size_bytes=len(pair.data), offset=6)
+    for number in (1, 2):
+        pair.expect(number, (number - 1) * CHUNK, file_number=9)
+        pair.send_place(number, place, (number - 1) * CHUNK, CHUNK)
+    pair.run(lambda: len(pair.target.arrived()) == 2)
+    assert Path(pair.target.path_of(9)).read_bytes() == pair.data[: 2 * CHUNK]
+
+
+def test_a_file_that_is_gone_is_said_to_be_missing(pair: Pair, tmp_path: Path) -> None:
+    gone = InFile(object_id=NAME, path=str(tmp_path / "gone"), size_bytes=CHUNK)
+    pair.expect(1, 0)
+    pair.send_place(1, gone, 0, CHUNK)
+    pair.run(lambda: bool(pair.target.told))
+    assert pair.target.told == [ChunkMissing(number=1)]
+    pair.transfer(2)
+
+
+def test_what_is_not_expected_any_more_is_not_written(pair: Pair) -> None:
+    pair.transfer(0)
+    pair.target.fill(CHUNK, b"." * CHUNK)
+    pair.expect(1, CHUNK)
+    pair.target.bulk.forget(ForgetChunks(pair.source.node_id, [1]))
+    pair.send(1, CHUNK)
+    pair.transfer(2)
+    assert pair.target.read(CHUNK, CHUNK) == b"." * CHUNK
+    assert 1 not in pair.target.arrived()
+
+
+def test_what_is_revoked_in_the_middle_is_not_written_from_then_on(pair: Pair) -> None:
+    chance = random.Random(3)
+    pair.transfer(0)
+    for number in range(10, 30):
+        pair.expect(number, CHUNK)
+        pair.send(number, CHUNK)
+        end = time.monotonic() + chance.random() * 0.003
+        while time.monotonic() < end:
+            pair.source.turn(pair.target)
+        pair.target.bulk.forget(ForgetChunks(pair.source.node_id, [number]))
+        pair.target.fill(CHUNK, b"." * CHUNK)  # it is another value's by now
+        assert pair.target.read(CHUNK, CHUNK) == b"." * CHUNK
+    pair.transfer(2)
+    assert pair.target.read(CHUNK, CHUNK) == b"." * CHUNK
+
+
+def test_sealed_bytes_cannot_be_read_on_the_way(sealed: Pair, tmp_path: Path) -> None:
+    secret = b"a secret that nobody hears " * 1000
+    sealed.source.fill(0, secret)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        heard = _tap(sealed, listener)
+        sealed.expect(1, 0, len(secret))
+        assert not sealed.target.arrived()
+        sealed.expect(2, CHUNK)  # large enough for a connection
+        sealed.send(1, 0, len(secret))
+        sealed.run(lambda: 1 in sealed.target.arrived())
+    assert sealed.target.read(0, len(secret)) == secret
+    assert len(heard) > len(secret)
+    assert b"secret" not in bytes(heard)
+
+
+def _tap(pair: Pair, listener: socket.socket, change: int = -1) -> bytearray:
+    """Lead the next connection through here; gives what the source says, as it comes. The byte of
+    that number is changed on its way.
+    """
+    from threading import Thread
+
+    heard = bytearray()
+    port = pair.source.bulk.port
+    pair.source.bulk.port = listener.getsockname()[1]
+
+    def carry(one: socket.socket, other: socket.socket, keep: bool) -> None:
+        try:
+            while data := one.recv(65536):
+                if keep:
+                    start = len(heard)
+                    heard.extend(data)
+                    if start <= change < start + len(data):
+                        changed = bytearray(data)
+                        changed[change - start] ^= 1
+                        data = bytes(changed)
+                other.sendall(data)
+        except OSError:
+            pass
+        for end in (one, other):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def serve() -> None:
+        inner, _ = listener.accept()
+        outer = socket.create_connection(("127.0.0.1", port))
+        pair.source.bulk.port = port
+        threads = [
+            Thread(target=carry, args=(outer, inner, True)),
+            Thread(target=carry, args=(inner, outer, False)),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        inner.close()
+        outer.close()
+
+    Thread(target=serve, daemon=True).start()
+    return heard
+
+
+@pytest.mark.parametrize("where", [0, 5, 40, 70, 100, 130, 5000])
+def test_a_byte_that_is_changed_on_its_way_never_arrives(sealed: Pair, where: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        _tap(sealed, listener, change=where)
+        sealed.expect(1, 0)
+        sealed.send(1, 0)
+        # Sent again by the control link if the connection never opened, else asked for again.
+        sealed.run(lambda: bool(sealed.target.told or sealed.source.by_link))
+    assert sealed.target.arrived() == []
+
+
+# ---- who is let in -------------------------------------------------------------------------------
+
+
+def connect(pair: Pair) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", pair.source.bulk.port), timeout=5)
+
+
+def is_sent_away(channel: socket.socket) -> bool:
+    """Whether the connection ends without a word."""
+    try:
+        return channel.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def test_who_was_not_announced_is_sent_away_without_a_word(pair: Pair) -> None:
+    pair.transfer(0)
+    for said in (b"x", b"GET / HTTP/1.1\r\n\r\n", MAGIC + os.urandom(HELLO_BYTES - len(MAGIC))):
+        with connect(pair) as channel:
+            channel.sendall(said)
+            assert is_sent_away(channel)
+    pair.transfer(1)
+
+
+def test_who_does_not_know_the_key_gets_nothing(pair: Pair) -> None:
+    pair.transfer(0)
+    connection_id = os.urandom(ID_BYTES)
+    thief = NodeId(b"X" * 28)
+    message = OpenBulk(connection_id=connection_id, key=os.urandom(32), machine="here")
+    pair.source.bulk.on_message(thief, message)
+    pair.source.outbox.clear()
+    with connect(pair) as channel:
+        handshake = Handshake(connection_id, os.urandom(32), is_local=True)
+        channel.sendall(handshake.hello())
+        answer = b""
+        while len(answer) < bulk_seal.ANSWER_BYTES:
+            answer += channel.recv(200)
+        with pytest.raises(HandshakeError, match="does not know the key"):
+            handshake.prove(answer)
+        channel.sendall(os.urandom(bulk_seal.PROOF_BYTES))
+        assert is_sent_away(channel)
+    pair.transfer(1)
+
+
+def test_a_handshake_that_was_heard_cannot_be_said_again(sealed: Pair) -> None:
+    said: list[bytes] = []
+    honest = Handshake.hello
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Handshake, "hello", lambda self: said.append(honest(self)) or said[-1])
+        sealed.transfer(0)
+    with connect(sealed) as channel:
+        channel.sendall(said[0])
+        assert is_sent_away(channel)
+    sealed.transfer(1)
+
+
+def test_nothing_goes_in_the_open_to_another_machine() -> None:
+    key, name = os.urandom(32), os.urandom(ID_BYTES)
+    near, far = Handshake(name, key, is_local=True), Handshake(name, key, is_local=False)
+    with pytest.raises(HandshakeError, match="in the open"):
+        far.prove(near.answer(far.hello()))
+    assert not bulk_seal.is_local("a", "b", "127.0.0.1", "127.0.0.1")
+    assert not bulk_seal.is_local("a", "a", "127.0.0.1", "10.0.0.1")
+    assert not bulk_seal.is_local("", "", "127.0.0.1", "127.0.0.1")
+    assert bulk_seal.is_local("a", "a", "127.0.0.1", "::1")
+
+
+def test_records_open_once_and_in_order() -> None:
+    key = os.urandom(32)
+    closing, opening = bulk_seal.Seal(key), bulk_seal.Seal(key)
+    records = [closing.close(b"one"), closing.close(b"two")]
+    assert len(set(records)) == 2
+    assert opening.open(records[0]) == b"one"
+    with pytest.raises(HandshakeError):
+        opening.open(records[0])
+
+
+# ---- what makes no sense -------------------------------------------------------------------------
+
+
+def test_rubbish_at_the_port_changes_nothing(pair: Pair) -> None:
+    chance = random.Random(5)
+    pair.transfer(0)
+    idle = [connect(pair) for _ in range(100)]  # more strangers than are waited for
+    for _ in range(200):
+        with connect(pair) as channel:
+            said = chance.choice([b"", MAGIC, MAGIC[:3], chance.randbytes(20)])
+            try:
+                channel.sendall(said + chance.randbytes(chance.randrange(500)))
+            except ConnectionError:
+                pass  # it was sent away before it had ended
+    pair.transfer(1, 2)
+    for channel in idle:
+        channel.close()
+    strangers = pair.source.bulk._door._strangers
+    assert len(strangers) <= bulk_loop._STRANGERS_MAX
+
+
+def test_who_says_nothing_is_sent_away_in_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk_loop, "HANDSHAKE_S", 0.2)
+    pair.transfer(0)
+    with connect(pair) as channel:
+        assert is_sent_away(channel)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_source_says_beyond_reason_costs_it_the_connection(
+    tmp_path: Path, seed: int
+) -> None:
+    """Even with the key: sizes that were not asked for, numbers that do not exist, rubbish."""
+    chance = random.Random(seed)
+    pair = Pair(tmp_path, ("here", "here"))
+    header = bulk_loop._HEADER
+    rubbish = {
+        0: header.pack(1, CHUNK + 1, True),
+        1: header.pack(1, 2**63, True),
+        2: header.pack(77, 2**64 - 1, True) + bytes(3 << 20),
+        3: header.pack(1, 5, False),
+        4: header.pack(1, 0, True),
+        5: chance.randbytes(header.size * 4),
+    }.get(seed, chance.randbytes(chance.randrange(1, 200)))
+    pair.target.fill(0, b"." * ARENA_BYTES)
+
+    def begin(self: bulk_loop.Sending, loop: bulk_loop.Loop, job: SendChunk) -> None:
+        self._first = memoryview(rubbish)
+        self._left = 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bulk_loop.Sending, "_begin", begin)
+        pair.expect(1, 0)
+        pair.send(1, 0)
+        pair.run(lambda: pair.target.bulk._peers[pair.source.node_id].inbound is not None)
+        end = time.monotonic() + 0.1
+        while time.monotonic() < end and not pair.target.told:
+            pair.source.turn(pair.target)
+            pair.target.turn(pair.source)
+    assert pair.target.arrived() == []
+    assert pair.target.read(CHUNK, CHUNK) == b"." * CHUNK, "what was not asked for is not written"
+    # The source is cut off, and what is asked for again comes by another connection.
+    for number in [n for m in pair.target.told if isinstance(m, ChunksLost) for n in m.numbers]:
+        assert number == 1
+        pair.transfer(3)
+    pair.close()
+
+
+# ---- what ends -----------------------------------------------------------------------------------
+
+
+def test_chunks_of_a_connection_that_breaks_are_lost_and_come_by_the_next_one(pair: Pair) -> None:
+    pair.transfer(0)
+    for number in (1, 2):
+        pair.expect(number, number * CHUNK)
+    inbound = pair.target.bulk._peers[pair.source.node_id].inbound
+    assert inbound is not None
+    assert inbound.receiving is not None
+    inbound.receiving.channel.shutdown(socket.SHUT_RDWR)
+    pair.run(lambda: any(isinstance(m, ChunksLost) for m in pair.target.told))
+    (lost,) = [m for m in pair.target.told if isinstance(m, ChunksLost)]
+    assert lost.numbers == [1, 2]
+    pair.run(lambda: pair.source.bulk._peers[pair.target.node_id].outbound is None)
+    pair.transfer(3)
+
+
+def test_who_takes_nothing_is_given_up(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk_loop, "STALL_S", 0.3)
+    pair.transfer(0)
+    monkeypatch.setattr(bulk_loop.Receiving, "step", lambda self, loop, events: self.events)
+    for number in range(1, 30):
+        pair.send(number, 0, 4 * CHUNK)
+    pair.run(lambda: pair.source.bulk._peers[pair.target.node_id].outbound is None)
+    monkeypatch.undo()
+
+
+def test_a_port_that_cannot_be_reached_is_named_and_the_control_link_takes_over(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        pair.source.bulk.port = taken.getsockname()[1]  # where nobody listens
+        pair.expect(1, 0)
+        pair.send(1, 0)
+        pair.run(lambda: bool(pair.source.by_link))
+    assert [effect.number for effect in pair.source.by_link] == [1]
+    assert pair.target.told == []
+    assert "--object-manager-port" in caplog.text
+    assert str(pair.source.bulk.port) in caplog.text
+    pair.expect(2, 0)
+    pair.send(2, 0)
+    assert [effect.number for effect in pair.source.by_link] == [1, 2], "it is not tried at once"
+
+
+def test_a_peer_that_does_not_answer_is_given_up(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk_module, "OPENING_S", 0.1)
+    pair.expect(1, 0)
+    pair.source.outbox.clear()
+    pair.send(1, 0)
+    pair.run(lambda: bool(pair.source.by_link))
+    pair.run(lambda: pair.target.bulk._peers[pair.source.node_id].inbound is None)
+
+
+def test_messages_that_make_no_sense_change_nothing(pair: Pair) -> None:
+    chance = random.Random(7)
+    stranger = NodeId(b"Y" * 28)
+    for end in (pair.source, pair.target):
+        for _ in range(300):
+            name = chance.choice([b"", chance.randbytes(ID_BYTES), chance.randbytes(5)])
+            messages: list[BulkMessage] = [
+                OpenBulk(connection_id=name, key=chance.randbytes(5), machine="x"),
+                OpenBulk(connection_id=name, key=chance.randbytes(32), machine="here"),
+                BulkPort(connection_id=name, port=chance.choice([0, -1, 99999, 5])),
+                CloseBulk(connection_id=name),
+            ]
+            end.bulk.on_message(stranger, chance.choice(messages))
+        end.outbox.clear()
+        assert len(end.bulk._door.invitations) <= 1, "one per peer"
+    pair.transfer(0, 1)
+
+
+def test_a_dead_peer_is_forgotten(pair: Pair) -> None:
+    pair.transfer(0)
+    pair.expect(1, 0)
+    pair.target.bulk.forget_peer(pair.source.node_id)
+    pair.source.bulk.forget_peer(pair.target.node_id)
+    for end in (pair.source, pair.target):
+        assert not end.bulk._peers
+        assert not end.bulk._owners
+        assert not end.bulk._opening
+        loops = (*end.bulk._receivers, *end.bulk._senders)
+        pair.run(lambda loops=loops: not any(loop._by_id for loop in loops))  # type: ignore[misc]
+    assert not any(isinstance(m, ChunksLost) for m in pair.target.told)
