@@ -1,7 +1,7 @@
 """Ray's side of `benchmarks/cluster.py`: a Ray cluster of several nodes on this machine.
 
 What: starts Ray's own `cluster_utils.Cluster`, then answers each line `<case> <count>` with the
-seconds it took, as `_ray_side.py` does.
+seconds that the part took that is asked about.
 Who calls: `RaySide` of `_ray_side.py`, from `benchmarks/cluster.py`.
 May touch: Ray, standard input and output, the clock.
 Invariants: imports Ray only when it runs as a program; ends with its input.
@@ -9,20 +9,19 @@ Invariants: imports Ray only when it runs as a program; ends with its input.
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from typing import Any
+
+from benchmarks._side import serve
 
 NODES = 5
 _STORE_BYTES = 3 << 30
 
 
-def main() -> None:
-    """Serve until the input ends."""
-    # Ray prints to standard output; the answers go to a copy that only this program knows.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+def start() -> tuple[str, dict[str, Any]]:
+    """A cluster, and what it is asked for."""
+    import atexit
+
     import numpy as np
     import ray
     from ray.cluster_utils import Cluster
@@ -117,14 +116,11 @@ def main() -> None:
         "far_call": far_call,
         "far_calls": far_calls,
     }
+    atexit.register(cluster.shutdown)
+    atexit.register(ray.shutdown)  # before the other
     transfer(1 << 20)
-    print(ray.__version__, file=answers, flush=True)
-    for line in sys.stdin:
-        case, count = line.split()
-        print(cases[case](int(count)), file=answers, flush=True)
-    ray.shutdown()
-    cluster.shutdown()
+    return ray.__version__, cases
 
 
 if __name__ == "__main__":
-    main()
+    serve(start)

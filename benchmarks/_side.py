@@ -89,7 +89,8 @@ def serve(start: Callable[[], tuple[str, Mapping[str, Callable[[int], object]]]]
     Parameters
     ----------
     start : callable
-        Gives a version and the cases by name.
+        Gives a version and the cases by name; one that only times a part of what it does gives
+        the seconds.
     """
     # Ray prints to standard output; the answers go to a copy that only this program knows.
     answers = os.fdopen(os.dup(1), "w")
@@ -99,5 +100,7 @@ def serve(start: Callable[[], tuple[str, Mapping[str, Callable[[int], object]]]]
     for line in sys.stdin:
         case, _, count = line.strip().rpartition(" ")
         started = time.perf_counter()
-        cases[case](int(count))
-        print(time.perf_counter() - started, file=answers, flush=True)
+        took = cases[case](int(count))
+        if not isinstance(took, float):
+            took = time.perf_counter() - started
+        print(took, file=answers, flush=True)

@@ -50,6 +50,7 @@ def add_start(commands: Any) -> None:
         "127.0.0.1)",
     )
     add("--node-manager-port", type=int, default=0, help="the node's port (default: any)")
+    add("--object-manager-port", type=int, default=0, help="its port for values (default: any)")
     add("--num-cpus", type=int, help="CPUs that tasks may use at once (default: all)")
     add("--num-gpus", type=int, help="GPUs (default: those that are found)")
     add("--memory", type=int, metavar="BYTES", help="memory that tasks with memory= share")
@@ -81,7 +82,6 @@ _REFUSED = {
     "max-worker-port": _NO_WORKER_PORTS,
     "worker-port-list": _NO_WORKER_PORTS,
     "ray-client-server-port": "this version takes no drivers from outside the cluster",
-    "object-manager-port": "objects travel by the node's port, which is --node-manager-port",
     "dashboard-host": _NO_DASHBOARD,
     "dashboard-port": _NO_DASHBOARD,
     "dashboard-agent-listen-port": _NO_DASHBOARD,
@@ -268,6 +268,7 @@ def _node_options(
         head_address=address,
         host=host,
         port=options.node_manager_port,
+        bulk_port=options.object_manager_port,
         temp_dir=temp,
         session_folder=session,
         is_head=bool(options.head),

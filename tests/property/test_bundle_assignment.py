@@ -101,6 +101,7 @@ def test_spread_uses_as_many_nodes_as_any_assignment_of_its_own_nodes_can(
         assert len(set(found.values())) == widest
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=6), st.integers(1, 12))
 def test_pack_of_equal_bundles_uses_as_few_nodes_as_possible(sizes: list[int], count: int) -> None:
     rooms = [Room(NodeId(b"node %d" % n), {"CPU": size}, {}) for n, size in enumerate(sizes)]
