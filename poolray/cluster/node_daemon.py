@@ -21,6 +21,7 @@ import socket
 import sys
 import time
 from collections import deque
+from functools import partial
 from typing import Any, final
 
 import msgspec
@@ -521,9 +522,9 @@ class NodeDaemon(NodeShell):
         self._chunks.write(effect.offset, effect.file_number, effect.data)
 
     def _act_seal_file(self, effect: SealFile) -> None:
-        self._echoes.append(
-            self._chunks.seal(effect.file_number, effect.object_id, effect.size_bytes)
-        )
+        # (It reads all of the file, for its checksum.)
+        seal = partial(self._chunks.seal, effect.file_number, effect.object_id, effect.size_bytes)
+        self._spill_threads.start(seal)
 
     def _path_of(self, file_number: int) -> str:
         granted = RangeGranted(request_id=0, offset=-1, file_number=file_number)

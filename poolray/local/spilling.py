@@ -22,13 +22,16 @@ from poolray.local.session_folder import SessionFolders, remove_file
 from poolray.node.effects import DeleteFile, DeleteUnsealed, RestoreObject, SpillObjects
 from poolray.objects.shared_memory import Arena
 from poolray.objects.spill_files import SpillFileError, read_object, write_objects
-from poolray.protocol.node import RestoreDone, RestoreFailed, SpillDone, SpillFailed
+from poolray.protocol.node import FileSealed, RestoreDone, RestoreFailed, SpillDone, SpillFailed
 from poolray.protocol.values import InFile
 
 _log = logging.getLogger(__name__)
 
-Job: TypeAlias = SpillObjects | RestoreObject | DeleteFile | DeleteUnsealed
-Outcome: TypeAlias = SpillDone | SpillFailed | RestoreDone | RestoreFailed
+Outcome: TypeAlias = SpillDone | SpillFailed | RestoreDone | RestoreFailed | FileSealed
+#: A callable is what only some shells do with files.
+Job: TypeAlias = (
+    SpillObjects | RestoreObject | DeleteFile | DeleteUnsealed | Callable[[], FileSealed]
+)
 
 
 @final
@@ -90,6 +93,8 @@ class SpillThreads:
             return self._spill(job)
         if isinstance(job, RestoreObject):
             return self._restore(job)
+        if callable(job):
+            return job()
         try:
             if isinstance(job, DeleteFile):
                 remove_file(job.path)

@@ -580,3 +580,27 @@ def test_a_value_whose_node_is_killed_on_the_way_is_made_again(cluster: Cluster)
     node.kill()
     assert poolray.get(reader, timeout=60) == count * (count - 1) // 2
     assert heir.is_alive()
+
+
+def test_values_come_from_disk_and_go_to_disk_where_memory_is_short() -> None:
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 24 << 20}
+    )
+    try:
+        cluster.add_node(num_cpus=1, resources={"node1": 20}, object_store_memory=40 << 20)
+        poolray.init(address=cluster.address)
+        kind = made_here.options(resources={"node1": 1})
+        count = 2_000_000  # of 8 bytes: two of them fill the node, the driver's holds one
+        refs = [kind.remote(count + number) for number in range(6)]
+        poolray.wait(refs, num_returns=len(refs), fetch_local=False)
+        for number, ref in enumerate(refs):
+            array = poolray.get(ref)
+            assert (array[0], array[-1], len(array)) == (0, count + number - 1, count + number)
+            del array
+        whole = poolray.get(kind.remote(4_000_000))  # larger than the driver's node has memory
+        assert int(whole.sum()) == 4_000_000 * 3_999_999 // 2
+        assert connections_between(cluster) == 2
+        del whole
+    finally:
+        poolray.shutdown()
+        cluster.shutdown()

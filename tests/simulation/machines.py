@@ -263,12 +263,9 @@ class SimNode(Endpoint):
                     self._expected.pop(number, None)
             case fx.WriteChunk(offset=offset, file_number=number, data=data):
                 self._write_chunk(offset, number, data)
-            case fx.SealFile(file_number=number, object_id=object_id, size_bytes=size):
-                value = self._files[own_file(number)][0] = self._files[own_file(number)].pop(-1)
-                assert len(value) == size
-                file = InFile(object_id=object_id, path=own_file(number), size_bytes=size)
-                message = FileSealed(object_id=object_id, file_number=number, place=file)
-                self._echoes.append(message)
+            case fx.SealFile():
+                delay_s = self.world.between(1e-5, 1e-3)
+                self.world.after(delay_s, lambda: self._seal_file(effect))
             case fx.Notice():
                 pass  # what waits may find a node later
             case fx.Warn(text=text):
@@ -334,6 +331,21 @@ class SimNode(Endpoint):
             data = b"?" * end
         assert len(data) >= end
         return data[effect.offset : end]
+
+    def _seal_file(self, effect: fx.SealFile) -> None:
+        """A thread has looked at a file, if it was not deleted meanwhile."""
+        if not self.alive:
+            return
+        number, place = effect.file_number, None
+        file = self._files.get(own_file(number))
+        if file is not None:
+            file[0] = file.pop(-1)
+            assert len(file[0]) == effect.size_bytes
+            place = InFile(
+                object_id=effect.object_id, path=own_file(number), size_bytes=effect.size_bytes
+            )
+        message = FileSealed(object_id=effect.object_id, file_number=number, place=place)
+        self.tell(b"", message)
 
     def _write_chunk(self, offset: int, number: int, data: bytes) -> None:
         """Bytes from another node; ranges are granted at page starts."""
