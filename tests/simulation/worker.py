@@ -509,7 +509,8 @@ class SimWorker:
 
     def _keep(self, arguments: list[Value]) -> None:
         for value in arguments:
-            if isinstance(value, InArena) and value.object_id not in self._keeping:
+            # (Of two refs to one object a process tells the node once, and gives one back.)
+            if isinstance(value, InArena) and value.object_id not in (*self._keeping, *self._refs):
                 self._keeping[value.object_id] = value, self.node.read(value)
                 self._kept.append(value.object_id)
                 self._pinned.append(value.object_id)
