@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, final
 
 from poolray.ids import OBJECT_ID_BYTES, ActorId, ObjectId, TaskId
@@ -336,6 +336,21 @@ def check_backpressure(value: int) -> None:
             "_generator_backpressure_num_objects=0 is not allowed. Use a value > 0. If the value "
             "is equal to 1, the behavior is identical to Python generator (generator 1 object "
             "whenever `next` is called). Use -1 to disable this feature. "
+        )
+
+
+def check_per_yield(defined: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse another number of items per `yield` than the function was defined with.
+
+    Raises
+    ------
+    ValueError
+        It is another one.
+    """
+    name = "_num_objects_per_yield"
+    if name in given and (given[name] or 1) != (defined.get(name) or 1):
+        raise ValueError(
+            f"{name} cannot be overridden per task call. Use @ray.remote({name}=...) instead."
         )
 
 

@@ -20,7 +20,13 @@ import msgspec
 from poolray import binding
 from poolray.client import Client
 from poolray.exceptions import NotSupportedError
-from poolray.generators import check_backpressure, check_mode, stream_mode, submit_stream
+from poolray.generators import (
+    check_backpressure,
+    check_mode,
+    check_per_yield,
+    stream_mode,
+    submit_stream,
+)
 from poolray.ids import ClassId, FunctionId, PlacementGroupId
 from poolray.objects.object_ref import ObjectRef
 from poolray.protocol.streams import StreamMode
@@ -68,7 +74,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _NOT_YET = (
     "runtime_env",
     "_labels",
-    "_num_objects_per_yield",
 )
 
 
@@ -114,6 +119,11 @@ def _check_value(name: str, value: Any, from_options: bool) -> None:
         _check_num_returns(value)
     elif name == "_generator_backpressure_num_objects":
         check_backpressure(value)
+    elif name == "_num_objects_per_yield" and value < 1:
+        raise ValueError(
+            "_num_objects_per_yield is a private streaming generator option that must be set to a "
+            "positive integer."
+        )
     elif name == "max_retries" and value < -1:
         raise ValueError(
             "The keyword 'max_retries' only accepts None, 0, -1 or a positive integer, where -1 "
@@ -231,6 +241,7 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
 
         def options(self, /, **options):
             check_options(options, from_options=True)
+            check_per_yield(self._options, options)
             # `max_calls` is the definition's, also where GPUs come in here only.
             merged = {"max_calls": 0, **self._options, **options}
             made = RemoteFunction(self._function, merged, self._find_client)
@@ -303,6 +314,7 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
             is_listed=options.get("enable_task_events", True),
             stream=self._mode,
             backpressure=max(0, options.get("_generator_backpressure_num_objects") or 0),
+            per_yield=options.get("_num_objects_per_yield") or 1,
         )
         digest = hashlib.blake2b(msgspec.msgpack.encode(made), digest_size=16).digest()
         return msgspec.structs.replace(made, class_id=ClassId(digest))

@@ -182,6 +182,7 @@ class _Source:
         "kept",
         "last",
         "mode",
+        "per_yield",
         "produced",
         "returns",
         "task",
@@ -191,6 +192,8 @@ class _Source:
         task_class = function.task_class
         self.task = task
         self.mode = task_class.stream
+        #: Items in what it yields at once.
+        self.per_yield = task_class.per_yield
         #: Return values that it has to make (RETURNS).
         self.returns = task_class.num_returns
         #: Items that it has yielded.
@@ -252,7 +255,10 @@ class WorkerStreams:
                 value = worker.advance(items) if is_main else next(items, END)
                 if value is END:
                     return self._end(source, function)
-                self._take(source, value, function)
+                if source.per_yield == 1:
+                    self._take(source, value, function)
+                else:
+                    self._take_group(source, value, function)
                 value = None
         except BaseException as error:
             worker.leave_user_code(is_main)
@@ -278,7 +284,10 @@ class WorkerStreams:
                     await asyncio.sleep(0)  # others have their turn
                 if value is END:
                     return self._end(source, function)
-                self._take(source, value, function)
+                if source.per_yield == 1:
+                    self._take(source, value, function)
+                else:
+                    self._take_group(source, value, function)
                 value = None
         except BaseException as error:
             if inspect.isasyncgen(items):
@@ -322,6 +331,18 @@ class WorkerStreams:
             if not arrival.done() or arrival.cancelled():
                 forget()
         return answer
+
+    def _take_group(self, source: _Source, values: Any, function: Function) -> None:
+        """The same for what is several items."""
+        count = source.per_yield
+        if not isinstance(values, (tuple, list)) or len(values) != count:
+            found = f"{len(values)} of them" if isinstance(values, (tuple, list)) else repr(values)
+            raise ValueError(
+                f"{function.task_class.name} was defined with _num_objects_per_yield={count}: it "
+                f"has to yield tuples or lists of {count} objects, not {found[:200]}"
+            )
+        for value in values:
+            self._take(source, value, function)
 
     def _take(self, source: _Source, value: Any, function: Function) -> None:
         """Serialize an item and send it, with others or alone."""

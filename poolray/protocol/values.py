@@ -142,6 +142,7 @@ class TaskClass(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=Tru
     stream: int = 0  #: a `StreamMode`: what becomes of what a generator yields
     backpressure: int = 0  #: items that may wait to be taken before it goes on; 0: any number
     actor_backpressure: int = 0  #: the same for all streams of the actor together
+    per_yield: int = 1  #: items in what a generator yields at once
 
 
 class TaskSpec(msgspec.Struct, frozen=True, array_like=True, tag=5, kw_only=True):

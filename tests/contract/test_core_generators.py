@@ -867,3 +867,41 @@ def test_a_killed_actors_stream_ends_with_its_death() -> None:
     assert get(next(generator)) == "waiting"
     ray.kill(source)
     assert outcomes(generator) == [ray.exceptions.ActorDiedError]
+
+
+# ---- several items in one yield ------------------------------------------------------------------
+
+
+def test_what_is_yielded_at_once_may_be_several_items() -> None:
+    @ray.remote(num_returns="streaming", _num_objects_per_yield=2)
+    def pairs() -> Iterator[Any]:
+        yield 1, "one"
+        yield [2, "two"]
+
+    assert [get(ref) for ref in pairs.remote()] == [1, "one", 2, "two"]
+    same = pairs.options(name="pairs", _num_objects_per_yield=2).remote()
+    assert [get(ref) for ref in same] == [1, "one", 2, "two"]
+
+
+@pytest.mark.parametrize("wrong", [(3,), (3, 4, 5), 3])
+def test_another_number_of_items_than_promised_is_an_error_of_its_own(wrong: Any) -> None:
+    @ray.remote(num_returns="streaming", _num_objects_per_yield=2, max_retries=0)
+    def pairs() -> Iterator[Any]:
+        yield 1, 2
+        yield wrong
+
+    refs = list(pairs.remote())
+    assert [get(ref) for ref in refs[:2]] == [1, 2]
+    with pytest.raises(ValueError):
+        get(refs[2])
+
+
+def test_the_number_of_items_in_a_yield_belongs_to_the_definition() -> None:
+    @ray.remote(num_returns="streaming")
+    def single() -> Iterator[int]:
+        yield 1
+
+    with pytest.raises(ValueError, match="cannot be overridden per task call"):
+        single.options(_num_objects_per_yield=2).remote()
+    with pytest.raises(ValueError, match="must be set to a positive integer"):
+        ray.remote(_num_objects_per_yield=0)(lambda: None)
