@@ -19,6 +19,8 @@ from poolray.cluster_state import ask, wall_clock_offset_s
 from poolray.local import process_state
 from poolray.local import runtime as local_runtime
 from poolray.local.machine import NODE_ADDRESS
+from poolray.protocol.directory import JobRow, JobsFound, ListJobs
+from poolray.protocol.inquiry import AskHead, read_answer
 from poolray.protocol.state import ActorRow, NodeRow, ObjectRow, StateKind, TaskRow, WorkerRow
 from poolray.protocol.values import CallKind
 from poolray.scheduling.resources import from_fixed
@@ -212,7 +214,7 @@ class JobState(_Row):
 
     job_id: str
     type: str  #: "DRIVER"
-    status: str  #: "RUNNING"
+    status: str  #: "RUNNING", "SUCCEEDED" or "FAILED"
     entrypoint: str  #: the driver's command line
     submission_id: str | None = None
     message: str | None = None
@@ -542,7 +544,7 @@ def list_jobs(
     detail: bool = False,
     raise_on_missing_output: bool = True,
 ) -> list[JobState]:
-    """Jobs: that of this program; see `list_tasks`.
+    """Jobs of the cluster: those that run, then those that have ended; see `list_tasks`.
 
     Examples
     --------
@@ -551,11 +553,38 @@ def list_jobs(
     ['RUNNING']
     """
     _check(address, limit)
-    find_client()
-    return _select([_job()], JobState, filters, limit, detail)
+    own = _job()
+    question = ListJobs(request_id=0)
+    found = find_client().link.ask(lambda n: AskHead(request_id=n, question=question))
+    answer = read_answer(found if isinstance(found, list) else [found])
+    assert isinstance(answer, JobsFound)
+    rows = {row.job_id.hex(): _other_job(row) for row in answer.jobs}
+    if not process_state.is_worker() or own.job_id not in rows:
+        rows = {
+            own.job_id: own,
+            **{job_id: rows[job_id] for job_id in rows if job_id != own.job_id},
+        }
+    return _select(rows.values(), JobState, filters, limit, detail)
+
+
+def _other_job(row: JobRow) -> JobState:
+    """The job of another driver, as the head tells of it."""
+    status = "RUNNING" if row.is_running else "FAILED" if row.reason else "SUCCEEDED"
+    return JobState(
+        job_id=row.job_id.hex(),
+        type="DRIVER",
+        status=status,
+        entrypoint=row.entrypoint,
+        message=row.reason or None,
+        driver_info={"id": row.job_id.hex(), **row.info},
+        metadata={},
+        runtime_env={},
+        driver_node_id=row.node_id.hex(),
+    )
 
 
 def _job() -> JobState:
+    find_client()
     node_id, job_id = ids_of_process()
     runtime = local_runtime.current()
     in_driver = not process_state.is_worker() and runtime is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import poolray
 from poolray.__main__ import main
 from poolray.cluster_utils import Cluster
 from poolray.util.placement_group import placement_group
+from poolray.util.state import list_jobs
 from tests.integration.support import Gate, announce_and_hold, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons need Linux")
@@ -107,6 +110,23 @@ def test_a_drained_node_ends_what_it_runs_and_leaves(
     said = run(capsys, "status", f"--address={cluster.address}")
     assert "left the cluster: maintenance" in said
     assert "left the cluster" in refusal(capsys, *drain, preempted, why)
+
+
+def test_jobs_of_all_drivers_are_listed(cluster: Cluster) -> None:
+    poolray.init(address=cluster.address)
+    code = f"import poolray; poolray.init(address={cluster.address!r})"
+    token = {"POOLRAY_AUTH_TOKEN_PATH": cluster.auth_token_path}
+    subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **token}, check=True, timeout=60
+    )
+    wait_until(
+        lambda: sorted(job.status for job in list_jobs()) == ["RUNNING", "SUCCEEDED"],
+        "both jobs in the list",
+    )
+    mine = list_jobs(filters=[("status", "=", "RUNNING")])[0]
+    seen = poolray.get(poolray.remote(list_jobs).remote(), timeout=30)
+    assert mine.job_id in {job.job_id for job in seen if job.status == "RUNNING"}
+    assert len(seen) == 2
 
 
 def test_a_node_that_is_not_there_cannot_be_drained(
