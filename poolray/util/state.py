@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias, TypeVar, cast, final
+from typing import Any, TypeAlias, TypeVar, cast
 
 from poolray.cluster_state import ask, wall_clock_offset_s
 from poolray.local import process_state
@@ -25,6 +25,18 @@ from poolray.protocol.state import ActorRow, NodeRow, ObjectRow, StateKind, Task
 from poolray.protocol.values import CallKind
 from poolray.scheduling.resources import from_fixed
 from poolray.session import find_client, ids_of_process
+from poolray.util.state_rows import (
+    ActorState,
+    ClusterEventState,
+    JobState,
+    NodeState,
+    ObjectState,
+    Row,
+    RuntimeEnvState,
+    TaskState,
+    WorkerState,
+    columns,
+)
 
 __all__ = [
     "ActorState",
@@ -59,198 +71,6 @@ _LIMIT_MAX = 10_000
 
 #: (column, "=" or "!=", value)
 Filter: TypeAlias = tuple[str, str, str | bool | int | float | None]
-
-
-class _Row:
-    """A row that can also be read like a dictionary."""
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """A column, or `default` if there is none of that name."""
-        return getattr(self, name, default)
-
-    def asdict(self) -> dict[str, Any]:
-        """All columns."""
-        return {field.name: getattr(self, field.name) for field in _columns(type(self))}
-
-
-@final
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskState(_Row):
-    """A task that has not ended, or one of the last `task_history_max` that have.
-
-    Attributes
-    ----------
-    type : str
-        "NORMAL_TASK", "ACTOR_CREATION_TASK" or "ACTOR_TASK".
-    attempt_number : int
-        How often it was tried before.
-    state : str
-        "PENDING_ARGS_AVAIL", "PENDING_NODE_ASSIGNMENT", "SUBMITTED_TO_WORKER", "RUNNING",
-        "FINISHED" or "FAILED".
-    error_type, error_message : str or None
-        Of a failed one, "WORKER_DIED" or "TASK_EXECUTION_EXCEPTION" for example.
-    start_time_ms, end_time_ms : int or None
-        Milliseconds since 1970.
-    """
-
-    task_id: str
-    attempt_number: int
-    name: str
-    state: str
-    job_id: str
-    type: str
-    func_or_class_name: str
-    node_id: str | None
-    worker_id: str | None
-    worker_pid: int | None
-    error_type: str | None
-    actor_id: str | None = None
-    parent_task_id: str | None = None
-    language: str | None = None
-    required_resources: dict[str, float] | None = None
-    placement_group_id: str | None = None
-    start_time_ms: int | None = None
-    end_time_ms: int | None = None
-    error_message: str | None = None
-    runtime_env_info: dict[str, Any] | None = None
-
-
-@final
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ActorState(_Row):
-    """An actor, alive or dead for not long.
-
-    Attributes
-    ----------
-    state : str
-        "DEPENDENCIES_UNREADY", "PENDING_CREATION", "ALIVE", "RESTARTING" or "DEAD".
-    name : str
-        Empty if it has none.
-    pid : int
-        Of its process, or of the last one it had; 0: it was never created.
-    required_resources : dict or None
-        What it keeps for its life.
-    death_cause : dict or None
-        `error_message`: why a dead one died.
-    repr_name : str or None
-        What it says of itself, if its class defines `__repr__`; else empty.
-    """
-
-    actor_id: str
-    class_name: str
-    state: str
-    job_id: str
-    name: str | None
-    node_id: str | None
-    pid: int | None
-    ray_namespace: str | None
-    serialized_runtime_env: str | None = None
-    required_resources: dict[str, float] | None = None
-    death_cause: dict[str, Any] | None = None
-    is_detached: bool | None = None
-    placement_group_id: str | None = None
-    repr_name: str | None = None
-    num_restarts: int | None = None
-    num_restarts_due_to_lineage_reconstruction: int | None = None
-    num_restarts_due_to_node_preemption: int | None = None
-    call_site: str | None = None
-    label_selector: dict[str, str] | None = None
-
-
-@final
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WorkerState(_Row):
-    """A worker, alive or dead for not long."""
-
-    worker_id: str
-    is_alive: bool
-    worker_type: str  #: "WORKER"
-    exit_type: str | None  #: "INTENDED_USER_EXIT", "SYSTEM_ERROR" or "NODE_OUT_OF_MEMORY"
-    node_id: str
-    ip: str
-    pid: int
-    exit_detail: str | None = None
-    start_time_ms: int | None = None
-    end_time_ms: int | None = None
-
-
-@final
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ObjectState(_Row):
-    """An object that somebody holds."""
-
-    object_id: str
-    object_size: int  #: bytes as serialized; -1: it is not there yet
-    task_status: str  #: "FINISHED" or "PENDING", of what makes it
-    reference_type: str  #: "PINNED_IN_MEMORY" when in shared memory, else "LOCAL_REFERENCE"
-    reference_count: int  #: processes, tasks and objects that hold it
-    is_error: bool
-    ip: str
-    call_site: str  #: where its first ref was made; "disabled" unless that is recorded
-
-
-@final
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NodeState(_Row):
-    """A machine."""
-
-    node_id: str
-    node_ip: str
-    is_head_node: bool
-    state: str
-    node_name: str
-    resources_total: dict[str, float]
-    labels: dict[str, str]
-    state_message: str | None = None
-
-
-@final
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class JobState(_Row):
-    """What one driver has started."""
-
-    job_id: str
-    type: str  #: "DRIVER"
-    status: str  #: "RUNNING", "SUCCEEDED" or "FAILED"
-    entrypoint: str  #: the driver's command line
-    submission_id: str | None = None
-    message: str | None = None
-    error_type: str | None = None
-    driver_info: dict[str, Any] | None = None  #: `id` of the job, `node_ip_address`, `pid`
-    start_time: int | None = None  #: milliseconds since 1970
-    end_time: int | None = None
-    metadata: dict[str, str] | None = None
-    runtime_env: dict[str, Any] | None = None
-    driver_node_id: str | None = None
-
-
-@final
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RuntimeEnvState(_Row):
-    """A runtime environment that was made."""
-
-    runtime_env: dict[str, Any]
-    success: bool
-    node_id: str
-    creation_time_ms: float | None = None
-    ref_cnt: int | None = None
-    error: str | None = None
-
-
-@final
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ClusterEventState(_Row):
-    """Something that happened to the cluster: here, the death of a worker."""
-
-    severity: str  #: "ERROR", or "INFO" where the worker had been told to end
-    time: str  #: local date and time
-    source_type: str  #: "RAYLET"
-    message: str
-    event_id: str
-    custom_fields: dict[str, Any] | None = None
 
 
 #: Columns that only `detail=True` fills.
@@ -307,7 +127,7 @@ _NOT_FILTERABLE = frozenset(
 )
 _TASK_TYPES = {CallKind.CREATE: "ACTOR_CREATION_TASK", CallKind.METHOD: "ACTOR_TASK"}
 _NORMAL = "NORMAL_TASK"
-R = TypeVar("R", bound=_Row)
+R = TypeVar("R", bound=Row)
 
 
 def list_tasks(
@@ -817,13 +637,13 @@ def _select(
     return chosen
 
 
-def _checked(kind: type[_Row], given: Filter) -> tuple[str, bool, Any]:
+def _checked(kind: type[Row], given: Filter) -> tuple[str, bool, Any]:
     name, predicate, value = given
     if predicate not in ("=", "!="):
         raise ValueError(
             f"Unsupported filter predicate {predicate} is given. Available predicates: =, !=."
         )
-    names = {field.name for field in _columns(kind)} - _NOT_FILTERABLE
+    names = {field.name for field in columns(kind)} - _NOT_FILTERABLE
     if name not in names:
         raise ValueError(
             f"The given filter key {name} is not supported for filtering. Supported filter keys: "
@@ -832,7 +652,7 @@ def _checked(kind: type[_Row], given: Filter) -> tuple[str, bool, Any]:
     return name, predicate == "=", value
 
 
-def _holds(row: _Row, name: str, equal: bool, value: Any) -> bool:
+def _holds(row: Row, name: str, equal: bool, value: Any) -> bool:
     found = getattr(row, name)
     if isinstance(value, str):
         matches = found is not None and str(found).lower() == value.lower()
@@ -841,13 +661,9 @@ def _holds(row: _Row, name: str, equal: bool, value: Any) -> bool:
     return matches is equal
 
 
-def _columns(kind: type[_Row]) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(cast("Any", kind))
-
-
 def _brief(row: R) -> R:
     hidden = _DETAILS - _KEPT.get(type(row).__name__, frozenset())
-    details = {field.name: None for field in _columns(type(row)) if field.name in hidden}
+    details = {field.name: None for field in columns(type(row)) if field.name in hidden}
     return cast("R", dataclasses.replace(cast("Any", row), **details)) if details else row
 
 
