@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
+
+from msgspec.structs import replace
 
 from poolray.config import Config
 from poolray.exceptions import ActorError, NodeDiedError, ObjectLostError
@@ -29,15 +32,18 @@ from poolray.ids import (
 )
 from poolray.protocol.actors import ActorReply, CallActor, CreateActor, KillActor, LookUpActor
 from poolray.protocol.client import (
+    AllocateRange,
     DefineClass,
     DefineFunction,
     GetObjects,
     ObjectValues,
+    PutObject,
+    RangeGranted,
     ReleaseFunction,
     ReleaseReferences,
 )
 from poolray.protocol.node import CloseGroup, CreateGroup
-from poolray.protocol.values import CallKind, FunctionDefinition, TaskClass, TaskSpec
+from poolray.protocol.values import CallKind, FunctionDefinition, TaskClass, TaskSpec, Value
 from tests.simulation.jobs import INLINE_MAX_BYTES, Ledger
 from tests.simulation.machines import Ids, SimHead, SimNode
 from tests.simulation.network import HEAD, Network
@@ -66,6 +72,10 @@ class Program:
         self.results: dict[ObjectId, bytes] = {}
         self.gets: dict[int, ObjectId] = {}
         self._defined: dict[ClassId, None] = {}
+        #: request for an actor -> its argument, held until the answer.
+        self._arguments: dict[int, ObjectId] = {}
+        #: request for a place -> what is done with it.
+        self._allocations: dict[int, Callable[[RangeGranted], None]] = {}
         node.on_driver_reply = self._on_reply
         node.on_group_event = lambda effect: None
         node.tell(b"", CreateGroup(group_id=PLAIN))
@@ -77,8 +87,14 @@ class Program:
     # ---- what comes ------------------------------------------------------------------------------
 
     def _on_reply(self, message: Any) -> None:
+        if isinstance(message, RangeGranted):
+            self._allocations.pop(message.request_id)(message)
+            return
         if isinstance(message, ActorReply):
             del self.asked[message.request_id]
+            if message.request_id in self._arguments:
+                argument = self._arguments.pop(message.request_id)
+                self.tell(ReleaseReferences(object_ids=[argument]))
             if message.actor_id:
                 self.actors.setdefault(message.actor_id, 0)
             return
@@ -132,21 +148,45 @@ class Program:
         task = TaskSpec(
             task_id=self.node.ids.next_task_id(),
             class_id=self._class(CallKind.CREATE, restarts, world.random.randint(0, 1)),
-            calls=[b"constructor"],
+            calls=[b"constructor of " + actor_id],
         )
         self.asked[number] = actor_id
-        self.tell(
-            CreateActor(
-                actor_id=actor_id,
-                task=task,
-                class_name="K",
-                request_id=number,
-                name=name,
-                max_restarts=restarts,
-                detached=world.chance(0.3),
-                get_if_exists=world.chance(0.5),
-            )
+        message = CreateActor(
+            actor_id=actor_id,
+            task=task,
+            class_name="K",
+            request_id=number,
+            name=name,
+            max_restarts=restarts,
+            detached=world.chance(0.3),
+            get_if_exists=world.chance(0.5),
         )
+        if world.chance(0.4):
+            self._put_argument(message)
+        else:
+            self.tell(message)
+
+    def _put_argument(self, message: CreateActor) -> None:
+        """The actor is made with a value that only its constructor refers to."""
+        size = self.world.random.choice([10, INLINE_MAX_BYTES, INLINE_MAX_BYTES + 1, 5000])
+        data = (b"argument of " + message.actor_id).ljust(size, b".")
+        object_id = return_id(self.node.ids.next_task_id(), 0)
+        task = replace(message.task, dependencies=[object_id], slots=[0])
+
+        def create(value: Value) -> None:
+            self.node.ledger.actors.arguments[task.calls[0]] = data  # type: ignore[index]
+            self.tell(PutObject(object_id=object_id, value=value))
+            self.tell(replace(message, task=task))
+            self._arguments[message.request_id] = object_id
+
+        if len(data) <= INLINE_MAX_BYTES:
+            create(data)
+            return
+        number = next(self._numbers)
+        self._allocations[number] = lambda granted: create(
+            self.node.write(object_id, granted, data)
+        )
+        self.tell(AllocateRange(request_id=number, object_id=object_id, size_bytes=len(data)))
 
     def look_up(self, name: str) -> None:
         """Ask for a handle."""

@@ -207,6 +207,8 @@ class ActorLedger:
         self.crashes = self.refusals = 0.0
         #: payload -> how often it may be tried again; -1: no limit.
         self.retries: dict[bytes, int] = {}
+        #: payload of a constructor's call -> the value that a ref among its arguments stands for.
+        self.arguments: dict[bytes, bytes] = {}
         self._begun: dict[bytes, int] = {}
         #: (process, actor, caller) -> number of the call that it began last.
         self._last: dict[tuple[bytes, bytes, bytes], int] = {}

@@ -286,7 +286,14 @@ class SimWorker:
         """The worker becomes an actor."""
         actors = self.node.ledger.actors
         self.progress = (message.sequence, 0)
+        (task,) = message.tasks
+        assert not task.error_arguments, "the argument of a constructor was lost"
+        found = [self.node.read(value) for value in task.arguments]
+        payload = self.node.read(task.calls[0])
+        expected = [actors.arguments[payload]] if payload in actors.arguments else []
+        assert found == expected, f"{payload!r} was given {found}, not {expected}"
         yield self.world.between(1e-5, 1e-1)
+        assert found == [self.node.read(value) for value in task.arguments], "reused while in use"
         if self.world.chance(actors.crashes):
             raise _Died
         self._is_actor = True
