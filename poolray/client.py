@@ -88,7 +88,7 @@ class Client:
     def __init__(
         self,
         link: Link,
-        arena: Arena,
+        arena: Arena | None,
         config: Config,
         task_ids: TaskIdSource,
         serializer: Serializer,
@@ -109,6 +109,8 @@ class Client:
         #: In a worker: gives the task that runs.
         self.current_task: Callable[[], TaskId | None] | None = None
         self._arena = arena
+        #: Writes large values instead of us, where the arena is another machine's.
+        self.upload: Callable[[ObjectId, Serialized], InArena | InFile] | None = None
         self._serializer = serializer
         #: Ids of handles and views that died; drained by the next call.
         self._drops = _Dropped()
@@ -598,6 +600,9 @@ class Client:
             made.
         """
         serialized = data if isinstance(data, Serialized) else Serialized(data, [], [])
+        if self.upload is not None:
+            return self.upload(object_id, serialized)
+        assert self._arena is not None
         size = serialized.size_bytes
         granted = self.link.allocate(object_id, size)
         if granted.refusal:
@@ -634,7 +639,11 @@ class Client:
         self.link.send(NoteCallSite(object_ids=object_ids, call_site=" | ".join(lines)))
 
     def load(
-        self, value: bytes | InArena | InFile, writable: bool, *, is_counted: bool = True
+        self,
+        value: bytes | memoryview | InArena | InFile,
+        writable: bool,
+        *,
+        is_counted: bool = True,
     ) -> Any:
         """A value from where it is.
 
@@ -653,6 +662,9 @@ class Client:
             return deserialize(value, writable)
         if isinstance(value, InFile):
             return load_from_disk(value, writable)
+        if isinstance(value, memoryview):  # it was brought here, and is nobody else's
+            return deserialize(value if writable else value.toreadonly(), writable)
+        assert self._arena is not None
         object_id = value.object_id
         self._count(object_id, is_view=True)
         if not is_counted:

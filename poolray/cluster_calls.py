@@ -584,14 +584,13 @@ def connect(address: str) -> DriverRuntime:
     ConnectionError, AuthenticationError
         There is no cluster, or it does not let us in.
     """
-    cluster_connection.check_address(address)
     found = cluster_connection.runtime()
     if found is None:
         api.init(address=address)
         found = cluster_connection.runtime()
         if found is None:
             raise ValueError(f"address={address!r} names no cluster: leave it out")
-    elif address not in ("auto", found.welcome.head_address):
+    elif address not in ("auto", found.welcome.head_address, found.address):
         raise ValueError(
             f"This process works on the cluster at {found.welcome.head_address} already: call "
             f"shutdown() before you use the one at {address}."

@@ -14,14 +14,15 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from poolray.exceptions import ClusterConnectionError, NotSupportedError
+from poolray.exceptions import ClusterConnectionError
 from poolray.local import process_state
 
 if TYPE_CHECKING:
     from poolray.cluster.driver import DriverRuntime
 
 ADDRESS_VARIABLE = "POOLRAY_ADDRESS"
-_REMOTE = "poolray://"
+#: What an address begins with that means: from outside of the cluster.
+_OUTSIDE = ("poolray://", "ray://")
 _current: DriverRuntime | None = None
 
 
@@ -44,20 +45,22 @@ def pool_address(address: str | None) -> str | None:
     return None if address is None and process_state.is_worker() else resolve(address)
 
 
-def check_address(address: str) -> None:
-    """Refuse the addresses of a later version.
+def outside_address(address: str) -> str | None:
+    """HOST:PORT of an address for drivers outside of the cluster; None: it is for those inside.
 
     Raises
     ------
-    NotSupportedError
-        It is one for drivers outside of the cluster.
+    ValueError
+        It names no host and port.
     """
-    if address.startswith((_REMOTE, "ray://")):
-        raise NotSupportedError(
-            f"address={address!r}: drivers outside of the cluster are not supported by this "
-            "version of poolray. Start a node on this machine (`poolray start --address=…`) and "
-            "give its cluster's address."
-        )
+    for prefix in _OUTSIDE:
+        if address.startswith(prefix):
+            from poolray.cluster.switch import split_address
+
+            bare = address.removeprefix(prefix).rstrip("/")
+            split_address(bare)
+            return bare
+    return None
 
 
 def connect(address: str, namespace: str, log_to_driver: bool) -> DriverRuntime:
@@ -73,10 +76,12 @@ def connect(address: str, namespace: str, log_to_driver: bool) -> DriverRuntime:
     global _current
     from poolray.cluster import launch
     from poolray.cluster.driver import DriverRuntime
+    from poolray.cluster.line import LocalLine
+    from poolray.cluster.remote_line import RemoteLine
     from poolray.protocol import PROTOCOL_VERSION
     from poolray.protocol.cluster import Hello
 
-    check_address(address)
+    given, outside = address, outside_address(address)
     if address == "auto":
         found = launch.find_head()
         if found is None:
@@ -86,15 +91,22 @@ def connect(address: str, namespace: str, log_to_driver: bool) -> DriverRuntime:
                 "one with `poolray start --head`."
             )
         address = found
-    row = launch.find_node(address, launch.credentials_for(address))
     hello = Hello(
         protocol_version=PROTOCOL_VERSION,
         pid=os.getpid(),
         namespace=namespace,
         entrypoint=" ".join(sys.argv)[:1000],
         log_to_driver=log_to_driver,
+        is_remote=outside is not None,
     )
-    made = DriverRuntime(row.info["socket"], hello)
+    line: LocalLine | RemoteLine
+    if outside is not None:
+        credentials = launch.credentials_for(outside)
+        line = RemoteLine(*launch.find_server(outside, credentials), credentials, hello)
+    else:
+        row = launch.find_node(address, launch.credentials_for(address))
+        line = LocalLine(row.info["socket"], hello)
+    made = DriverRuntime(line, given)
     made.client.install()
     process_state.install_driver(made.client)
     _current = made

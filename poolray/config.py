@@ -120,6 +120,9 @@ class Config:
     heartbeat_interval_s: float = 0.5
     #: A message to a peer that is not acknowledged for this long is sent again.
     resend_after_s: float = 0.2
+    #: A driver outside of the cluster that was cut off may come back within this long: until then
+    #: its node keeps what it holds, and it waits.
+    client_reconnect_grace_period_s: float = 30.0
     #: Bytes of a large object that travel between nodes in one message: from here on, larger ones
     #: gain nothing in speed.
     transfer_chunk_bytes: int = 4 * 1024 * 1024
@@ -202,7 +205,10 @@ class Config:
 
 
 #: Fields that the reference's programs know by another name.
-_ALIASES = {"max_retries": "task_max_retries"}
+_ALIASES = {
+    "max_retries": "task_max_retries",
+    "client_reconnect_grace_period_s": "client_reconnect_grace_period",
+}
 
 _MINIMUM = {
     "num_cpus": -1,

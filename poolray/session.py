@@ -93,8 +93,11 @@ def init(
     ----------
     address : str, optional
         None or "local": this machine, no daemon. "HOST:PORT", as `poolray start --head` prints it:
-        the cluster there, which has to have a node on this machine. "auto": the cluster that a
-        daemon on this machine belongs to. None takes what `POOLRAY_ADDRESS` says, if it is set.
+        the cluster there, which has to have a node on this machine. "poolray://HOST:PORT": the same
+        from a machine that is none of the cluster's; values travel through the connection, which
+        may be cut for `client_reconnect_grace_period_s` (30 s; the cluster's). "auto": the cluster
+        that a daemon on this machine belongs to. None takes what `POOLRAY_ADDRESS` says, if it is
+        set.
     num_cpus : int, default: CPUs that this process may run on
         CPUs that tasks may use at once.
     num_gpus : int, default: GPUs that this process may use

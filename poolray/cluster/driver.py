@@ -1,12 +1,13 @@
 """A driver of a cluster: its requests go to its node's daemon, whose machine decides.
 
-      API ──requests──▶ DriverRuntime ══Unix socket══▶ node's daemon
+      API ──requests──▶ DriverRuntime ══Line: Unix socket, or TCP══▶ node's daemon
        ▲                     │ Reactor: the thread that waits is the one that reads
-       └── values ◀── arena, mapped; replies, what workers print ◀══╝
+       └── values ◀── arena, mapped, or pieces of values; replies, what workers print ◀══╝
 
-What: the driver's side of the conversation that `cluster/sessions.py` leads.
+What: the driver's side of the conversation that `cluster/sessions.py` leads, or
+`cluster/remote_sessions.py` with drivers outside of the cluster.
 Who calls: `session.py`, when it is given an address; its client, through `Link`.
-May touch: a socket, threads, standard streams.
+May touch: a line, threads, standard streams.
 Invariants: replies are read by one thread at a time; when the daemon is gone, everybody who waits
 is told so.
 """
@@ -15,9 +16,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any, final
@@ -25,59 +24,59 @@ from typing import Any, final
 import msgspec
 
 from poolray.client import Client
-from poolray.cluster import places
+from poolray.cluster.line import Line
 from poolray.cluster.output import OutputFilter
-from poolray.cluster.stream import FRAME_BYTES_MAX, FrameReader, frame
+from poolray.cluster.remote_values import Downloads, pieces_of
+from poolray.cluster.stream import FRAME_BYTES_MAX
 from poolray.config import Config
-from poolray.exceptions import ClusterConnectionError
+from poolray.exceptions import ClusterConnectionError, ObjectStoreFullError, OutOfDiskError
 from poolray.ids import WORKER_ID_BYTES, NodeId, ObjectId, TaskIdSource
 from poolray.local import news, process_state
 from poolray.local.callbacks import CallbackThread
 from poolray.local.reactor import Guard, Interrupts, Reactor, Waitable
-from poolray.objects.serialization import Serializer
-from poolray.objects.shared_memory import Arena
+from poolray.objects.checksums import Checksum
+from poolray.objects.serialization import Serialized, Serializer
+from poolray.protocol.actors import CallActor
 from poolray.protocol.client import (
     AllocateRange,
     CancelRequest,
     ClientReply,
     GetObjects,
     ObjectValues,
+    PutObject,
     RangeGranted,
     ReturnRange,
+    SubmitTasks,
     UnpinObjects,
     WaitObjects,
+    WaitReply,
 )
-from poolray.protocol.cluster import (
-    Farewell,
-    Hello,
-    News,
-    Output,
-    UserError,
-    UserNotice,
-    Welcome,
-)
+from poolray.protocol.cluster import Farewell, News, Output, UserError, UserNotice
 from poolray.protocol.inquiry import HeadAnswer
+from poolray.protocol.remote import EndWriting, Piece, WritePiece, Written
 from poolray.protocol.state import QueryState, StateKind, StateRow, StateRows
-from poolray.protocol.values import InArena
+from poolray.protocol.values import InArena, InFile
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(
-    ClientReply | Farewell | Output | News | UserNotice | UserError
+    ClientReply | Farewell | Output | News | UserNotice | UserError | Piece | Written
 ).decode
-_decode_welcome = msgspec.msgpack.Decoder(Welcome | Farewell).decode
 
 #: What is handed over outside of the guard, in the order in which it came.
 _FOR_USERS = (Output, News, UserNotice, UserError)
 #: Replies that may be too large for one message.
 _IN_PARTS = (ObjectValues, StateRows, HeadAnswer)
-_SIGN_ON_S = 10.0
+#: A daemon elsewhere may take so long to answer that a request was taken back.
+_PATIENCE_S = 3.0
+#: Of these a program sends many: it waits while the daemon has not taken earlier ones.
+_MANY = frozenset({SubmitTasks, CallActor, PutObject, WritePiece})
 
 
 @final
 class _Request(Waitable):
     """A request of a thread of this process."""
 
-    __slots__ = ("call", "parts")
+    __slots__ = ("call", "kept", "object_ids", "parts")
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,60 +84,28 @@ class _Request(Waitable):
         self.parts: list[Any] = []
         #: Called with the reply instead of waking a thread.
         self.call: Callable[[Any], None] | None = None
-
-
-def sign_on(name: str, hello: Hello) -> tuple[socket.socket, Welcome, int]:
-    """Begin a conversation with a daemon on this machine.
-
-    Returns
-    -------
-    channel : socket
-    welcome : Welcome
-    descriptor : int
-        Of the arena.
-
-    Raises
-    ------
-    ClusterConnectionError
-        It is not there, or will not speak with us.
-    """
-    try:
-        channel = places.connect(name, _SIGN_ON_S)
-    except OSError as error:
-        raise ClusterConnectionError(f"The node's daemon cannot be reached: {error}.") from error
-    descriptors: list[int] = []
-    try:
-        channel.sendall(frame(_encode(hello)))
-        data, descriptors, _, _ = socket.recv_fds(channel, 1 << 20, 1)
-        while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "little"):
-            more = channel.recv(1 << 20)
-            if not more:
-                raise ClusterConnectionError("The node's daemon does not take this driver in.")
-            data += more
-        welcome = _decode_welcome(data[4:])
-        if isinstance(welcome, Farewell):
-            raise ClusterConnectionError(f"The node's daemon refuses: {welcome.reason}.")
-        channel.settimeout(None)
-        return channel, welcome, descriptors[0]
-    except (OSError, IndexError, msgspec.MsgspecError) as error:
-        raise ClusterConnectionError(
-            f"The node's daemon does not take this driver in: {error}."
-        ) from error
-    except BaseException:
-        for descriptor in descriptors:
-            os.close(descriptor)
-        channel.close()
-        raise
+        #: Values of these were asked for.
+        self.object_ids: list[ObjectId] = []
+        #: Refs to them: until their values are here, they must not be let go of.
+        self.kept: list[Any] = []
 
 
 @final
 class DriverRuntime:
-    """This process as a driver of a cluster."""
+    """This process as a driver of a cluster.
 
-    def __init__(self, name: str, hello: Hello) -> None:
-        channel, welcome, descriptor = sign_on(name, hello)
-        self._channel = channel
-        self.welcome = welcome
+    Parameters
+    ----------
+    line : Line
+        To the daemon that has signed it on; ends with this.
+    address : str
+        By which the cluster was found.
+    """
+
+    def __init__(self, line: Line, address: str) -> None:
+        self._line = line
+        self.address = address
+        self.welcome = welcome = line.welcome
         self.pid = os.getpid()
         self.node_id = NodeId(welcome.node_id)
         self.job_id = welcome.job_id
@@ -151,9 +118,6 @@ class DriverRuntime:
         self.interrupts = Interrupts(self.guard)
         self.ended = ""
         self._closed = False
-        self._reader = FrameReader(channel)
-        #: Keeps frames of several threads apart, in the order in which they were begun.
-        self._sending = threading.Lock()
         self._request_ids = itertools.count(1)
         self._requests: dict[int, _Request] = {}
         self._deliveries: deque[Any] = deque()
@@ -162,7 +126,8 @@ class DriverRuntime:
         self._output = OutputFilter(welcome.node_address)
         #: Why the daemon is gone; empty: it is there.
         self._lost = ""
-        self.arena = Arena(descriptor, welcome.arena_bytes)
+        #: Values that are brought here; None: they are seen where they lie.
+        self._downloads: Downloads | None = None
         task_ids = TaskIdSource(os.urandom(16))
         # The daemon's workers have nothing of our `__main__`, nor of modules of ours that they
         # cannot import: these go by value.
@@ -171,16 +136,19 @@ class DriverRuntime:
         )
         self.client = Client(
             self,
-            self.arena,
+            line.arena,
             self.config,
             task_ids,
             serializer,
             tasks_group=welcome.group_id,
         )
+        if line.arena is None:
+            self._downloads = Downloads(self.send, self._request_ids)
+            self.client.upload = self._upload
         #: Runs users' callbacks, of Pools and Executors.
         self.callbacks = CallbackThread()
         self.client.ring_when_dropped(self.reactor.ring_if_parked)
-        self.reactor.watch_other(channel, self)
+        self.reactor.watch_other(line, self)  # type: ignore[arg-type]
         self.reactor.ensure_background()
         process_state.on_fork_in_child(self._abandon)
 
@@ -193,9 +161,9 @@ class DriverRuntime:
         """The daemon says something, or is gone."""
         if self._closed:
             return
-        frames = self._reader.read()
+        frames = self._line.read()
         if frames is None:
-            self._lose("its daemon has ended or was killed")
+            self._lose(self._line.lost)
             return
         for body in frames:
             self._take(_decode(body))
@@ -206,6 +174,9 @@ class DriverRuntime:
             self._lose(message.reason)
         elif kind in _FOR_USERS:
             self._deliveries.append(message)
+        elif kind is Piece:
+            assert self._downloads is not None
+            self._downloads.take(message, self._requests.__contains__)
         else:
             request = self._requests.get(message.request_id)
             if request is None:
@@ -213,18 +184,34 @@ class DriverRuntime:
             request.parts.append(message)
             if isinstance(message, _IN_PARTS) and message.more:
                 return
-            self._requests.pop(message.request_id, None)
-            if request.call is not None:
-                self._deliveries.append(request)
-            request.finish()
-            self.reactor.wake_if_other()
+            if kind is ObjectValues and self._downloads is not None:
+                answer, request.parts = _joined(request.parts), []
+                if self._downloads.begin(answer, request.object_ids, self._answer):
+                    return
+                request.parts = [answer]
+            self._finish(message.request_id, request)
+
+    def _answer(self, reply: ObjectValues) -> None:
+        """All values of an answer are here."""
+        request = self._requests.get(reply.request_id)
+        if request is not None:
+            request.parts = [reply]
+            self._finish(reply.request_id, request)
+
+    def _finish(self, request_id: int, request: _Request) -> None:
+        self._requests.pop(request_id, None)
+        request.kept = []
+        if request.call is not None:
+            self._deliveries.append(request)
+        request.finish()
+        self.reactor.wake_if_other()
 
     def _lose(self, reason: str) -> None:
         """Nobody answers any more."""
         if self._lost or self._closed:
             return
         self._lost = reason
-        self.reactor.unwatch_other(self._channel)
+        self.reactor.unwatch_other(self._line)  # type: ignore[arg-type]
         for request in list(self._requests.values()):
             request.finish()
         self._requests.clear()
@@ -315,11 +302,9 @@ class DriverRuntime:
         try:
             if self._lost:
                 raise self._lost_error()
-            with self._sending:
-                # (The daemon always reads, so this waits for a moment at the most.)
-                self._channel.sendall(frame(body))
+            self._line.send(body, type(message) in _MANY)
         except OSError as error:
-            self._lose("its daemon has ended or was killed")
+            self._lose(self._line.lost)
             raise self._lost_error() from error
         finally:
             self.guard.leave()
@@ -335,9 +320,13 @@ class DriverRuntime:
         try:
             self.send(message)
             if not self.reactor.wait(request, timeout_s):
-                # Answered with what there is, unless the answer is on its way already.
+                # Answered with what there is, unless the answer is on its way already. (A daemon
+                # elsewhere may be out of reach just now: then there is nothing.)
                 self.send(CancelRequest(request_id=request_id))
-                self.reactor.wait(request, None)
+                patience_s = None if self._downloads is None else _PATIENCE_S
+                if not self.reactor.wait(request, patience_s):
+                    self._requests.pop(request_id, None)
+                    return None
         except BaseException:
             self._forget(request_id)
             raise
@@ -353,23 +342,24 @@ class DriverRuntime:
     def get(self, object_ids: list[ObjectId], timeout_s: float | None) -> ObjectValues | None:
         """Values once all are ready or one has failed; None when the time is up."""
         request, request_id = self._open()
+        request.object_ids = object_ids
         message = GetObjects(request_id=request_id, object_ids=object_ids)
         try:
-            reply: ObjectValues = self._ask(request, request_id, message, timeout_s)
+            reply: ObjectValues | None = self._ask(request, request_id, message, timeout_s)
         except BaseException:
             if request.parts and not self._lost:  # nobody will look at these
                 values = zip(object_ids, _joined(request.parts).values)
                 near = [o for o, v in values if type(v) is InArena and not v.node_id]
                 self.send(UnpinObjects(object_ids=near))
             raise
-        return reply if reply.values else None
+        return reply if reply is not None and reply.values else None
 
     def wait(self, object_ids: list[ObjectId], count: int, timeout_s: float | None) -> list[int]:
         """Indexes of the ready ones, once there are `count` or the time is up."""
         request, request_id = self._open()
         message = WaitObjects(request_id=request_id, object_ids=object_ids, count=count)
-        ready: list[int] = self._ask(request, request_id, message, timeout_s).ready
-        return ready
+        reply: WaitReply | None = self._ask(request, request_id, message, timeout_s)
+        return reply.ready if reply is not None else []
 
     def allocate(self, object_id: ObjectId, size_bytes: int) -> RangeGranted:
         """Where to write an object; waits while the node makes room."""
@@ -389,6 +379,43 @@ class DriverRuntime:
         granted: RangeGranted = request.parts[0]
         return granted
 
+    def _upload(self, object_id: ObjectId, serialized: Serialized) -> InArena | InFile:
+        """Write a large value to the node's memory, or to its disk when that has no room.
+
+        Raises
+        ------
+        ObjectStoreFullError
+            There is room in neither, or it could not be written (`OutOfDiskError`: to disk).
+        """
+        size = serialized.size_bytes
+        granted = self.allocate(object_id, size)
+        if granted.refusal:
+            raise OutOfDiskError(size_bytes=size, reason=granted.refusal)
+        checksum = Checksum() if granted.offset < 0 else None
+        try:
+            note = None if checksum is None else checksum.update
+            for piece in pieces_of(object_id, serialized, note):
+                # The caller holds Ctrl-C back; between two pieces it may come.
+                self.guard.sleep(self.send, piece)
+            written: Written = self.guard.sleep(
+                self.ask, lambda number: EndWriting(request_id=number, object_id=object_id)
+            )
+            if written.failure:
+                kind = OutOfDiskError if written.is_disk_full else ObjectStoreFullError
+                raise kind(size_bytes=size, reason=f"it cannot be written ({written.failure})")
+        except BaseException:
+            if not self._lost:
+                self.send(ReturnRange(object_id=object_id))
+            raise
+        if checksum is None:
+            return InArena(object_id=object_id, offset=granted.offset, size_bytes=size)
+        return InFile(
+            object_id=object_id,
+            path=granted.path,
+            size_bytes=size,
+            checksum=checksum.value(),
+        )
+
     def ask(self, make: Callable[[int], Any]) -> Any:
         """Send the request that `make` makes of its number; gives the answer."""
         request, request_id = self._open()
@@ -404,7 +431,7 @@ class DriverRuntime:
     ) -> Callable[[], None]:
         """Call back once with the object's value; what it gives takes that back."""
         return self._when_answered(
-            lambda number: GetObjects(request_id=number, object_ids=[object_id]), call
+            lambda number: GetObjects(request_id=number, object_ids=[object_id]), call, object_id
         )
 
     def when_there(self, object_id: ObjectId, call: Callable[[], None]) -> Callable[[], None]:
@@ -415,10 +442,15 @@ class DriverRuntime:
         )
 
     def _when_answered(
-        self, make: Callable[[int], Any], call: Callable[[Any], None]
+        self,
+        make: Callable[[int], Any],
+        call: Callable[[Any], None],
+        wanted: ObjectId | None = None,
     ) -> Callable[[], None]:
         request, request_id = self._open()
         request.call = call
+        if wanted is not None and self._downloads is not None:
+            request.object_ids, request.kept = [wanted], [self.client.adopt(wanted)]
         self.send(make(request_id))
         self.reactor.ensure_background()
         return lambda: self._forget(request_id)
@@ -439,7 +471,7 @@ class DriverRuntime:
         self.ended = "has been shut down"
         self.client.ended = "belongs to a runtime that has been shut down"
         if not self._lost:
-            self.reactor.unwatch_other(self._channel)
+            self.reactor.unwatch_other(self._line)  # type: ignore[arg-type]
         for request in list(self._requests.values()):
             request.finish()
         self._requests.clear()
@@ -449,9 +481,8 @@ class DriverRuntime:
         self._output.flush_all()
         self.interrupts.restore()
         process_state.off_fork_in_child(self._abandon)
-        self._channel.close()
+        self._line.close()
         self.reactor.close()
-        self.arena.close()
 
     def _drain_output(self) -> None:
         """Show what workers printed before their results were sent: it came before these."""
@@ -468,9 +499,8 @@ class DriverRuntime:
         self.ended = self.client.ended = "belongs to the parent process of this fork"
         self.guard.reset()
         self.interrupts.restore()
-        self._channel.close()
+        self._line.abandon()
         self.reactor.close()
-        self.arena.forget_parent()
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -490,4 +520,4 @@ def _joined(parts: list[Any]) -> Any:
     return ObjectValues(request_id=first.request_id, values=values, errors=errors)
 
 
-__all__ = ["DriverRuntime", "sign_on"]
+__all__ = ["DriverRuntime"]

@@ -14,7 +14,7 @@ from typing import Any, Protocol, final
 
 import msgspec
 
-from poolray.cluster.sessions import DriverSession
+from poolray.cluster.sessions import Session
 from poolray.ids import GroupId, NodeId
 from poolray.protocol.cluster import JobStarted, News, Output
 from poolray.protocol.node import RegisterJob
@@ -121,7 +121,7 @@ class Jobs:
             self._tell_driver(job, news)
 
     def _tell_driver(self, job: Job, message: Output | News) -> None:
-        session: DriverSession | None = job.session
+        session: Session | None = job.session
         if session is not None:
             session.send(message)
         elif job.node_id and job.node_id != self._host.node_id:
@@ -165,7 +165,7 @@ class Jobs:
     def register_again(self) -> None:
         """The head was started again."""
         for job in self._jobs.values():
-            session: DriverSession | None = job.session
+            session: Session | None = job.session
             if session is not None and session.hello is not None:
                 self._host.register_job(
                     RegisterJob(

@@ -24,11 +24,15 @@ from poolray.cluster import daemon, places
 from poolray.cluster.asking import ask
 from poolray.cluster.auth import AuthMode, Credentials, find_token, mode
 from poolray.cluster.options import HeadOptions, NodeOptions, Ready
+from poolray.cluster.switch import split_address
 from poolray.exceptions import ClusterConnectionError, PoolrayError
-from poolray.protocol.cluster import AskNodes, Nodes
+from poolray.ids import NodeId
+from poolray.protocol.cluster import AskNodes, AskWho, Nodes, Who
 from poolray.protocol.directory import NodeRow, NodeStatus
 
 _START_S = 30.0
+#: Nodes that a driver outside of the cluster tries to reach.
+_SERVERS_TRIED = 3
 
 #: Address -> token, of clusters that this process has started.
 known_tokens: dict[str, str] = {}
@@ -193,6 +197,41 @@ def find_node(address: str, credentials: Credentials | None) -> NodeRow:
     raise ClusterConnectionError(
         f"No node of the cluster at {address} runs on this machine: start one with `poolray start "
         f"--address={address}`, or work from outside with init(address='poolray://{address}')."
+    )
+
+
+def find_server(address: str, credentials: Credentials | None) -> tuple[NodeId, str, int]:
+    """The node that serves drivers outside of the cluster, and the host and port of its daemon.
+
+    Parameters
+    ----------
+    address : str
+        HOST:PORT of the head: then the node beside it, or another one that can be reached. Or of a
+        node: then that one.
+
+    Raises
+    ------
+    AuthenticationError, ClusterConnectionError
+        There is no cluster, it does not let us in, or none of its nodes can be reached.
+    """
+    who = ask(address, AskWho(), Who, credentials)
+    if who.node_id:
+        return who.node_id, *split_address(address)
+    rows = ask(address, AskNodes(), Nodes, credentials).nodes
+    alive = [row for row in rows if row.status is NodeStatus.ALIVE]
+    reasons = []
+    for row in sorted(alive, key=lambda row: not row.info.get("is_head"))[:_SERVERS_TRIED]:
+        try:
+            found = ask(row.address, AskWho(), Who, credentials)
+        except exceptions.AuthenticationError:
+            raise
+        except ClusterConnectionError as error:
+            reasons.append(str(error))
+            continue
+        return found.node_id, *split_address(row.address)
+    raise ClusterConnectionError(
+        f"The head at {address} answers, but no node that could serve drivers outside of the "
+        "cluster: " + (" ".join(reasons) or "it has none.")
     )
 
 

@@ -33,8 +33,9 @@ from poolray.cluster.bulk import Bulk
 from poolray.cluster.head_daemon import HEAD_ID
 from poolray.cluster.jobs import Job, Jobs, group_of, job_of
 from poolray.cluster.options import NodeOptions, Ready
-from poolray.cluster.sessions import DriverSession, Reception
-from poolray.cluster.switch import Switch, split_address
+from poolray.cluster.remote_sessions import RemoteReception
+from poolray.cluster.sessions import DriverSession, Reception, Session
+from poolray.cluster.switch import OUTSIDE, Switch, split_address
 from poolray.cluster.transfer import ChunkStore
 from poolray.config import Config
 from poolray.exceptions import InternalError
@@ -179,7 +180,7 @@ class NodeDaemon(NodeShell):
         self.reactor.is_always_led = True
         self._options = options
         self.jobs = Jobs(self)
-        self._sessions: dict[ClientId, DriverSession] = {}
+        self._sessions: dict[ClientId, Session] = {}
         self._addresses: dict[NodeId, tuple[str, int]] = {}
         #: Living nodes as the head told of them last, this one among them.
         self._views: dict[NodeId, NodeView] = {}
@@ -224,6 +225,7 @@ class NodeDaemon(NodeShell):
         self._switch.on_refused = self._on_refused
         self._switch.on_socket = self._watch_socket
         self._switch.on_socket_closed = self._unwatch_socket
+        self._outside = RemoteReception(self, self._switch, config.client_reconnect_grace_period_s)
         self._channels: dict[int, _Channel] = {}
         port = self._switch.listen(options.host, options.port)
         self.address = f"{options.host}:{port}"
@@ -277,6 +279,7 @@ class NodeDaemon(NodeShell):
         self._reception.close()
         for session in list(self._sessions.values()):
             session.dismiss(reason)
+        self._outside.close()
         self._end_groups()
         self._closed = True
         self.reactor.stop()
@@ -365,6 +368,8 @@ class NodeDaemon(NodeShell):
             self.is_switch_due = more or self.is_switch_due
         if self._spill_news or self._bulk.has_news:
             self._take_threads_news()
+        if self._outside.flush():
+            self.is_switch_due = True
         while self._deliveries:
             self._hand_over(self._deliveries.popleft())
         if self._farewell is not None:
@@ -411,6 +416,7 @@ class NodeDaemon(NodeShell):
         self._switch.tick(now)
         for effect in self._bulk.tick(now):
             self._send_by_link(effect)
+        self._outside.tick(now)
         self.is_switch_due = self._looks_everywhere = True
         super().tick()
         heard = self._switch.heard_s(HEAD_ID)
@@ -570,11 +576,23 @@ class NodeDaemon(NodeShell):
 
     # ---- drivers ---------------------------------------------------------------------------------
 
+    def holds_file(self, path: str) -> bool:
+        """Whether a file is one of this node's values."""
+        return self._folders.holds(path)
+
+    def serve_switch(self) -> None:
+        """The switch was given something to send."""
+        self.is_switch_due = True
+
+    def wake(self) -> None:
+        """From any thread: have `settle` called soon."""
+        self.reactor.wake()
+
     def arena_descriptor(self) -> int:
         """What drivers map."""
         return self.arena.descriptor
 
-    def welcome(self, session: DriverSession, hello: Hello) -> Welcome:
+    def welcome(self, session: Session, hello: Hello) -> Welcome:
         """A driver has signed on: its job begins."""
         job_id = os.urandom(4)
         group_id = group_of(job_id)
@@ -610,7 +628,7 @@ class NodeDaemon(NodeShell):
             session_folder=self._options.session_folder,
         )
 
-    def on_request(self, session: DriverSession, message: Any) -> None:
+    def on_request(self, session: Session, message: Any) -> None:
         """A driver wants something."""
         try:
             with self.guard:
@@ -618,7 +636,7 @@ class NodeDaemon(NodeShell):
         except InternalError:
             _logger.exception("a driver's request cannot be taken")
 
-    def on_left(self, session: DriverSession) -> None:
+    def on_left(self, session: Session) -> None:
         """A driver is gone: what it held is let go, and its job ends everywhere."""
         self._sessions.pop(session.client_id, None)
         _logger.info("job=%s ends", session.job_id.hex())
@@ -702,6 +720,8 @@ class NodeDaemon(NodeShell):
         self._send_head(message)
 
     def _on_restarted(self, peer: bytes, lost: list[bytes]) -> None:
+        if peer.startswith(OUTSIDE):
+            self._outside.on_restarted(peer)
         if peer != HEAD_ID:
             return
         _logger.warning("the head was started again; %d message(s) go to it again", len(lost))
@@ -728,6 +748,9 @@ class NodeDaemon(NodeShell):
     def _on_message(self, peer: bytes, payload: bytes) -> None:
         if peer == HEAD_ID:
             self._on_head(self._decode_head(payload))
+            return
+        if peer.startswith(OUTSIDE):
+            self._outside.on_message(peer, payload)
             return
         message = self._decode_peer(payload)
         if isinstance(message, JobStarted):
@@ -785,6 +808,7 @@ class NodeDaemon(NodeShell):
                 python=platform.python_version(),
                 protocol_version=PROTOCOL_VERSION,
                 session_folder=self._options.session_folder,
+                node_id=self.node_id,
             )
         if isinstance(question, AskDrain):
             return NotUnderstood(reason="the head is to be asked")

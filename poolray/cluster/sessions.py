@@ -39,16 +39,38 @@ _decode_hello = msgspec.msgpack.Decoder(Hello).decode
 _decode_request = msgspec.msgpack.Decoder(ClientRequest).decode
 
 
+class Session(Protocol):
+    """A conversation with a driver, wherever that is."""
+
+    client_id: ClientId
+    #: What it said when it signed on; None: it has not yet.
+    hello: Hello | None
+    job_id: bytes
+
+    @property
+    def waits(self) -> bool:
+        """Whether something waits to be sent, and is to be tried again soon."""
+
+    def send(self, message: Any) -> None:
+        """Tell the driver something; never blocks."""
+
+    def flush(self) -> bool:
+        """Send what waits."""
+
+    def dismiss(self, reason: str) -> None:
+        """End the conversation, and say why."""
+
+
 class Host(Protocol):
     """What sessions need of the daemon."""
 
-    def welcome(self, session: DriverSession, hello: Hello) -> Welcome:
+    def welcome(self, session: Session, hello: Hello) -> Welcome:
         """A driver has signed on."""
 
-    def on_request(self, session: DriverSession, message: Any) -> None:
+    def on_request(self, session: Session, message: Any) -> None:
         """A driver wants something."""
 
-    def on_left(self, session: DriverSession) -> None:
+    def on_left(self, session: Session) -> None:
         """A driver is gone."""
 
     def watch(self, channel: socket.socket, owner: Any) -> None:

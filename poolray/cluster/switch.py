@@ -42,6 +42,10 @@ _SOCKET_BYTES_MAX = PART_BYTES + (1 << 20)
 #: What the parts of a message may add up to.
 _MESSAGE_BYTES_MAX = 2 << 30
 _PEER_ID_BYTES_MAX = 64
+#: Ids of drivers outside of the cluster begin with this. Their links may be slow: what is on its
+#: way in a connection that stands is not to be sent again at once.
+OUTSIDE = b"outside-"
+_RESEND_OUTSIDE_S = 1.0
 #: Frames under way in one socket at the most; what is beyond is lost, and sent again later.
 _HIGH_WATER = 4096
 #: Peers at once.
@@ -164,6 +168,9 @@ class Switch:
         self.on_restarted: Callable[[bytes, list[bytes]], None] = _ignore
         #: Called with the id of a peer that will not speak with us, and why.
         self.on_refused: Callable[[bytes, str], None] = _ignore
+        #: Asked about a peer that goes on with a conversation that nobody here knows of (any more):
+        #: why not, in words; empty: it may, and numbers begin anew.
+        self.refuses: Callable[[bytes], str] = _refuse_nobody
         #: Called with the descriptor of a socket that is to be polled from now on, or no longer.
         self.on_socket: Callable[[int], None] = _ignore
         self.on_socket_closed: Callable[[int], None] = _ignore
@@ -264,6 +271,10 @@ class Switch:
         peer = self._peers.get(peer_id)
         return peer is not None and peer.link.state is LinkState.BROKEN
 
+    def outside(self) -> list[bytes]:
+        """Ids of drivers outside of the cluster that have spoken and were not forgotten."""
+        return [peer_id for peer_id in self._peers if peer_id.startswith(OUTSIDE)]
+
     def forget(self, peer_id: bytes) -> None:
         """A peer is gone for good: drop what waits for it."""
         peer = self._peers.pop(peer_id, None)
@@ -316,9 +327,10 @@ class Switch:
         if peer is None:
             if len(self._peers) >= _PEERS_MAX:
                 return None
-            peer = self._peers[peer_id] = _Peer(
-                peer_id, PeerLink(self._session, self._resend_after_s)
-            )
+            resend_after_s = self._resend_after_s
+            if OUTSIDE in (peer_id[: len(OUTSIDE)], self._own_id[: len(OUTSIDE)]):
+                resend_after_s = max(resend_after_s, _RESEND_OUTSIDE_S)
+            peer = self._peers[peer_id] = _Peer(peer_id, PeerLink(self._session, resend_after_s))
         return peer
 
     def send(self, peer_id: bytes, payload: bytes) -> None:
@@ -453,7 +465,13 @@ class Switch:
         elif version != PROTOCOL_VERSION:
             self._refuse(socket, route, version)
         elif kind is FrameKind.LINK:
-            self._on_frame(sender, route, self._decode_frame(body), now)
+            frame = self._decode_frame(body)
+            if sender not in self._peers and frame.peer_session == self._session:
+                reason = self.refuses(sender)
+                if reason:
+                    self._respond(socket, route, FrameKind.REFUSAL, reason.encode())
+                    return
+            self._on_frame(sender, route, frame, now)
         elif kind is FrameKind.QUESTION:
             self._on_question(socket, route, body)
         else:
@@ -591,6 +609,11 @@ def _whole(payloads: list[bytes]) -> list[bytes]:
 
 def _ignore(*_: Any) -> None:
     """Nobody wants to know."""
+
+
+def _refuse_nobody(_: bytes) -> str:
+    """Whoever comes may go on."""
+    return ""
 
 
 def _bracketed(host: str) -> str:

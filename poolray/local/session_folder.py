@@ -81,6 +81,10 @@ class SessionFolders:
             turn = next(self._turns) % len(usable)
         return usable[turn:] + usable[:turn]
 
+    def holds(self, path: str) -> bool:
+        """Whether a file is in one of them."""
+        return path.rpartition("/")[0] in self._folders.values()
+
     def _folder_in(self, directory: str) -> str:
         folder = self._folders.get(directory)
         if folder is None:

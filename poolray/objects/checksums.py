@@ -10,6 +10,7 @@ Invariants: both ways give the same number for the same bytes; it has 64 bits, u
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import final
 
 
 def checksum_of(data: memoryview) -> int:
@@ -27,3 +28,21 @@ def checksum_of_parts(parts: Iterable[bytes]) -> int:
     for part in parts:
         state.update(part)
     return state.intdigest()
+
+
+@final
+class Checksum:
+    """The checksum of bytes as they come."""
+
+    def __init__(self) -> None:
+        import xxhash
+
+        self._state = xxhash.xxh3_64()
+
+    def update(self, part: bytes) -> None:
+        """These are the next ones."""
+        self._state.update(part)
+
+    def value(self) -> int:
+        """Of all until now."""
+        return self._state.intdigest()

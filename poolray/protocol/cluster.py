@@ -173,6 +173,7 @@ class Who(msgspec.Struct, frozen=True, array_like=True, tag=551, kw_only=True):
     python: str
     protocol_version: int
     session_folder: str = ""
+    node_id: NodeId = NodeId(b"")  #: of a node's daemon
 
 
 class Nodes(msgspec.Struct, frozen=True, array_like=True, tag=552, kw_only=True):
