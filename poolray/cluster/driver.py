@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -213,6 +214,10 @@ class DriverRuntime:
         self._lost = reason
         self.reactor.unwatch_other(self._line)  # type: ignore[arg-type]
         for request in list(self._requests.values()):
+            if request.call is not None:  # a future, say: it is told as whoever waits is
+                error = pickle.dumps(self._lost_error())
+                request.parts = [ObjectValues(request_id=0, values=[error], errors=[0])]
+                self._deliveries.append(request)
             request.finish()
         self._requests.clear()
         self.reactor.wake_if_other()

@@ -50,6 +50,8 @@ _logger = logging.getLogger(__name__)
 _WAITING_BYTES_MAX = 4 << 30
 #: A driver that has said goodbye may hear that it was heard for this long.
 _FAREWELL_S = 2.0
+#: How often it is looked for drivers that are silent.
+_LOOK_S = 0.25
 #: Who has greeted us signs on within this long.
 _SIGN_ON_S = 60.0
 #: The largest piece that is read in one go.
@@ -100,6 +102,7 @@ class RemoteReception:
         self._leaving: dict[bytes, float] = {}
         #: … and such that have greeted us and not signed on.
         self._strangers: dict[bytes, float] = {}
+        self._next_look_s = 0.0
         self._threads: ThreadPoolExecutor | None = None
         #: What these threads have for drivers.
         self._done: deque[tuple[RemoteSession, Any]] = deque()
@@ -157,6 +160,9 @@ class RemoteReception:
 
     def tick(self, now: float) -> None:
         """Give up who has been silent for the grace period."""
+        if now < self._next_look_s:
+            return
+        self._next_look_s = now + _LOOK_S
         for peer_id in self._switch.outside():
             session = self._sessions.get(peer_id)
             silence_s = now - self._switch.heard_s(peer_id)

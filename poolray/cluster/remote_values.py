@@ -54,7 +54,7 @@ class _Value(msgspec.Struct):
     place: InArena | InFile
     memory: memoryview
     missing_bytes: int
-    failure: str = ""
+    error: Exception | None = None  #: why it cannot be brought
 
 
 class _Answer(msgspec.Struct):
@@ -101,14 +101,25 @@ class Downloads:
         answer = _Answer(
             list(reply.values), list(reply.errors), object_ids, finish, reply.request_id
         )
+        unreadable: list[int] = []
         for index, place in enumerate(reply.values):
             if isinstance(place, bytes):
                 continue
             number = next(self._numbers)
-            memory = _memory(place.size_bytes)
-            self._values[number] = _Value(answer, index, place, memory, place.size_bytes)
+            value = _Value(answer, index, place, memoryview(b""), place.size_bytes)
+            self._values[number] = value
             answer.missing += 1
+            try:
+                value.memory = _memory(place.size_bytes)
+            except (MemoryError, OSError, ValueError, OverflowError) as error:
+                value.error = MemoryError(
+                    f"no memory for a value of {place.size_bytes} bytes: {error}"
+                )
+                unreadable.append(number)
+                continue
             self._wanted.append((number, 0))
+        for number in unreadable:
+            self._end(number, self._values[number])
         self._ask()
         return True
 
@@ -134,7 +145,9 @@ class Downloads:
             size = len(piece.data)
             value.memory[piece.offset : piece.offset + size] = piece.data
             value.missing_bytes -= size
-            value.failure = piece.failure
+            if piece.failure:
+                object_id = value.answer.object_ids[value.index].hex()
+                value.error = ObjectLostError(object_id=object_id, reason=piece.failure)
             if piece.failure or not value.missing_bytes:
                 self._end(piece.request_id, value)
             elif not is_wanted(value.answer.request_id):
@@ -146,10 +159,8 @@ class Downloads:
         del self._values[number]
         answer, index = value.answer, value.index
         self._let_go(value)
-        if value.failure:
-            object_id = answer.object_ids[index].hex()
-            lost = ObjectLostError(object_id=object_id, reason=value.failure)
-            answer.values[index] = pickle.dumps(lost)
+        if value.error is not None:
+            answer.values[index] = pickle.dumps(value.error)
             answer.errors = sorted({*answer.errors, index})
         else:
             answer.values[index] = value.memory

@@ -223,7 +223,8 @@ def add(a, b=0):
 def fail(key):
     raise KeyError(key)
 
-assert poolray.get([add.remote(i, b=add.remote(i)) for i in range(20)]) == [2 * i for i in range(20)]
+sums = [add.remote(i, b=add.remote(i)) for i in range(20)]
+assert poolray.get(sums) == [2 * i for i in range(20)]
 try:
     poolray.get(fail.remote("lost"))
 except KeyError as error:
@@ -514,6 +515,7 @@ def test_after_the_grace_period_every_call_fails_and_the_cluster_has_cleaned_up(
         LIST
         + """
 ref = one.remote(1)
+future = poolray.remote(lambda: time.sleep(600)).remote().future()
 hear()                                                         # it is cut now
 waiting = fails(lambda: poolray.get(poolray.remote(lambda: 1).remote()))
 assert "nothing was heard" in waiting and "grace" in waiting, waiting
@@ -522,6 +524,7 @@ calls = [lambda: poolray.get(ref), lambda: one.remote(1), lambda: poolray.put(1)
          lambda: poolray.nodes(), lambda: poolray.put(np.ones(100_000))]
 for call in calls:
     assert "nothing was heard" in fails(call)
+assert "nothing was heard" in fails(lambda: future.result(20))
 say("all fail")
 hear()                                                         # it is mended
 assert "nothing was heard" in fails(lambda: poolray.get(ref))
