@@ -584,6 +584,7 @@ def connect(address: str) -> DriverRuntime:
     ConnectionError, AuthenticationError
         There is no cluster, or it does not let us in.
     """
+    cluster_connection.outside_address(address)  # what is wrong with its form is said first
     found = cluster_connection.runtime()
     if found is None:
         api.init(address=address)
