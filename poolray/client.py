@@ -11,6 +11,7 @@ last; `counts` tells how many there are. Finalizers only append to `dropped`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import pickle
 import sys
 import threading
@@ -122,6 +123,9 @@ class Client:
         self.ring_for_streams: Callable[[], None] | None = None
         #: object id -> small value that came with the item of a stream; while there are handles.
         self.prefetched: dict[ObjectId, bytes] = {}
+        #: Objects that `wait` need not ask for: their values are there, and stay; while there are
+        #: handles.
+        self._ready: dict[ObjectId, None] = {}
         #: Ids of views of memory that died; each is in `dropped` too.
         self._unviewed: deque[ObjectId] = deque()
         #: Guards the four fields below (handles are made and drained from any thread).
@@ -154,8 +158,7 @@ class Client:
 
     def own(self, object_id: ObjectId) -> ObjectRef[Any]:
         """A handle to an object that the node counts us for from its making on."""
-        with self._lock:
-            self._counts[object_id] = 1
+        self._counts[object_id] = 1  # (without the lock: nobody else knows the id yet)
         return make_ref(object_id, self)
 
     def adopt(self, object_id: ObjectId) -> ObjectRef[Any]:
@@ -281,6 +284,8 @@ class Client:
                     del counts[object_id]
                     if self.prefetched:
                         self.prefetched.pop(object_id, None)
+                    if self._ready:
+                        self._ready.pop(object_id, None)
                     if object_id in fresh:
                         del fresh[object_id]  # the node never knew
                     else:
@@ -763,6 +768,9 @@ class Client:
         self, refs: Sequence[ObjectRef[Any]], count: int, timeout_s: float | None
     ) -> list[int]:
         """Indexes of ready refs, ascending; see `poolray.wait`."""
+        ready_ids = self._ready
+        if ready_ids and all(ref._id in ready_ids for ref in itertools.islice(refs, count)):
+            return list(range(count))  # what was dropped is told at a later call
         self.sync_references()
         # Who takes thousands of refs one by one finds the next one near the front, mostly: these
         # are looked at first, a few, then more, so that a call does not cost what all of them cost.
@@ -778,6 +786,11 @@ class Client:
         if len(found) >= count:
             return found
         return self.link.wait(self._ids_of(refs), count, timeout_s)
+
+    def note_ready(self, object_ids: Iterable[ObjectId]) -> None:
+        """`wait` need not ask for these any more, as long as there are handles."""
+        with self._lock:
+            self._ready.update((o, None) for o in object_ids if o in self._counts)
 
     # ---- futures ---------------------------------------------------------------------------------
 

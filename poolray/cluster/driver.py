@@ -155,8 +155,12 @@ class DriverRuntime:
 
     # ---- what the reactor drives (`Pumped`) ------------------------------------------------------
 
-    def on_packet(self, host: Any, packet: bytes) -> None:
+    def on_packet(self, host: Any, packet: bytes) -> bool:
         """Workers are the daemon's: none reports here."""
+        return False
+
+    def on_all_read(self) -> None:
+        """Nothing was collected."""
 
     def on_server_news(self, host: Any) -> None:
         """The daemon says something, or is gone."""

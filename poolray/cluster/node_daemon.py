@@ -332,13 +332,21 @@ class NodeDaemon(NodeShell):
         else:
             super().on_server_news(host)
 
-    def on_packet(self, host: Any, packet: bytes) -> None:
+    def on_packet(self, host: Any, packet: bytes) -> bool:
         """A worker's report."""
         try:
-            super().on_packet(host, packet)
+            return super().on_packet(host, packet)
         except InternalError:
             # A report that came too late, or a bug: one job may suffer, the others must not.
             _logger.exception("a worker's report cannot be taken")
+            return bool(self._collected)
+
+    def on_all_read(self) -> None:
+        """Calls of workers."""
+        try:
+            super().on_all_read()
+        except InternalError:
+            _logger.exception("a worker's calls cannot be taken")
 
     def _take_news(self, host: WorkerHost, message: WorkerNews) -> None:
         """Pass them on at once: on every link they stay before the results that follow them."""

@@ -16,6 +16,7 @@ import asyncio
 import inspect
 import os
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, final
 
@@ -23,6 +24,7 @@ from poolray.ids import TaskId
 from poolray.local import worker_process
 from poolray.local.actor_reports import Reports, cancelled_outcome
 from poolray.local.actor_threads import begin
+from poolray.local.spinning_selector import SpinningSelector, can_spin
 from poolray.local.worker import NUDGE_SIGNAL
 from poolray.protocol.values import Outcome
 from poolray.protocol.worker import InterruptTask, RunTasks, TaskCall
@@ -30,6 +32,10 @@ from poolray.protocol.worker import InterruptTask, RunTasks, TaskCall
 if TYPE_CHECKING:
     from poolray.local.actor_worker import ActorHost
     from poolray.local.worker import Worker
+
+
+#: A caller that waits for its result cannot have made its next call sooner after it was sent.
+_ANSWER_MIN_S = 25e-6
 
 
 @final
@@ -66,6 +72,7 @@ class _Lane:
         self._running: dict[TaskId, _Running] = {}
         self._free = concurrency
         self._will_send = False
+        self.sent_s = 0.0  # when results were sent last
 
     def run_on_thread(self, name: str) -> None:
         """Run the loop beside the main one."""
@@ -126,13 +133,18 @@ class _Lane:
 
     def _report(self, task: TaskCall, outcome: bytes | Outcome) -> None:
         self._reports.add(task, outcome)
-        if not self._will_send:  # those that end in the same round of the loop go together
+        if self._will_send:
+            return
+        if not self._running and not self._waiting:
+            self._send()
+        else:  # those that end in the same round of the loop go together
             self._will_send = True
             self.loop.call_soon(self._send)
 
     def _send(self) -> None:
         self._will_send = False
         self._reports.send()
+        self.sent_s = time.perf_counter()
 
     def stop_calls(self, orders: list[InterruptTask]) -> None:
         """Cancel those of the calls that are here, from within the loop."""
@@ -151,6 +163,15 @@ class _Lane:
                     break
 
 
+def _make_loop(selector: SpinningSelector | None) -> asyncio.AbstractEventLoop:
+    """The actor's loop: of the kind that the program asks for; ours, where that is the usual."""
+    loop = asyncio.new_event_loop()
+    if type(loop) is not asyncio.SelectorEventLoop or selector is None:
+        return loop
+    loop.close()
+    return asyncio.SelectorEventLoop(selector)
+
+
 @final
 class Loops:
     """What runs the calls of an actor with coroutine methods."""
@@ -158,7 +179,8 @@ class Loops:
     def __init__(self, worker: Worker, host: ActorHost) -> None:
         self._worker = worker
         self._host = host
-        self._loop = asyncio.new_event_loop()
+        self._selector = SpinningSelector(worker.config.spin_s) if can_spin() else None
+        self._loop = _make_loop(self._selector)
         asyncio.set_event_loop(self._loop)
         self._lanes: dict[str, _Lane] = {}
         self._last_sequence = 0  # of the packets that were read
@@ -196,6 +218,11 @@ class Loops:
 
     def _read(self) -> None:
         worker = self._worker
+        if self._selector is not None:
+            # Calls that came sooner than an answer to the last results could are made without
+            # waiting: more of them are read, run and reported together where we sleep meanwhile.
+            since_s = time.perf_counter() - self._lanes[""].sent_s
+            self._selector.may_poll = since_s >= _ANSWER_MIN_S
         while (packet := worker.reader.take_nowait()) is not None:
             message = worker.decode(packet) if packet else None
             if type(message) is not RunTasks:

@@ -37,6 +37,7 @@ from poolray.ids import (
     NodeId,
     WorkerId,
 )
+from poolray.local.collected import Submission, take_together
 from poolray.local.fork_server import WorkerSetup
 from poolray.local.machine import Machine, memory_bytes, usable_cpus
 from poolray.local.memory_monitor import MemoryMonitor, is_supported
@@ -70,7 +71,8 @@ from poolray.node.node import Node
 from poolray.node.statistics import NodeStatistics
 from poolray.objects.serialization import Serializer, main_definitions
 from poolray.objects.shared_memory import SLOTS, Arena, create_arena_file
-from poolray.protocol.client import RangeGranted
+from poolray.protocol.actors import CallActor
+from poolray.protocol.client import RangeGranted, SubmitTasks
 from poolray.protocol.node import (
     CallProgress,
     CloseGroup,
@@ -206,6 +208,8 @@ class NodeShell:
         #: Messages to the machine that effects have given rise to.
         self._echoes: deque[Any] = deque()
         self._act = self._actions()
+        #: worker id -> tasks and calls of it that the machine was not told of yet.
+        self._collected: dict[WorkerId, deque[Submission]] = {}
 
     def _actions(self) -> dict[type, Callable[[Any], None]]:
         """Type of an effect -> what carries it out."""
@@ -357,22 +361,37 @@ class NodeShell:
 
     # ---- what the reactor drives (`Pumped`) ------------------------------------------------------
 
-    def on_packet(self, host: WorkerHost, packet: bytes) -> None:
-        """A worker's report; the reactor holds Ctrl-C back."""
+    def on_packet(self, host: WorkerHost, packet: bytes) -> bool:
+        """A worker's report; the reactor holds Ctrl-C back.
+
+        Returns
+        -------
+        bool
+            Calls were collected: more of them may follow; `on_all_read` tells the machine.
+        """
         message = self._decode(packet)
         sender = SHELL
+        if type(message) is ClientMessage:
+            submitted = message.message
+            if type(submitted) is CallActor or type(submitted) is SubmitTasks:
+                self._collected.setdefault(message.worker_id, deque()).append(submitted)
+                return True
+        if self._collected and (
+            type(message) is not TasksFinished or message.worker_id in self._collected
+        ):
+            self.on_all_read()  # what a worker says after its calls comes after them
         if type(message) is not TasksFinished:  # the one that comes once per task is not looked at
             if type(message) is WorkerOutput:
                 self._collect_output(message)
-                return
+                return False
             if type(message) is WorkerNote:
                 group = self._groups.get(host.group_id)
                 if group is not None and group.watch is not None:
                     group.watch.on_note(message)
-                return
+                return False
             if type(message) is WorkerNews:
                 self._take_news(host, message)
-                return
+                return False
             if type(message) is ClientMessage:
                 if self.default_group is None:
                     self._prepare_plain_tasks(message.message)
@@ -388,6 +407,21 @@ class NodeShell:
             if self.open_batches:
                 # A call that was added meanwhile saw the worker busy that has just become idle.
                 self._flush_batches()
+        return bool(self._collected)
+
+    def on_all_read(self) -> None:
+        """Tell the machine of the calls that workers have made; several of them together take
+        less of its time, and go to their workers in fewer packets.
+        """
+        collected = self._collected
+        if not collected:
+            return
+        with self.guard.lock:
+            while collected:  # (what the machine refuses leaves the rest for the next time)
+                worker_id = next(iter(collected))
+                submissions = collected.pop(worker_id)
+                while submissions:
+                    self.feed(worker_id, take_together(submissions))
 
     def _take_news(self, host: WorkerHost, message: WorkerNews) -> None:
         """A worker has news for its driver; what it reports afterwards must not overtake them."""

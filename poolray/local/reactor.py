@@ -39,6 +39,8 @@ _YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 #: Rounds without work before the background thread sleeps for good.
 _IDLE_ROUNDS = 20
+#: Packets of one channel that are dealt with together, at the most.
+_TOGETHER_MAX = 16
 #: Polls of a thread that submits, at the most.
 _PUMP_MAX = 64
 #: A leader that never sleeps, for there is always something to read, looks at the clock this often.
@@ -133,8 +135,11 @@ class Pumped(Protocol):
     #: What has become of it, as a verb; empty: nothing.
     ended: str
 
-    def on_packet(self, host: Any, packet: bytes) -> None:
-        """A worker's report."""
+    def on_packet(self, host: Any, packet: bytes) -> bool:
+        """A worker's report; True: it is best dealt with together with those that follow it."""
+
+    def on_all_read(self) -> None:
+        """No more of them follow for now."""
 
     def on_server_news(self, host: Any) -> None:
         """A channel that is not for reports (a fork server's, or another) has something, or is
@@ -554,7 +559,8 @@ class Reactor:
                 except OSError:
                     continue
                 if packet:  # else its workers are gone: the server's news are on their way
-                    target.on_packet(host, packet)
+                    if target.on_packet(host, packet):
+                        self._receive_more(channel, host)
                     found = True
         self._last_pump_s = now = time.monotonic()
         if now >= self._look_at_clock_s:
@@ -564,10 +570,20 @@ class Reactor:
                 target.tick()
         return found
 
+    def _receive_more(self, channel: socket.socket, host: Any) -> None:
+        """Packets that are best dealt with together."""
+        target = self._target
+        for _ in range(_TOGETHER_MAX):
+            packet = self._buffer.receive_nowait(channel)
+            if not packet or not target.on_packet(host, packet):
+                break
+        target.on_all_read()
+
     def receive_all(self, host: Any) -> None:
         """All packets that a host's workers have sent; for the thread that leads."""
         while packet := self._buffer.receive_nowait(host.reports):
             self._target.on_packet(host, packet)
+        self._target.on_all_read()
 
     def _receive_spinning(self, waited: Waitable) -> bool:
         """Receive what is there; poll for a moment if that has paid lately."""

@@ -33,6 +33,7 @@ from poolray.head.head import Head
 from poolray.ids import PLAIN_TASKS, WORKER_ID_BYTES, ClientId, ObjectId, TaskId, TaskIdSource
 from poolray.local import inspection, news, process_state
 from poolray.local.callbacks import CallbackThread
+from poolray.local.collected import Submission, take_together
 from poolray.local.machine import Machine, Wishes, describe, usable_cpus
 from poolray.local.node_shell import GroupHandle, NodeShell, store_bytes
 from poolray.local.reactor import Interrupts, Waitable
@@ -84,7 +85,11 @@ __all__ = [
 _LOCAL = ClientId(b"driver")
 _NOTHING: list[ObjectId] = []
 #: Submissions between two looks at what workers have reported.
-_PUMP_EVERY = 48
+_PUMP_EVERY = 24
+#: What follows on what a `wait` finds is looked at along with it, for the next one.
+_WAIT_AHEAD = 64
+#: Calls that are collected at the most.
+_BEHIND_MAX = 256
 
 
 class Sink:
@@ -130,6 +135,9 @@ class LocalRuntime(NodeShell):
         #: What finalizers of faces want done (they may only append).
         self.later: deque[Callable[[], object]] = deque()
         self._submissions = 0
+        #: Tasks and calls that the machine would only queue, in order: it is told of them before it
+        #: is told anything else.
+        self._behind: deque[Submission] = deque()
         self.callbacks = CallbackThread()
         #: This process's client; `init` gives it the serializer of the group of plain tasks.
         self.client = Client(
@@ -286,7 +294,7 @@ class LocalRuntime(NodeShell):
 
     def has_work(self) -> bool:
         """Whether workers will report something."""
-        if self.open_batches or self._deliveries or self.later:
+        if self.open_batches or self._deliveries or self.later or self._behind:
             return True
         with self.guard:
             return self.node.has_work()
@@ -298,11 +306,39 @@ class LocalRuntime(NodeShell):
         with self.guard:
             self.feed(_LOCAL, message)
 
-    def submit(self, message: SubmitTasks | CallActor) -> None:
-        """Tasks of this process: send at once what workers have room for."""
-        with self.guard:
-            self.feed(_LOCAL, message)
+    def submit(self, message: Submission) -> None:
+        """Tasks of this process: send at once what workers have room for.
+
+        Where they have none, calls are collected: the machine takes many in less time than one by
+        one. Whatever gives a worker room is a message, and takes them along.
+        """
+        would_queue = self.node.would_queue
+        if would_queue(message):
+            self._behind.append(message)
+            # (Another thread may have made room between the question and this line.)
+            if would_queue(message) and len(self._behind) < _BEHIND_MAX:
+                self._submissions += 1
+                if self._submissions >= _PUMP_EVERY:
+                    self._submissions = 0
+                    self.reactor.pump()
+                return
+            with self.guard:
+                self._tell_behind()
+        else:
+            with self.guard:
+                self.feed(_LOCAL, message)
         self.after_submit()
+
+    def feed(self, sender: bytes, message: Any) -> None:
+        """Give the machine a message, after the calls that were made before it."""
+        if self._behind:
+            self._tell_behind()
+        super().feed(sender, message)
+
+    def _tell_behind(self) -> None:
+        """Tell the machine of the calls that were collected; under the guard."""
+        while self._behind:
+            super().feed(_LOCAL, take_together(self._behind))
 
     def after_submit(self) -> None:
         """See to it that somebody receives: us now and then, else the background thread."""
@@ -337,9 +373,13 @@ class LocalRuntime(NodeShell):
         """Indexes of the ready ones, once there are `count` or the time is up."""
         request = _Request()
         request_id = next(self._request_ids)
-        message = WaitObjects(request_id=request_id, object_ids=object_ids, count=count)
+        message = WaitObjects(
+            request_id=request_id, object_ids=object_ids, count=count, ahead=_WAIT_AHEAD
+        )
         reply: WaitReply | None = self._ask(request, request_id, message, timeout_s)
         assert reply is not None  # a request that is cancelled is answered
+        if reply.ahead:
+            self.client.note_ready([object_ids[index] for index in reply.ahead])
         return reply.ready
 
     def _ask(
@@ -523,6 +563,7 @@ class LocalRuntime(NodeShell):
         """Which objects there are, where, and who holds them: the `limit` largest, or all."""
         self.client.sync_references()
         with self.guard:
+            self._tell_behind()
             table = self.node.memory_table(self.pid, limit)
         # Of this process it is known better than the node knows what is a ref and what a view.
         viewed = dict.fromkeys(self.client.viewed_only(entry.object_id for entry in table.objects))

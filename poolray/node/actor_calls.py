@@ -56,31 +56,53 @@ class ActorCalls:
         self._dispatcher = dispatcher
         self._actors = actors
 
-    def on_call(self, client_id: ClientId, message: CallActor) -> None:
-        state, spec = self._state, message.task
-        queue = state.classes.get(spec.class_id)
-        if queue is None:
-            raise InternalError(f"call {spec.task_id.hex()} cannot be taken: its class is unknown")
-        record = TaskRecord(spec.task_id, spec.task_id, client_id, queue, spec.calls, 0, 0)
-        record.actor_id = message.actor_id
-        state.tasks[spec.task_id] = record
-        queue.tasks += 1
-        group = state.groups.get(queue.task_class.group_id)
-        if group is not None:
-            group.unfinished += 1
-        client = state.clients.get(client_id) or self._objects.client(client_id)
-        for index in range(queue.task_class.num_returns):
-            object_id = return_id(spec.task_id, index)
-            state.objects[object_id] = ObjectRecord(1)
-            client.held[object_id] = None
-        if spec.dependencies or spec.borrows:
-            self._tasks.inputs.take(record, spec)
-        if spec.parent:
-            self._tasks.cancellation.adopt(spec.parent, spec.task_id)
-        self.enter_again(record)
+    def on_calls(self, client_id: ClientId, messages: list[CallActor]) -> None:
+        """Calls of a client, in the order in which it made them."""
+        state = self._state
+        tasks, objects, classes = state.tasks, state.objects, state.classes
+        held = (state.clients.get(client_id) or self._objects.client(client_id)).held
+        touched: dict[ActorId, Actor] = {}
+        for message in messages:
+            spec = message.task
+            task_id = spec.task_id
+            queue = classes.get(spec.class_id)
+            if queue is None:
+                self._feed_all(touched)
+                text = f"call {task_id.hex()} cannot be taken: its class is unknown"
+                raise InternalError(text)
+            record = TaskRecord(task_id, task_id, client_id, queue, spec.calls, 0, 0)
+            record.actor_id = message.actor_id
+            tasks[task_id] = record
+            queue.tasks += 1
+            task_class = queue.task_class
+            group = state.groups.get(task_class.group_id)
+            if group is not None:
+                group.unfinished += 1
+            for index in range(task_class.num_returns):
+                object_id = return_id(task_id, index)
+                objects[object_id] = ObjectRecord(1)
+                held[object_id] = None
+            if spec.dependencies or spec.borrows:
+                self._tasks.inputs.take(record, spec)
+            if spec.parent:
+                self._tasks.cancellation.adopt(spec.parent, task_id)
+            actor = self._admit(record)
+            if actor is not None:
+                touched[record.actor_id] = actor
+        self._feed_all(touched)
+
+    def _feed_all(self, actors: dict[ActorId, Actor]) -> None:
+        for actor in actors.values():
+            self.feed(actor)
 
     def enter_again(self, record: TaskRecord) -> None:
         """A call that is in no order: to the actor itself, or to where it may be."""
+        actor = self._admit(record)
+        if actor is not None:
+            self.feed(actor)
+
+    def _admit(self, record: TaskRecord) -> Actor | None:
+        """The same; gives the actor if its worker may have room for the call."""
         actor_id = record.actor_id
         actor, remote = self._actors.actors.get(actor_id), self._actors.elsewhere.find(actor_id)
         if (
@@ -89,11 +111,21 @@ class ActorCalls:
             # (Calls that were made before have to go first.)
             and not (remote is not None and remote.unfinished)
         ):
-            self.enter(actor, record)
-        elif handle_of(actor_id) in self._objects.handles:
+            return actor if self._enter(actor, record) else None
+        if handle_of(actor_id) in self._objects.handles:
             self._actors.elsewhere.enter(record)
         else:
             self._tasks.fail(record, unknown(record))
+        return None
+
+    def is_full(self, actor_id: ActorId) -> bool:
+        """Whether one more call of an actor would have to wait for a report of its worker."""
+        actor = self._actors.actors.get(actor_id)
+        if actor is None or actor.worker is None:
+            return False
+        if actor.is_serial:
+            return len(actor.packets) >= self._state.config.packets_per_worker_max
+        return len(actor.lanes) == 1 and actor.lane.sent >= actor.lane.limit
 
     def is_here(self, actor_id: ActorId) -> bool:
         """Whether calls of an actor may be made to it directly."""
@@ -110,6 +142,11 @@ class ActorCalls:
 
     def enter(self, actor: Actor, record: TaskRecord) -> None:
         """A call of an actor that lives here, will, or did."""
+        if self._enter(actor, record):
+            self.feed(actor)
+
+    def _enter(self, actor: Actor, record: TaskRecord) -> bool:
+        """The same; whether the actor is to be fed."""
         client_id, queue = record.client_id, record.class_queue
         actor.unfinished += 1
         if actor.message.counted:
@@ -124,8 +161,8 @@ class ActorCalls:
                 record.move(QUEUED)
             order = actor.lane_of(record).order
             order.add(client_id, record, waits)
-            if order.ready and actor.worker is not None:
-                self.feed(actor)
+            return bool(order.ready) and actor.worker is not None
+        return False
 
     def on_ready(self, record: TaskRecord) -> None:
         """The arguments of a call are here."""

@@ -43,8 +43,6 @@ from poolray.node.workers import WorkerRecord, WorkerState
 from poolray.objects.directory import ObjectRecord
 from poolray.protocol.actors import (
     ActorReply,
-    ActorRequest,
-    CallActor,
     CallCount,
     CountCalls,
     CreateActor,
@@ -132,11 +130,13 @@ class Actors:
 
     # ---- requests --------------------------------------------------------------------------------
 
-    def on_request(self, client_id: ClientId, message: ActorRequest) -> None:
-        """What a client wants of an actor."""
-        if isinstance(message, CallActor):
-            self.calls.on_call(client_id, message)
-        elif isinstance(message, CreateActor):
+    def on_request(
+        self,
+        client_id: ClientId,
+        message: CreateActor | KillActor | LookUpActor | ListActors | CountCalls,
+    ) -> None:
+        """What a client wants of an actor, other than calls."""
+        if isinstance(message, CreateActor):
             if message.name:
                 self._ask_head(client_id, message)
             else:

@@ -32,6 +32,7 @@ from poolray.node.statistics import NodeStatistics, demands_of, statistics_of
 from poolray.objects.allocator import RangeAllocator
 from poolray.protocol.actors import (
     CallActor,
+    CallActors,
     CountCalls,
     CreateActor,
     KillActor,
@@ -144,7 +145,7 @@ from poolray.protocol.streams import (
     OpenStream,
     TakeItems,
 )
-from poolray.protocol.values import FunctionDefinition, InArena
+from poolray.protocol.values import Delivery, FunctionDefinition, InArena
 from poolray.protocol.worker import (
     ActorExiting,
     ActorStarted,
@@ -289,6 +290,19 @@ class Node:
         self.address = ""
         self.info: dict[str, str] = {}
         self._next_heartbeat_s = 0.0
+        #: Type of a message -> what takes it, of those that come about once per task: asking which
+        #: of a hundred types a message has would cost more than dealing with it.
+        self._often: dict[type, Callable[[ClientId, NoReturn], None]] = {
+            TasksFinished: self._on_finished,
+            SubmitTasks: self._on_submit,
+            CallActors: self._on_calls,
+            CallActor: self._on_call,
+            GetObjects: self._objects.on_get,
+            WaitObjects: self._objects.on_wait,
+            PutObject: self._objects.on_put,
+            AddReferences: self._on_add_references,
+            ReleaseReferences: self._on_release_references,
+        }
 
     def handle(self, sender: bytes, message: NodeInput, now: float) -> list[Effect]:
         """Take one message in.
@@ -315,14 +329,9 @@ class Node:
         """
         state = self.state
         state.now = now
-        # The two that come once per task go first.
-        if isinstance(message, TasksFinished):
-            self._dispatcher.on_finished(message)
-        elif isinstance(message, SubmitTasks):
-            # (Calling a NewType costs 50 ns.)
-            self._tasks.submit(sender, message.tasks)  # type: ignore[arg-type]
-        elif isinstance(message, CallActor):
-            self._actors.on_request(sender, message)  # type: ignore[arg-type]
+        often = self._often.get(type(message))
+        if often is not None:
+            often(sender, message)  # type: ignore[arg-type]
         elif isinstance(message, ClientRequest):
             self._on_client(ClientId(sender), message)
         elif isinstance(message, WorkerReport):
@@ -345,23 +354,42 @@ class Node:
             state.effects = []
         return effects
 
+    # ---- what comes once per task ----------------------------------------------------------------
+
+    def _on_finished(self, sender: ClientId, message: TasksFinished) -> None:
+        self._dispatcher.on_finished(message)
+
+    def _on_submit(self, client_id: ClientId, message: SubmitTasks) -> None:
+        self._tasks.submit(client_id, message.tasks)
+
+    def _on_calls(self, client_id: ClientId, message: CallActors) -> None:
+        self._actors.calls.on_calls(client_id, message.calls)
+
+    def _on_call(self, client_id: ClientId, message: CallActor) -> None:
+        self._actors.calls.on_calls(client_id, [message])
+
+    def _on_add_references(self, client_id: ClientId, message: AddReferences) -> None:
+        self._objects.add_references(client_id, message.object_ids, message.viewed)
+
+    def _on_release_references(self, client_id: ClientId, message: ReleaseReferences) -> None:
+        self._objects.release_references(client_id, message.object_ids)
+
     # ---- conversations ---------------------------------------------------------------------------
 
     def _on_client(self, client_id: ClientId, message: ClientRequest) -> None:
         objects, functions = self._objects, self._functions
         match message:
-            case SubmitTasks():
-                self._tasks.submit(client_id, message.tasks)
-            case ReleaseReferences():
-                objects.release_references(client_id, message.object_ids)
-            case GetObjects():
-                objects.on_get(client_id, message)
-            case WaitObjects():
-                objects.on_wait(client_id, message)
-            case PutObject():
-                objects.on_put(client_id, message)
-            case AddReferences():
-                objects.add_references(client_id, message.object_ids, message.viewed)
+            case (
+                SubmitTasks()
+                | CallActor()
+                | CallActors()
+                | GetObjects()
+                | WaitObjects()
+                | PutObject()
+                | AddReferences()
+                | ReleaseReferences()
+            ):
+                self._often[type(message)](client_id, message)  # type: ignore[arg-type]
             case AllocateRange():
                 objects.on_allocate(client_id, message)
             case CancelRequest():
@@ -388,14 +416,7 @@ class Node:
                 self._observer.on_query(client_id, message)
             case CancelTasks():
                 self._tasks.cancel(message.task_ids)
-            case (
-                CallActor()
-                | CreateActor()
-                | KillActor()
-                | LookUpActor()
-                | ListActors()
-                | CountCalls()
-            ):
+            case CreateActor() | KillActor() | LookUpActor() | ListActors() | CountCalls():
                 self._actors.on_request(client_id, message)
             case (
                 CreatePlacementGroup()
@@ -671,6 +692,24 @@ class Node:
             )
 
     # ---- looking in ------------------------------------------------------------------------------
+
+    def would_queue(self, message: SubmitTasks | CallActor) -> bool:
+        """Whether a client's tasks would change nothing now but the length of a queue.
+
+        Then they may be told together with others, before the next message of any kind.
+        """
+        if isinstance(message, CallActor):
+            spec = message.task
+            return not spec.dependencies and self._actors.calls.is_full(message.actor_id)
+        (spec,) = message.tasks
+        queue = self.state.classes.get(spec.class_id)
+        return (
+            queue is not None
+            and queue.stuck
+            and queue.queued_calls > 0
+            and not spec.dependencies
+            and queue.task_class.delivery is not Delivery.CALLER
+        )
 
     def has_work(self) -> bool:
         """Whether something is under way that a worker will report on."""

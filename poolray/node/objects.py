@@ -198,6 +198,7 @@ class Objects:
             if found == message.count:
                 break  # a loop over thousands of refs finds its next one near the front
         request = Request(client_id, message.request_id, message.object_ids, message.count, False)
+        request.ahead = message.ahead
         if found >= message.count or not pending:
             self._answer_wait(request)
         else:
@@ -356,8 +357,26 @@ class Objects:
                 record.seen = True
         client = self.client(request.client_id)
         client.requests.pop(request.request_id, None)
-        reply = WaitReply(request_id=request.request_id, ready=ready)
+        ahead = self._ready_ahead(request, ready[-1] + 1) if request.ahead and ready else []
+        reply = WaitReply(request_id=request.request_id, ready=ready, ahead=ahead)
         self._state.effects.append(Reply(request.client_id, reply))
+
+    def _ready_ahead(self, request: Request, start: int) -> list[int]:
+        """What a `wait` would be answered with next, of what will not change: neither errors, which
+        count as seen only when they are told of, nor what may be lost with another node.
+        """
+        objects = self._state.objects
+        found: list[int] = []
+        for index in range(start, min(start + request.ahead, len(request.object_ids))):
+            record = objects.get(request.object_ids[index])
+            if (
+                record is not None
+                and type(record.value) is bytes
+                and record.state is READY
+                and not record.is_error
+            ):
+                found.append(index)
+        return found
 
     def _lost(self, object_id: ObjectId) -> bytes:
         return self._state.encode_error(

@@ -37,6 +37,7 @@ class Request:
     """A `GetObjects` or `WaitObjects` that is not answered yet."""
 
     __slots__ = (
+        "ahead",
         "client_id",
         "count",
         "has_restored",
@@ -62,6 +63,8 @@ class Request:
         self.remaining = count
         #: How many ready objects a `wait` asks for.
         self.count = count
+        #: How many behind those a `wait` wants looked at as well.
+        self.ahead = 0
         self.is_get = is_get
         #: A peer waits, for one object: it is told by a message of its own.
         self.is_peers = False

@@ -63,6 +63,12 @@ class CallActor(msgspec.Struct, frozen=True, array_like=True, tag=122, kw_only=T
     task: TaskSpec
 
 
+class CallActors(msgspec.Struct, frozen=True, array_like=True, tag=127, kw_only=True):
+    """Several calls, of one actor or of several, in the order in which they were made."""
+
+    calls: list[CallActor]
+
+
 class KillActor(msgspec.Struct, frozen=True, array_like=True, tag=123, kw_only=True):
     """End an actor by force."""
 
@@ -115,5 +121,5 @@ class CallCount(msgspec.Struct, frozen=True, array_like=True, tag=163, kw_only=T
 
 
 ActorRequest: TypeAlias = (
-    CreateActor | CallActor | KillActor | LookUpActor | ListActors | CountCalls
+    CreateActor | CallActor | CallActors | KillActor | LookUpActor | ListActors | CountCalls
 )

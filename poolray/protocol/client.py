@@ -73,6 +73,7 @@ class WaitObjects(msgspec.Struct, frozen=True, array_like=True, tag=107, kw_only
     request_id: int
     object_ids: list[ObjectId]
     count: int
+    ahead: int = 0  #: so many behind those that it is answered with are looked at too
 
 
 class CancelRequest(msgspec.Struct, frozen=True, array_like=True, tag=108, kw_only=True):
@@ -164,6 +165,8 @@ class WaitReply(msgspec.Struct, frozen=True, array_like=True, tag=152, kw_only=T
 
     request_id: int
     ready: list[int]
+    #: Of the objects behind those that the request wanted looked at: values that are here to stay.
+    ahead: list[int] = []
 
 
 class RangeGranted(msgspec.Struct, frozen=True, array_like=True, tag=153, kw_only=True):
