@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import logging
 import os
 import random
@@ -282,11 +283,17 @@ def test_workers_die_while_threads_wait() -> None:
     poolray.init(num_cpus=2)
     stop = threading.Event()
 
+    rounds = itertools.count()
+    progress = [0]
+
     def kill_now_and_then() -> None:
-        choice = random.Random(3)
-        while not stop.wait(0.05):
+        # By what was done since, not by time: workers that are killed while they start, again and
+        # again, rightly end their group.
+        choice, killed_at = random.Random(3), 0
+        while not stop.wait(0.01):
             pids = worker_pids()
-            if pids:
+            if pids and progress[0] >= killed_at + 24:
+                killed_at = progress[0]
                 kill(choice.choice(pids))
 
     with Pool(2, max_retries=-1) as pool, Executor(2, max_retries=-1) as executor:
@@ -299,6 +306,7 @@ def test_workers_die_while_threads_wait() -> None:
                 assert pool.apply(successor, (number,)) == number + 1
                 assert executor.submit(successor, number).result(DEADLINE_S) == number + 1
                 assert poolray.get(forever.remote(number), timeout=DEADLINE_S) == number + 1
+                progress[0] = next(rounds)
 
         try:
             in_threads(*(lambda seed=seed: use(seed) for seed in range(4)))
