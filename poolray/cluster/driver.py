@@ -218,13 +218,17 @@ class DriverRuntime:
         self._lost = reason
         self.reactor.unwatch_other(self._line)  # type: ignore[arg-type]
         for request in list(self._requests.values()):
-            if request.call is not None:  # a future, say: it is told as whoever waits is
-                error = pickle.dumps(self._lost_error())
-                request.parts = [ObjectValues(request_id=0, values=[error], errors=[0])]
-                self._deliveries.append(request)
-            request.finish()
+            self._fail(request)
         self._requests.clear()
         self.reactor.wake_if_other()
+
+    def _fail(self, request: _Request) -> None:
+        """There will be no answer."""
+        if request.call is not None:  # a future, say: it is told as whoever waits is
+            error = pickle.dumps(self._lost_error())
+            request.parts = [ObjectValues(request_id=0, values=[error], errors=[0])]
+            self._deliveries.append(request)
+        request.finish()
 
     def _lost_error(self) -> ClusterConnectionError:
         return ClusterConnectionError(
@@ -241,16 +245,26 @@ class DriverRuntime:
                 item = deliveries.popleft()
             except IndexError:
                 break
-            self._hand_over(item)
+            self._unless_lost(self._hand_over, item)
         self._output.flush_due()
         while self.later:
             try:
                 call = self.later.popleft()
             except IndexError:
                 break
-            call()
+            self._unless_lost(call)
         if self.client.dropped and not self._lost:
-            self.client.sync_references()
+            self._unless_lost(self.client.sync_references)
+
+    def _unless_lost(self, call: Callable[..., object], *args: Any) -> None:
+        """Call what may tell the node something. That it is gone is told to those who wait, not to
+        the thread that happens to read.
+        """
+        try:
+            call(*args)
+        except ClusterConnectionError:
+            if not self._lost:
+                raise
 
     def _hand_over(self, item: Any) -> None:
         kind = type(item)
@@ -460,7 +474,11 @@ class DriverRuntime:
         request.call = call
         if wanted is not None and self._downloads is not None:
             request.object_ids, request.kept = [wanted], [self.client.adopt(wanted)]
-        self.send(make(request_id))
+        try:
+            self.send(make(request_id))
+        except ClusterConnectionError:
+            if self._requests.pop(request_id, None) is not None:
+                self._fail(request)
         self.reactor.ensure_background()
         return lambda: self._forget(request_id)
 

@@ -41,11 +41,13 @@ _SIGN_ON_S = 10.0
 _WAITING_BYTES_MAX = 16 << 20
 #: After so much silence we say something, so that the daemon hears from us, and we from it.
 _SILENCE_S = 1.0
+#: And at least so many times within the grace period.
+_PER_GRACE = 5
 #: At the end what was sent may take so long to arrive.
 _LINGER_S = 2.0
 #: The thread did not run for this long: the machine or the process slept, and nobody's silence can
 #: be told from that.
-_SLEPT_S = 5.0
+_SLEPT_S = 1.0
 
 
 @final
@@ -202,6 +204,7 @@ class RemoteLine:
             if now - looked_s > _SLEPT_S:
                 awake_since_s = now
             looked_s = now
+            quiet_s = min(_SILENCE_S, self._grace_s / _PER_GRACE)
             self._take_unsent(outlet)
             switch.tick(now)
             more = switch.service(now, everywhere)  # last of what sends: that may swallow news
@@ -220,14 +223,14 @@ class RemoteLine:
                     f"nothing was heard of its node's daemon for {self._grace_s:g} s "
                     "(client_reconnect_grace_period_s), which has let go of what this program held"
                 )
-            elif silence_s >= _SILENCE_S and outlet.is_empty:
+            elif silence_s >= quiet_s and outlet.is_empty:
                 outlet.put(_encode(StillThere()))
                 more = outlet.flush()
             if more:
                 everywhere = False
                 continue
             due = switch.next_deadline()
-            timeout_s = _SILENCE_S / 2 if due is None else min(due - now, _SILENCE_S / 2)
+            timeout_s = quiet_s / 2 if due is None else min(due - now, quiet_s / 2)
             everywhere = self._sleep(switch, 0.02 if self._closing else max(0.0, timeout_s))
 
     def _sleep(self, switch: Switch, timeout_s: float | None) -> bool:

@@ -516,6 +516,9 @@ def test_after_the_grace_period_every_call_fails_and_the_cluster_has_cleaned_up(
         + """
 ref = one.remote(1)
 future = poolray.remote(lambda: time.sleep(600)).remote().future()
+pool = poolray.Pool(1, address=address)
+mapped = pool.map_async(time.sleep, [600, 1, 1], chunksize=1)
+say("ready")
 hear()                                                         # it is cut now
 waiting = fails(lambda: poolray.get(poolray.remote(lambda: 1).remote()))
 assert "nothing was heard" in waiting and "grace" in waiting, waiting
@@ -525,6 +528,9 @@ calls = [lambda: poolray.get(ref), lambda: one.remote(1), lambda: poolray.put(1)
 for call in calls:
     assert "nothing was heard" in fails(call)
 assert "nothing was heard" in fails(lambda: future.result(20))
+assert "nothing was heard" in fails(lambda: mapped.get(20))
+pool.terminate()
+pool.join()
 say("all fail")
 hear()                                                         # it is mended
 assert "nothing was heard" in fails(lambda: poolray.get(ref))
@@ -533,10 +539,11 @@ poolray.init(address)
 assert poolray.get(one.remote(1)) == 2
 """
     )
-    with running(grace_s=1.0) as cluster:
+    with running(grace_s=2.0) as cluster:
         proxy = way(served_by(cluster))
         with Program(cluster, code, proxy.address) as program:
             pid = int(program.hear())
+            assert program.hear() == "ready"
             proxy.cut()
             program.tell()
             assert program.hear() == "all fail"
@@ -556,7 +563,7 @@ for _ in range(3):
     fails(lambda: poolray.get(kept))
 """
     )
-    with running(grace_s=1.0) as cluster, Program(cluster, code) as program:
+    with running(grace_s=2.0) as cluster, Program(cluster, code) as program:
         pid = int(program.hear())
         os.kill(program.process.pid, signal.SIGSTOP)
         wait_until(lambda: not is_alive(pid), "the end of what it held", 20)
@@ -576,7 +583,7 @@ busy = poolray.remote(resources={"there": 1}, num_cpus=0)(lambda: time.sleep(600
 hear()
 """
     )
-    with running(grace_s=1.0) as cluster:
+    with running(grace_s=2.0) as cluster:
         with Program(cluster, code) as program:
             pid = int(program.hear())
             program.process.kill()
@@ -609,7 +616,7 @@ def test_when_the_daemon_is_killed_calls_fail_after_the_grace_period() -> None:
     code = (
         LIST + 'hear()\nassert "nothing was heard" in fails(lambda: poolray.get(one.remote(1)))\n'
     )
-    with running(grace_s=1.0) as cluster, Program(cluster, code) as program:
+    with running(grace_s=2.0) as cluster, Program(cluster, code) as program:
         program.hear()
         assert cluster.head_node is not None
         cluster.head_node.kill()
