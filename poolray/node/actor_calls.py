@@ -20,11 +20,12 @@ from poolray.ids import ActorId, ClientId, handle_of, return_id
 from poolray.node.actor_record import Actor, Lane, unavailable, unknown
 from poolray.node.effects import SendWorker
 from poolray.node.state import NodeState
-from poolray.node.tasks import ACTOR_DIED, Tasks
+from poolray.node.tasks import Tasks
 from poolray.node.workers import Packet, WorkerRecord
 from poolray.objects.directory import ObjectRecord
 from poolray.protocol.actors import CallActor
 from poolray.protocol.worker import ClassDefinition, RunTasks, TaskCall, TasksFinished
+from poolray.tasks.error_types import ACTOR_DIED
 from poolray.tasks.lifecycle import QUEUED, RUNNING, TaskRecord
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from poolray.node.borrowing import is_peer, node_of
 from poolray.node.cancellation import error_of
 from poolray.node.effects import Reply, SendHead, TerminateWorker
 from poolray.node.state import NodeState
-from poolray.node.tasks import ACTOR_DIED, Tasks
+from poolray.node.tasks import Tasks
 from poolray.node.workers import WorkerRecord, WorkerState
 from poolray.objects.directory import ObjectRecord
 from poolray.protocol.actors import (
@@ -63,6 +63,7 @@ from poolray.protocol.worker import (
     ActorExiting,
     ActorStarted,
 )
+from poolray.tasks.error_types import ACTOR_DIED
 from poolray.tasks.lifecycle import DELAYED, QUEUED, RUNNING, SUCCEEDED, WAITING, TaskRecord
 
 if TYPE_CHECKING:
@@ -478,7 +479,7 @@ class Actors:
             and self._tasks.may_retry(creation)
             and self._tasks.usable_group(creation) is not None
         ):
-            self._restart(actor, creation, begun, untouched)
+            self._restart(actor, creation, message, begun, untouched)
             return
         if kill is not None:
             for record in begun:
@@ -509,6 +510,7 @@ class Actors:
         self,
         actor: Actor,
         creation: TaskRecord,
+        message: WorkerLost,
         begun: list[TaskRecord],
         untouched: list[TaskRecord],
     ) -> None:
@@ -523,6 +525,7 @@ class Actors:
         for record in begun:
             if self._tasks.may_retry(record):
                 record.attempts += 1
+                self._tasks.observer.on_attempt_lost(record, message, unavailable(actor))
                 again.append(record)
         again.extend(r for r in untouched if r.class_queue.task_class.max_retries)
         for record in again:

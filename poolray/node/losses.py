@@ -72,6 +72,8 @@ class Losses:
             if late is not None and not left:
                 self._tasks.fail(record, late)
             elif may_retry and not record.is_foreign:
+                error = self._crash_error(record, message)
+                self._tasks.observer.on_attempt_lost(record, message, error)
                 if kill is not None:
                     self._tasks.protection.delay(record)
                 elif not self._tasks.retries.delay(record):

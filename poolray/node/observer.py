@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from typing import TYPE_CHECKING, TypeAlias, final
 
-from poolray.exceptions import InternalError
+from poolray.exceptions import InternalError, PoolrayError
 from poolray.ids import ActorId, ClientId, ObjectId, TaskId, WorkerId, actor_of, is_handle
 from poolray.node.effects import Reply
 from poolray.node.state import NodeState
@@ -36,6 +36,7 @@ from poolray.protocol.state import (
 )
 from poolray.protocol.values import CallKind, Delivery
 from poolray.tasks.class_queue import ClassQueue
+from poolray.tasks.error_types import error_type_of
 from poolray.tasks.lifecycle import DELAYED, FORWARDED, QUEUED, RUNNING, WAITING, TaskRecord
 
 if TYPE_CHECKING:
@@ -132,6 +133,25 @@ class Observer:
                 worker.pid if worker is not None else 0,
                 self._state.now,
                 int((self._state.now - self.lost_since_s) * 1e9) if self.lost_since_s else 0,
+                self._family(record),
+            )
+        )
+
+    def on_attempt_lost(self, record: TaskRecord, message: WorkerLost, error: PoolrayError) -> None:
+        """A worker died with an attempt, which the task has been charged for; it is tried again."""
+        if self.ended is None or record.class_queue.task_class.delivery is not Delivery.OBJECTS:
+            return
+        now, since_s = self._state.now, self.lost_since_s
+        self.ended.append(
+            (
+                record.root_id,
+                record.class_queue,
+                record.attempts - 1,
+                (error_type_of(error), str(error)),
+                message.worker_id,
+                message.pid,
+                now,
+                int((now - since_s) * 1e9) if since_s else 0,
                 self._family(record),
             )
         )

@@ -17,19 +17,9 @@ from typing import TYPE_CHECKING, final
 import msgspec
 
 from poolray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    ActorUnschedulableError,
     InternalError,
-    NodeDiedError,
-    ObjectLostError,
-    ObjectReconstructionFailedError,
-    OutOfMemoryError,
     PoolrayError,
     TaskCancelledError,
-    TaskPlacementGroupRemoved,
-    TaskUnschedulableError,
-    WorkerCrashedError,
 )
 from poolray.ids import (
     ClientId,
@@ -65,6 +55,7 @@ from poolray.protocol.values import (
 )
 from poolray.protocol.worker import TasksFinished
 from poolray.tasks.class_queue import ClassQueue
+from poolray.tasks.error_types import OTHER_ERROR, error_type_of
 from poolray.tasks.lifecycle import (
     DELAYED,
     FAILED,
@@ -93,29 +84,11 @@ _OPEN = GroupState.OPEN
 _FAILED_GROUP = GroupState.FAILED
 
 
-ACTOR_DIED = "ACTOR_DIED"
-#: What those who look on know errors of the node's as; every other one is an exception.
-_ERROR_TYPES: dict[type[PoolrayError], str] = {
-    WorkerCrashedError: "WORKER_DIED",
-    OutOfMemoryError: "OUT_OF_MEMORY",
-    NodeDiedError: "NODE_DIED",
-    ObjectLostError: "OBJECT_LOST",
-    ObjectReconstructionFailedError: "OBJECT_UNRECONSTRUCTABLE",
-    TaskCancelledError: "TASK_CANCELLED",
-    TaskUnschedulableError: "TASK_UNSCHEDULABLE_ERROR",
-    ActorUnschedulableError: "ACTOR_UNSCHEDULABLE_ERROR",
-    TaskPlacementGroupRemoved: "TASK_PLACEMENT_GROUP_REMOVED",
-    ActorDiedError: ACTOR_DIED,
-    ActorUnavailableError: "ACTOR_UNAVAILABLE",
-}
-_OTHER_ERROR = "TASK_EXECUTION_EXCEPTION"
-
-
 def _error_of(result: bytes | Outcome) -> tuple[str, str] | None:
     """What those who look on are told of a failed call."""
     if isinstance(result, bytes) or not result.is_error:
         return None
-    return _OTHER_ERROR, result.summary
+    return OTHER_ERROR, result.summary
 
 
 @final
@@ -354,14 +327,14 @@ class Tasks:
                 if parents or record.actor_id:
                     family = parents.get(record.root_id, _NO_TASK), record.actor_id
                 self.finish(record, result, worker.client_id)
-                if ended is not None and (
-                    type(result) is bytes or record.state >= SUCCEEDED  # else it is tried again
-                ):
+                # (A task that is tried again has been charged for this attempt.)
+                is_over = type(result) is bytes or record.state >= SUCCEEDED
+                if ended is not None and (is_over or result.is_error):  # type: ignore[union-attr]
                     ended.append(
                         (
                             record.root_id,
                             record.class_queue,
-                            record.attempts,
+                            record.attempts - (not is_over),
                             None if type(result) is bytes else _error_of(result),
                             worker_id,
                             pid,
@@ -565,14 +538,14 @@ class Tasks:
         """A task is given up here: its error becomes its result (if it crashed, its owner on
         another node may try it again).
         """
-        error_type = _ERROR_TYPES.get(type(error), _OTHER_ERROR)
+        error_type = error_type_of(error)
         self._fail(record, self._state.encode_error(error), crashed, error_type, str(error))
 
     def fail_encoded(
         self,
         record: TaskRecord,
         error: bytes,
-        error_type: str = _OTHER_ERROR,
+        error_type: str = OTHER_ERROR,
         message: str = "its workers cannot run it",
     ) -> None:
         """The same, for an error that is serialized already; who looks on is told the rest."""
@@ -646,7 +619,7 @@ class Tasks:
                     task_name=record.class_queue.task_class.name,
                     reason=reason,
                 )
-                self.observer.on_given_up(record, _ERROR_TYPES[TaskCancelledError], str(error))
+                self.observer.on_given_up(record, error_type_of(error), str(error))
                 encoded = self._state.encode_error(error)
                 if record.class_queue.task_class.kind is _CREATE:
                     self.actors.on_creation_failed(record, encoded)

@@ -482,9 +482,13 @@ def get_task(
     id: str,
     address: str | None = None,
     timeout: int = 30,
-) -> TaskState | None:
-    """The task with this id, with all columns; None if it is not known (any more)."""
-    return _first(list_tasks(address, [("task_id", "=", _hex(id))], detail=True))
+) -> TaskState | list[TaskState] | None:
+    """The task with this id, with all columns; None if it is not known (any more).
+
+    Of a task that was tried several times: a row for each attempt, the last one first.
+    """
+    rows = list_tasks(address, [("task_id", "=", _hex(id))], detail=True)
+    return rows if len(rows) > 1 else _first(rows)
 
 
 def get_actor(

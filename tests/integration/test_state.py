@@ -89,6 +89,50 @@ def test_a_failed_task_says_why() -> None:
     assert raised.runtime_env_info == {}
 
 
+def test_each_attempt_of_a_task_has_a_row(tmp_path: Path) -> None:
+    @poolray.remote(max_retries=3, retry_exceptions=True)
+    def third_time(path: Path) -> str:
+        before = len(path.read_text()) if path.exists() else 0
+        path.write_text("x" * (before + 1))
+        if before == 0:
+            raise ValueError("no such luck")
+        if before == 1:
+            os._exit(3)
+        return "at last"
+
+    ref = third_time.remote(tmp_path / "attempts")
+    assert poolray.get(ref, timeout=DEADLINE_S) == "at last"
+    rows = state.get_task(ref.task_id().hex())
+    assert isinstance(rows, list)
+    found = [(row.attempt_number, row.state, row.error_type) for row in rows]
+    assert found == [
+        (2, "FINISHED", None),
+        (1, "FAILED", "WORKER_DIED"),
+        (0, "FAILED", "TASK_EXECUTION_EXCEPTION"),
+    ]
+    assert "no such luck" in str(rows[2].error_message)
+    assert "exited with code 3" in str(rows[1].error_message)
+    assert rows[1].worker_pid != rows[0].worker_pid
+    assert len({row.task_id for row in rows}) == 1
+
+
+def test_each_attempt_of_an_actors_call_has_a_row(tmp_path: Path) -> None:
+    @poolray.remote(max_restarts=1, max_task_retries=1)
+    class Fragile:
+        def work(self, path: Path) -> int:
+            if not path.exists():
+                path.touch()
+                os._exit(4)
+            return 1
+
+    fragile = Fragile.remote()
+    ref = fragile.work.remote(tmp_path / "once")
+    assert poolray.get(ref, timeout=DEADLINE_S) == 1
+    rows = state.list_tasks(filters=[("task_id", "=", ref.task_id().hex())], detail=True)
+    found = [(row.attempt_number, row.state) for row in rows]
+    assert found == [(1, "FINISHED"), (0, "FAILED")]
+
+
 def test_calls_of_actors_name_their_actor() -> None:
     actor = Counter.remote()
     poolray.get(actor.add.remote(1))

@@ -336,11 +336,11 @@ def test_an_overdrawn_node_has_nothing_available() -> None:
     assert row.available == {"CPU": 0, "gate": 2 * CPU}
 
 
-def test_an_attempt_that_is_tried_again_has_not_ended() -> None:
+def test_an_attempt_that_failed_is_listed_beside_the_one_that_runs() -> None:
     bench = Bench(cpus=1)
     bench.group()
     worker_id, packet = start(bench, bench.task_class("f", max_retries=1))
     failure = Outcome(values=[b"pickled"], is_error=True, retriable=True, summary="again")
     bench.finish(worker_id, packet, [failure])
-    (row,) = tasks_of(bench)
-    assert (row.state, row.attempt) == ("RUNNING", 1)
+    found = [(row.state, row.attempt, row.error_message) for row in tasks_of(bench)]
+    assert found == [("RUNNING", 1, ""), ("FAILED", 0, "again")]
