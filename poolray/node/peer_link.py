@@ -30,7 +30,7 @@ _BACKLOG_MAX = 100_000
 _RESEND_COUNT = 8
 #: The pause between repeats grows up to this many times the first, no further: heartbeats go over
 #: this link, and some in a row may get lost before a node counts as dead.
-_BACK_OFF_MAX = 4.0
+BACK_OFF_MAX = 4.0
 
 
 class LinkState(enum.IntEnum):
@@ -62,10 +62,13 @@ class PeerLink:
         Number of this life of the process, at least 1 and larger than those of earlier ones.
     resend_after_s : float
         Pause before a message that is not acknowledged is sent again, at first.
+    back_off_max : float
+        It grows up to so many times that.
     """
 
     __slots__ = (
         "_back_off",
+        "_back_off_max",
         "_backlog",
         "_deadline_s",
         "_early",
@@ -73,12 +76,16 @@ class PeerLink:
         "_next_out",
         "_peer_session",
         "_resend_after_s",
+        "_resent",
         "_session",
         "_state",
+        "_suspect",
         "_unacked",
     )
 
-    def __init__(self, session: int, resend_after_s: float) -> None:
+    def __init__(
+        self, session: int, resend_after_s: float, back_off_max: float = BACK_OFF_MAX
+    ) -> None:
         self._session = session
         self._resend_after_s = resend_after_s
         self._state = LinkState.GREETING
@@ -95,6 +102,11 @@ class PeerLink:
         #: When to repeat; None: nothing is under way.
         self._deadline_s: float | None = None
         self._back_off = 1.0
+        self._back_off_max = back_off_max
+        #: What was under way, up to this number, when no acknowledgement came in time …
+        self._suspect = 0
+        #: … and was repeated, up to this one.
+        self._resent = 0
 
     @property
     def state(self) -> LinkState:
@@ -138,7 +150,8 @@ class PeerLink:
             frames.append(self._frame())
             frames.extend(self._fill_window(now))
             return Arrival([], frames, restarted, lost)
-        self._on_ack(frame.ack, now)
+        if self._on_ack(frame.ack, now) and self._resent < self._suspect:
+            frames.extend(self._repeat())  # the way is open: the rest was lost with the first
         payloads: list[bytes] = []
         if frame.sequence:
             payloads = self._take(frame)
@@ -150,12 +163,12 @@ class PeerLink:
         """Repeat what is overdue."""
         if self._deadline_s is None or now < self._deadline_s:
             return []
-        self._back_off = min(2.0 * self._back_off, _BACK_OFF_MAX)
+        self._back_off = min(2.0 * self._back_off, self._back_off_max)
         self._deadline_s = now + self._back_off * self._resend_after_s
         if self._state is LinkState.GREETING:
             return [self._frame()]
-        oldest = list(self._unacked.items())[:_RESEND_COUNT]
-        return [self._frame(sequence, payload) for sequence, payload in oldest]
+        self._suspect, self._resent = self._next_out - 1, 0
+        return self._repeat()
 
     def next_deadline(self) -> float | None:
         """When to call `on_tick`; None: no need."""
@@ -172,6 +185,17 @@ class PeerLink:
             payload=payload,
         )
 
+    def _repeat(self) -> list[LinkFrame]:
+        """The oldest messages that were not acknowledged, nor repeated since the last time-out."""
+        frames: list[LinkFrame] = []
+        for sequence, payload in self._unacked.items():
+            if sequence > self._suspect or len(frames) == _RESEND_COUNT:
+                break
+            if sequence > self._resent:
+                frames.append(self._frame(sequence, payload))
+                self._resent = sequence
+        return frames
+
     def _meet(self, session: int, restarted: bool) -> None:
         """The peer's session is known now, or is another one than it was."""
         self._peer_session = session
@@ -185,8 +209,9 @@ class PeerLink:
             self._backlog.clear()
         self._unacked.clear()
         self._next_out = 1
+        self._suspect = self._resent = 0
 
-    def _on_ack(self, ack: int, now: float) -> None:
+    def _on_ack(self, ack: int, now: float) -> bool:
         progress = False
         for sequence in list(self._unacked):
             if sequence > ack:
@@ -196,6 +221,7 @@ class PeerLink:
         if progress:
             self._back_off = 1.0
             self._deadline_s = now + self._resend_after_s if self._unacked else None
+        return progress
 
     def _take(self, frame: LinkFrame) -> list[bytes]:
         """Messages that can be handed over with this one."""
