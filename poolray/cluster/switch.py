@@ -243,6 +243,7 @@ class Switch:
         socket.handshake_ivl = HANDSHAKE_MS
         socket.reconnect_ivl = 50
         socket.reconnect_ivl_max = 1_000
+        socket.connect_timeout = HANDSHAKE_MS  # the system would wait for minutes
         # A machine that vanishes without a word is noticed by heartbeats; these notice a dead
         # connection, so that a new one is made.
         socket.heartbeat_ivl = 1_000

@@ -30,7 +30,7 @@ _BACKLOG_MAX = 100_000
 _RESEND_COUNT = 8
 #: The pause between repeats grows up to this many times the first, no further: heartbeats go over
 #: this link, and some in a row may get lost before a node counts as dead.
-BACK_OFF_MAX = 4.0
+_BACK_OFF_MAX = 4.0
 
 
 class LinkState(enum.IntEnum):
@@ -62,13 +62,10 @@ class PeerLink:
         Number of this life of the process, at least 1 and larger than those of earlier ones.
     resend_after_s : float
         Pause before a message that is not acknowledged is sent again, at first.
-    back_off_max : float
-        It grows up to so many times that.
     """
 
     __slots__ = (
         "_back_off",
-        "_back_off_max",
         "_backlog",
         "_deadline_s",
         "_early",
@@ -83,9 +80,7 @@ class PeerLink:
         "_unacked",
     )
 
-    def __init__(
-        self, session: int, resend_after_s: float, back_off_max: float = BACK_OFF_MAX
-    ) -> None:
+    def __init__(self, session: int, resend_after_s: float) -> None:
         self._session = session
         self._resend_after_s = resend_after_s
         self._state = LinkState.GREETING
@@ -102,7 +97,6 @@ class PeerLink:
         #: When to repeat; None: nothing is under way.
         self._deadline_s: float | None = None
         self._back_off = 1.0
-        self._back_off_max = back_off_max
         #: What was under way, up to this number, when no acknowledgement came in time …
         self._suspect = 0
         #: … and was repeated, up to this one.
@@ -163,7 +157,7 @@ class PeerLink:
         """Repeat what is overdue."""
         if self._deadline_s is None or now < self._deadline_s:
             return []
-        self._back_off = min(2.0 * self._back_off, self._back_off_max)
+        self._back_off = min(2.0 * self._back_off, _BACK_OFF_MAX)
         self._deadline_s = now + self._back_off * self._resend_after_s
         if self._state is LinkState.GREETING:
             return [self._frame()]
@@ -212,12 +206,11 @@ class PeerLink:
         self._suspect = self._resent = 0
 
     def _on_ack(self, ack: int, now: float) -> bool:
-        progress = False
-        for sequence in list(self._unacked):
-            if sequence > ack:
-                break
+        oldest = self._next_out - len(self._unacked)
+        acknowledged = range(oldest, min(ack, self._next_out - 1) + 1)
+        for sequence in acknowledged:
             del self._unacked[sequence]
-            progress = True
+        progress = len(acknowledged) > 0
         if progress:
             self._back_off = 1.0
             self._deadline_s = now + self._resend_after_s if self._unacked else None

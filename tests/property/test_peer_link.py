@@ -156,3 +156,34 @@ def test_repeats_become_rarer() -> None:
     gaps = [round(later - earlier, 6) for earlier, later in itertools.pairwise(pauses)]
     assert gaps == sorted(gaps)
     assert gaps[-1] == RESEND_S * 4
+
+
+def test_all_that_was_lost_with_a_connection_is_repeated_within_one_pause() -> None:
+    way = Way(seed=0, loss=0.0, repeat=0.0, delay_s=0.001)
+    way.send(0, b"hello")
+    while way.got[1] != [b"hello"] or way.flying:
+        way.step()
+    sent = [str(number).encode() for number in range(200)]
+    way.loss = 1.0  # the cable is out
+    for payload in sent:
+        way.send(0, payload)
+    way.loss = 0.0
+    cut_s = way.now
+    while len(way.got[1]) < 1 + len(sent):
+        assert way.step(), "nothing is repeated any more"
+    assert way.got[1][1:] == sent
+    assert way.now - cut_s < 3 * RESEND_S
+
+
+def test_an_acknowledgement_of_what_was_never_sent_does_no_harm() -> None:
+    way = Way(seed=0, loss=0.0, repeat=0.0, delay_s=0.001)
+    way.send(0, b"hello")
+    while way.step():
+        pass
+    link = way.ends[0]
+    link.receive(LinkFrame(session=1, peer_session=1, ack=1_000_000, sequence=0, payload=b""), 1.0)
+    link.check_invariants()
+    way.send(0, b"again")
+    while way.step():
+        pass
+    assert way.got[1] == [b"hello", b"again"]
