@@ -334,6 +334,10 @@ class LocalRuntime(NodeShell):
         if self._behind:
             self._tell_behind()
         super().feed(sender, message)
+        if self._behind:
+            # Another thread found no room a moment ago, which this message may have made: perhaps
+            # no other one comes.
+            self._tell_behind()
 
     def _tell_behind(self) -> None:
         """Tell the machine of the calls that were collected; under the guard."""
