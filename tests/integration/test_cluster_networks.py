@@ -278,6 +278,12 @@ def _alive() -> set[str]:
     return {node["NodeID"] for node in poolray.nodes() if node["Alive"]}
 
 
+def _all_alive() -> set[str]:
+    """The ids of all three, once the driver knows of each."""
+    wait_until(lambda: len(_alive()) == 3, timeout_s=_BOUND_S)
+    return _alive()
+
+
 def _work(count: int = 8) -> tuple[list[Any], list[int]]:
     """Values that go from one machine to the other, and what they come to."""
     made = [make.options(resources={"first": 1}).remote(n) for n in range(count)]
@@ -289,7 +295,7 @@ def _work(count: int = 8) -> tuple[list[Any], list[int]]:
 def test_short_cuts_lose_nothing_and_do_nothing_twice(network: Network) -> None:
     counter = Counter.remote()
     assert poolray.get(counter.add.remote(), timeout=_BOUND_S) == 1
-    before = _alive()
+    before = _all_alive()
     calls = []
     sums, expected = _work()
     # The driver's node, the nodes between each other, the nodes and the head: each link is cut.
@@ -305,7 +311,7 @@ def test_short_cuts_lose_nothing_and_do_nothing_twice(network: Network) -> None:
 
 
 def test_a_node_that_comes_back_too_late_joins_afresh(network: Network, tmp_path: Path) -> None:
-    before = _alive()
+    before = _all_alive()
     counter = Counter.remote()
     assert poolray.get(counter.add.remote(), timeout=_BOUND_S) == 1
 
@@ -345,7 +351,7 @@ def test_a_node_that_comes_back_too_late_joins_afresh(network: Network, tmp_path
 
 def test_a_node_that_only_the_head_cannot_see(network: Network) -> None:
     """In time nothing happens; after the deadline it is dead for all, and rejoins."""
-    before = _alive()
+    before = _all_alive()
     network.first.lose_sight_of(network.head)
     time.sleep(_DEAD_S / 4)
     network.first.see_again(network.head)

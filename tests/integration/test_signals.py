@@ -421,6 +421,7 @@ DOOMED = """
         time.sleep(600)
 
     if __name__ == "__main__":
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it (nohup)
         started = Gate("started")
         poolray.init(num_cpus=4)
         pool, executor = Pool(2), Executor(2)

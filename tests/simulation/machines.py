@@ -353,7 +353,12 @@ class SimNode(Endpoint):
             file = self._files.setdefault(own_file(number), {-1: b""})
             file[-1] = _placed(file[-1], offset, data)
             return
-        start = self.node.state.allocator.start_of(offset)
+        try:
+            start = self.node.state.allocator.start_of(offset)
+        except KeyError:
+            # Let go of within the very turn that wrote it: an actor that was killed as soon as what
+            # it is made of was here. Nobody can have been given the range since.
+            return
         self._arena[start] = _placed(self._arena.get(start, b""), offset - start, data)
 
     def _reply(self, client_id: ClientId, reply: ClientMessages) -> None:
