@@ -85,7 +85,7 @@ __all__ = [
 _LOCAL = ClientId(b"driver")
 _NOTHING: list[ObjectId] = []
 #: Submissions between two looks at what workers have reported.
-_PUMP_EVERY = 24
+_PUMP_EVERY = 48
 #: What follows on what a `wait` finds is looked at along with it, for the next one.
 _WAIT_AHEAD = 64
 #: Calls that are collected at the most.
