@@ -14,6 +14,7 @@ never after that was revoked; whatever comes in, a connection ends at worst.
 
 from __future__ import annotations
 
+import abc
 import errno
 import logging
 import os
@@ -115,7 +116,7 @@ class Expected:
             self.revoked = True
 
 
-class Connection:
+class Connection(abc.ABC):
     """One connection of a loop.
 
     `step` is told what epoll has said, and gives what to wait for next; None ends the connection.
@@ -132,10 +133,11 @@ class Connection:
         #: What epoll waits for.
         self.events = 0
 
+    @abc.abstractmethod
     def start(self) -> int:
         """What to wait for first."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def step(self, loop: Loop, events: int) -> int:
         """Do what can be done without waiting.
 
@@ -144,9 +146,8 @@ class Connection:
         OSError, HandshakeError
             It is over.
         """
-        raise NotImplementedError
 
-    def drop(self) -> None:
+    def drop(self) -> None:  # noqa: B027 (most have nothing but the socket)
         """It is over: let go of what is not the socket."""
 
 

@@ -14,6 +14,7 @@ outside of it; after `_close_shell` no process, descriptor or file of ours is le
 
 from __future__ import annotations
 
+import abc
 import itertools
 import os
 import pickle
@@ -135,7 +136,7 @@ class GroupHandle(Waitable):
         self.watch: GroupWatch | None = None
 
 
-class NodeShell:
+class NodeShell(abc.ABC):
     """One node's machine, and what it makes happen.
 
     Derived classes answer clients (`_act_reply`), speak to the head and to other nodes
@@ -269,11 +270,13 @@ class NodeShell:
         if host is not None:
             host.reply(WorkerId(effect.client_id), message)
 
+    @abc.abstractmethod
     def _act_send_head(self, effect: SendHead) -> None:
-        raise NotImplementedError
+        """Tell the head something."""
 
+    @abc.abstractmethod
     def _act_send_peer(self, effect: SendPeer) -> None:
-        raise NotImplementedError
+        """Tell another node something."""
 
     def _act_start_worker(self, effect: StartWorker) -> None:
         host = self._hosts[effect.group_id]
@@ -445,10 +448,10 @@ class NodeShell:
                 text = "".join(self._unfinished_output.pop(key))
                 self._deliveries.append(WorkerOutput(stream=key[1], text=text, source=key[0]))
 
-    def _prepare_plain_tasks(self, message: Any) -> None:
+    def _prepare_plain_tasks(self, message: Any) -> None:  # noqa: B027 (a daemon has them)
         """A worker sends a request while there are no workers for plain tasks."""
 
-    def _flush_batches(self) -> None:
+    def _flush_batches(self) -> None:  # noqa: B027 (a daemon collects none)
         """Give the machine the calls that were collected; under the guard."""
 
     def on_server_news(self, host: Any) -> None:
@@ -531,9 +534,9 @@ class NodeShell:
         """Make a new fork server in the place of one that is gone, where that is possible."""
         return False
 
+    @abc.abstractmethod
     def settle(self) -> None:
         """Hand over what is for users; outside of the guard."""
-        raise NotImplementedError
 
     def _settle_at_once(self) -> None:
         """`settle` for callers that do not hold Ctrl-C back."""

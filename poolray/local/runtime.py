@@ -13,6 +13,7 @@ no process, descriptor, thread or file of ours is left.
 
 from __future__ import annotations
 
+import abc
 import atexit
 import itertools
 import os
@@ -92,14 +93,14 @@ _WAIT_AHEAD = 64
 _BEHIND_MAX = 256
 
 
-class Sink:
+class Sink(abc.ABC):
     """Receives results of one submitted batch of calls."""
 
     __slots__ = ()
 
+    @abc.abstractmethod
     def deliver(self, start: int, results: list[bytes | Outcome]) -> bool:
         """Results of the calls from `start` on; True when the batch is complete."""
-        raise NotImplementedError
 
 
 @final
