@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from poolray.ids import ClientId, ObjectId
 from poolray.node.state import NodeState
-from poolray.node.store import StoreStatistics
+from poolray.node.store_records import StoreStatistics
 from poolray.objects.directory import READY, ObjectRecord
 from poolray.protocol.memory import (
     HolderKind,

@@ -12,7 +12,7 @@ import dataclasses
 
 from poolray.node.parts import Parts
 from poolray.node.state import NodeState
-from poolray.node.store import StoreStatistics
+from poolray.node.store_records import StoreStatistics
 from poolray.objects.allocator import AllocatorStatistics
 from poolray.protocol.directory import Demand
 from poolray.scheduling.resources import from_fixed

@@ -16,7 +16,6 @@ looks at it or moves it; who waits for room waits for a batch that is being writ
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import final
@@ -32,6 +31,13 @@ from poolray.node.effects import (
     Warn,
 )
 from poolray.node.state import NodeState
+from poolray.node.store_records import (
+    Restoring,
+    SpillBatch,
+    StoreCounts,
+    StoreStatistics,
+    ValueFile,
+)
 from poolray.objects.allocator import range_bytes
 from poolray.objects.directory import READY, ClientRecord, ObjectRecord
 from poolray.protocol.client import AllocateRange, RangeGranted
@@ -45,62 +51,6 @@ _STEP_SHARE = 0.1
 PULLER = ClientId(b"puller")
 #: Before all times.
 _NEVER_S = -1.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StoreStatistics:
-    """What has moved between memory and disk, and what waits."""
-
-    spilled_objects: int
-    spilled_bytes: int
-    spill_s: float  #: seconds that threads spent writing; of several at once, the sum
-    restored_objects: int
-    restored_bytes: int
-    restore_s: float
-    #: Bytes that readers were told to map from files, because memory had no room.
-    mapped_bytes: int
-    objects_on_disk: int  #: those that are in memory as well do not count
-    disk_bytes: int  #: size of all files
-    files: int
-    pinned_objects: int
-    pending_allocations: int  #: processes that wait for room
-    spilling_objects: int  #: on their way to disk
-    restoring_objects: int  #: on their way back
-
-
-@final
-class _File:
-    """A file with values; deleted with the last of them."""
-
-    __slots__ = ("objects", "size_bytes")
-
-    def __init__(self) -> None:
-        self.objects: dict[ObjectId, None] = {}
-        #: Of all that was written, also of what is gone.
-        self.size_bytes = 0
-
-
-@final
-class _Batch:
-    """Objects that are being written to one file."""
-
-    __slots__ = ("objects", "size_bytes")
-
-    def __init__(self) -> None:
-        #: object id -> offset of its range, which belongs to the batch until the end of it.
-        self.objects: dict[ObjectId, int] = {}
-        self.size_bytes = 0
-
-
-@final
-class _Restore:
-    """An object that is being read back."""
-
-    __slots__ = ("object_id", "offset")
-
-    def __init__(self, object_id: ObjectId, offset: int) -> None:
-        self.object_id = object_id
-        self.offset = offset
 
 
 @final
@@ -165,14 +115,14 @@ class Store:
         self._places: dict[ObjectId, InFile] = {}
         #: Those of them that are on disk only.
         self._on_disk: dict[ObjectId, None] = {}
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, ValueFile] = {}
         self._disk_bytes = 0
         #: batch -> what is being written; object id -> the batch it is in, unless it was freed.
-        self._writing: dict[int, _Batch] = {}
+        self._writing: dict[int, SpillBatch] = {}
         self._leaving: dict[ObjectId, int] = {}
         self._leaving_bytes = 0
         #: restore -> what is being read; object id -> the restore, unless it was freed.
-        self._restores: dict[int, _Restore] = {}
+        self._restores: dict[int, Restoring] = {}
         self._returning: dict[ObjectId, int] = {}
         self._numbers = 0
         #: Clients that wait for room, first come first served.
@@ -192,7 +142,7 @@ class Store:
         self._doomed: dict[int, None] = {}
         #: Objects that stay in memory as long as they live.
         self._kept: dict[ObjectId, None] = {}
-        self._counts = _Counts()
+        self._counts = StoreCounts()
 
     # ---- ranges ----------------------------------------------------------------------------------
 
@@ -482,7 +432,7 @@ class Store:
         """
         allocator = self._state.allocator
         has_freed = False
-        batch = _Batch()
+        batch = SpillBatch()
         room = self._room_on_disk()
         while wanted > 0:
             object_id = self._least_recent(with_dirty=room > 0)
@@ -505,7 +455,7 @@ class Store:
             batch.size_bytes += size
             if batch.size_bytes >= self._state.config.min_spilling_size_bytes:
                 self._write(batch)
-                batch = _Batch()
+                batch = SpillBatch()
                 room = self._room_on_disk()
         if batch.objects:
             self._write(batch)
@@ -530,7 +480,7 @@ class Store:
         room = limit - self._disk_bytes - sum(b.size_bytes for b in self._writing.values())
         return max(0, room)
 
-    def _write(self, batch: _Batch) -> None:
+    def _write(self, batch: SpillBatch) -> None:
         self._numbers += 1
         number = self._numbers
         self._writing[number] = batch
@@ -594,7 +544,7 @@ class Store:
             )
             self._state.effects.append(Warn(text))
 
-    def _end_batch(self, number: int) -> _Batch:
+    def _end_batch(self, number: int) -> SpillBatch:
         batch = self._writing.pop(number)
         self._leaving_bytes -= batch.size_bytes
         self.attention = True
@@ -628,7 +578,7 @@ class Store:
         if offset is None:
             return False
         self._numbers += 1
-        self._restores[self._numbers] = _Restore(object_id, offset)
+        self._restores[self._numbers] = Restoring(object_id, offset)
         self._returning[object_id] = self._numbers
         self._state.effects.append(RestoreObject(self._numbers, value, offset))
         return True
@@ -682,7 +632,7 @@ class Store:
     def _add_place(self, object_id: ObjectId, place: InFile) -> None:
         file = self._files.get(place.path)
         if file is None:
-            file = self._files[place.path] = _File()
+            file = self._files[place.path] = ValueFile()
         file.objects[object_id] = None
         file.size_bytes += place.size_bytes
         self._disk_bytes += place.size_bytes
@@ -794,23 +744,3 @@ class Store:
             assert on_disk == (object_id in self._on_disk)
             assert on_disk != (object_id in self._ranges)
         assert all(object_id in self._places for object_id in self._on_disk)
-
-
-@final
-class _Counts:
-    """What `StoreStatistics` adds up."""
-
-    __slots__ = (
-        "mapped_bytes",
-        "restore_s",
-        "restored_bytes",
-        "restored_objects",
-        "spill_s",
-        "spilled_bytes",
-        "spilled_objects",
-    )
-
-    def __init__(self) -> None:
-        self.spilled_objects = self.spilled_bytes = 0
-        self.restored_objects = self.restored_bytes = self.mapped_bytes = 0
-        self.spill_s = self.restore_s = 0.0

@@ -24,7 +24,7 @@ from poolray import Pool
 from poolray.exceptions import ObjectLostError, ObjectStoreFullError, OutOfDiskError
 from poolray.local import session_folder, spilling
 from poolray.local.session_folder import SessionFolders, sweep
-from poolray.node.store import StoreStatistics
+from poolray.node.store_records import StoreStatistics
 from tests.integration.support import (
     DEADLINE_S,
     Gate,

@@ -11,7 +11,7 @@ from poolray.node.effects import (
     SpillObjects,
     Warn,
 )
-from poolray.node.store import StoreStatistics
+from poolray.node.store_records import StoreStatistics
 from poolray.protocol.client import (
     AllocateRange,
     CancelRequest,
