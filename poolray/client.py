@@ -1,24 +1,22 @@
 """The client: what a process that uses the API knows of its objects and functions.
 
-What: turns calls into messages to the node (submit, put, get, wait, references), counts the
-process's handles, maps the arena. It decides nothing.
+What: turns calls into messages to the node (submit, put, get, wait, references), maps the arena;
+what it holds is counted in `client_references.py`. It decides nothing.
 Who calls: `api.py`, `remote_function.py`; one per process, in drivers and in workers.
 May touch: the arena; the node through its `Link`.
-Invariants: the node counts this process once per object, from the first handle or view to the
-last; `counts` tells how many there are. Finalizers only append to `dropped`.
+Invariants: those of `client_references.py`; a message that names an object follows the one that
+tells the node of it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import pickle
 import sys
-import threading
 import traceback
 import types
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, final
 
@@ -26,6 +24,7 @@ import msgspec
 
 from poolray.client_functions import Definitions, level_of_caller
 from poolray.client_link import Link
+from poolray.client_references import References
 from poolray.client_values import load_from_disk, named, ready_to_raise
 from poolray.config import Config
 from poolray.exceptions import (
@@ -45,7 +44,6 @@ from poolray.ids import (
     PlacementGroupId,
     TaskId,
     TaskIdSource,
-    actor_of_handle,
     return_id,
 )
 from poolray.objects import object_ref
@@ -83,7 +81,7 @@ _NO_TASK = TaskId(b"")
 
 
 @final
-class Client:
+class Client(References):
     """One process's side of the client protocol."""
 
     def __init__(
@@ -96,6 +94,7 @@ class Client:
         is_worker: bool = False,
         tasks_group: GroupId = PLAIN_TASKS,
     ) -> None:
+        super().__init__()
         self.link = link
         #: The workers that run plain tasks and actors of this process.
         self.tasks_group = tasks_group
@@ -113,45 +112,13 @@ class Client:
         #: Writes large values instead of us, where the arena is another machine's.
         self.upload: Callable[[ObjectId, Serialized], InArena | InFile] | None = None
         self._serializer = serializer
-        #: Ids of handles and views that died; drained by the next call.
-        self._drops = _Dropped()
-        self.dropped: deque[ObjectId] = self._drops
         #: (task, items taken, items given) of generators' handles that died; drained by the next
         #: call.
         self.dropped_streams: deque[tuple[TaskId, int, int]] = deque()
         #: Makes somebody look at those soon: a generator may be waiting for its items to be taken.
         self.ring_for_streams: Callable[[], None] | None = None
-        #: object id -> small value that came with the item of a stream; while there are handles.
-        self.prefetched: dict[ObjectId, bytes] = {}
-        #: Objects that `wait` need not ask for: their values are there, and stay; while there are
-        #: handles.
-        self._ready: dict[ObjectId, None] = {}
-        #: Ids of views of memory that died; each is in `dropped` too.
-        self._unviewed: deque[ObjectId] = deque()
-        #: Guards the four fields below (handles are made and drained from any thread).
-        self._lock = threading.Lock()
-        #: object id -> handles and views in this process.
-        self._counts: dict[ObjectId, int] = {}
-        #: object id -> how many of these are views; behind by `_dropped_views`.
-        self._views: dict[ObjectId, int] = {}
-        self._dropped_views: deque[ObjectId] = deque()
-        #: Ids of handles made while unpickling, not counted yet: appended to without the lock, in
-        #: `object_ref.py`; counted before drops are.
-        self._adopted: deque[ObjectId] = deque()
-        #: Objects met while unpickling that the node does not count us for yet.
-        self._fresh: dict[ObjectId, None] = {}
-        #: Delivered objects whose views died before the node's count was taken over.
-        self._released_early: list[ObjectId] = []
-        #: Questions under way whose answers count us for an actor, and actors' handles that died
-        #: meanwhile: the node is told of these afterwards, unless they are ours again by then.
-        self._lookups = 0
-        self._postponed: list[ObjectId] = []
-        #: object id -> views of what tasks have brought that the node has not been told of.
-        self._fresh_views: dict[ObjectId, int] = {}
         #: Handles that went where nobody can follow: kept for good.
         self._pinned: dict[ObjectId, ObjectRef[Any]] = {}
-        #: Held from the taking of changes to their sending: the node hears of them in their order.
-        self._syncing = threading.Lock()
         self.definitions = Definitions(self)
 
     # ---- references ------------------------------------------------------------------------------
@@ -166,152 +133,15 @@ class Client:
         self._adopted.append(object_id)
         return make_ref(object_id, self)
 
-    def _count_adopted(self) -> None:
-        """Count handles that were made while unpickling; the caller holds the lock."""
-        adopted, counts, fresh = self._adopted, self._counts, self._fresh
-        while True:
-            try:
-                object_id = adopted.popleft()
-            except IndexError:
-                return
-            if object_id in counts:
-                counts[object_id] += 1
-            else:
-                counts[object_id] = 1
-                fresh[object_id] = None
-
-    def _count(self, object_id: ObjectId, is_view: bool = False) -> None:
-        with self._lock:
-            if is_view:
-                self._views[object_id] = self._views.get(object_id, 0) + 1
-            count = self._counts.get(object_id, 0)
-            self._counts[object_id] = count + 1
-            if count == 0:
-                self._fresh[object_id] = None
-
-    def forget_fresh(self, object_id: ObjectId) -> None:
-        """The node counts us for this object already (it was delivered to us)."""
-        with self._lock:
-            self._count_adopted()
-            if object_id in self._fresh:
-                del self._fresh[object_id]
-            else:
-                # Read and dropped within one call: nobody looks at it any more.
-                release = object_id not in self._counts
-                if release:
-                    self._released_early.append(object_id)
-
-    @contextlib.contextmanager
-    def looking_up(self) -> Iterator[None]:
-        """While the node is asked for an actor, with whose answer it counts us.
-
-        A handle to that actor may die meanwhile: told of it after its answer, the node would take
-        the one that it has just given for dead.
-        """
-        with self._syncing, self._lock:
-            self._lookups += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._lookups -= 1
-                again = []
-                if not self._lookups:
-                    again, self._postponed = self._postponed, []
-            for object_id in again:
-                self.dropped.append(object_id)
-
-    def ring_when_dropped(self, ring: Callable[[], None]) -> None:
-        """Call this when handles or views have died since the node was told last."""
-        self._drops.ring = ring
-
     def use_serializer(self, serializer: Serializer) -> None:
         """Serialize for other readers from now on."""
         self._serializer = serializer
-
-    def unview(self, object_id: ObjectId) -> None:
-        """This process was told where an object is, and will not look; safe in signal handlers."""
-        self._unviewed.append(object_id)
 
     def _let_go(self, values: Iterable[tuple[bytes | InArena | InFile, ObjectRef[Any]]]) -> None:
         """Nobody will look at these values, that the node has told us of."""
         near = [ref._id for value, ref in values if type(value) is InArena and not value.node_id]
         if near:
             self.link.send(UnpinObjects(object_ids=near))
-
-    def take_view_changes(self) -> tuple[list[ObjectId], list[ObjectId]]:
-        """Views that the node does not know of, and views that have died; once for each view."""
-        if not self._unviewed and not self._fresh_views:
-            return [], []
-        with self._lock:
-            fresh = self._fresh_views
-            dead: list[ObjectId] = []
-            while True:
-                try:
-                    object_id = self._unviewed.popleft()
-                except IndexError:
-                    break
-                # Views of one object are alike: whichever died, the node need not hear of both.
-                unknown = fresh.get(object_id, 0)
-                if unknown > 1:
-                    fresh[object_id] = unknown - 1
-                elif unknown == 1:
-                    del fresh[object_id]
-                else:
-                    dead.append(object_id)
-            added = [object_id for object_id, count in fresh.items() for _ in range(count)]
-            fresh.clear()
-        return added, dead
-
-    def take_reference_changes(self) -> tuple[list[ObjectId], list[ObjectId]]:
-        """Objects that this process holds since the last call, and those it no longer holds."""
-        if not self.dropped and not self._adopted and not self._fresh and not self._released_early:
-            return [], []
-        with self._lock:
-            self._forget_dropped_views()
-            counts, fresh, released = self._counts, self._fresh, self._released_early
-            self._released_early = []
-            dropped = list(_taken(self.dropped))
-            # After those, before they are counted: a handle is made before it is let go of.
-            self._count_adopted()
-            for object_id in dropped:
-                count = counts.get(object_id, 0) - 1
-                if count > 0:
-                    counts[object_id] = count
-                elif count == 0 and self._lookups and actor_of_handle(object_id) is not None:
-                    self._postponed.append(object_id)
-                elif count == 0:
-                    del counts[object_id]
-                    if self.prefetched:
-                        self.prefetched.pop(object_id, None)
-                    if self._ready:
-                        self._ready.pop(object_id, None)
-                    if object_id in fresh:
-                        del fresh[object_id]  # the node never knew
-                    else:
-                        released.append(object_id)
-            added = list(fresh)
-            fresh.clear()
-        return added, released
-
-    def _forget_dropped_views(self) -> None:
-        """Count views that have died; the caller holds the lock."""
-        views = self._views
-        while self._dropped_views:
-            object_id = self._dropped_views.popleft()
-            left = views.get(object_id, 0) - 1
-            if left > 0:
-                views[object_id] = left
-            else:
-                views.pop(object_id, None)
-
-    def viewed_only(self, object_ids: Iterable[ObjectId]) -> list[ObjectId]:
-        """Of these, the ones that this process has views of and no ref to."""
-        with self._lock:
-            self._forget_dropped_views()
-            self._count_adopted()
-            counts, views = self._counts, self._views
-            return [o for o in object_ids if o in views and views[o] >= counts.get(o, 0)]
 
     def sync_references(self) -> None:
         """Tell the node what changed."""
@@ -787,11 +617,6 @@ class Client:
             return found
         return self.link.wait(self._ids_of(refs), count, timeout_s)
 
-    def note_ready(self, object_ids: Iterable[ObjectId]) -> None:
-        """`wait` need not ask for these any more, as long as there are handles."""
-        with self._lock:
-            self._ready.update((o, None) for o in object_ids if o in self._counts)
-
     # ---- futures ---------------------------------------------------------------------------------
 
     def future_of(self, ref: ObjectRef[Any]) -> Future[Any]:
@@ -864,31 +689,6 @@ class Client:
     def install(self) -> None:
         """Unpickled handles belong to this client from now on."""
         object_ref.adopt_for(self, self._adopted)
-
-
-def _taken(notes: deque[ObjectId]) -> Iterator[ObjectId]:
-    """What finalizers have noted until now."""
-    while True:
-        try:
-            yield notes.popleft()
-        except IndexError:
-            return
-
-
-class _Dropped(deque[ObjectId]):
-    """Notes of finalizers; the first one after each draining rings a bell.
-
-    Memory is given back soon even if the program makes no further call.
-    """
-
-    #: Called when the first note is taken; must be safe in a finalizer.
-    ring: Callable[[], None] | None = None
-
-    def append(self, object_id: ObjectId, /) -> None:
-        """Take a note."""
-        super().append(object_id)
-        if self.ring is not None and len(self) == 1:
-            self.ring()
 
 
 def stale_ref_error(ref: ObjectRef[Any]) -> ValueError:

@@ -36,7 +36,10 @@ FLOORS = (
     Floor(("protocol",)),
     Floor(("tasks", "actors", "objects", "scheduling")),
     Floor(("node", "head")),
-    Floor(("client", "client_functions", "client_link", "client_values"), open_plan=True),
+    Floor(
+        ("client", "client_functions", "client_link", "client_references", "client_values"),
+        open_plan=True,
+    ),
     Floor(("runtime_env",)),
     Floor(("local", "cluster")),
     Floor(
