@@ -14,17 +14,21 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar, final
 
 import msgspec
 
 from poolray.cluster import places
 from poolray.cluster.options import Ready
 from poolray.exceptions import PoolrayError
+
+if TYPE_CHECKING:
+    from poolray.local.reactor import Reactor
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
@@ -114,3 +118,37 @@ def wait_readable(descriptors: list[int], timeout_s: float | None) -> list[int]:
         poller.register(descriptor, select.POLLIN)
     timeout_ms = None if timeout_s is None else max(0.0, timeout_s) * 1000.0
     return [descriptor for descriptor, _ in poller.poll(timeout_ms)]
+
+
+@final
+class Owner:
+    """Whoever started this daemon, and whose end is its end."""
+
+    def __init__(self, pid: int, reactor: Reactor, stop: Callable[[], None]) -> None:
+        self._descriptor = pidfd(pid)
+        self._reactor = reactor
+        self._stop = stop
+        if self._descriptor >= 0:
+            reactor.watch_other(self, self)  # type: ignore[arg-type]
+
+    def fileno(self) -> int:
+        """What to poll."""
+        return self._descriptor
+
+    def answer(self) -> None:
+        """It has ended."""
+        _logger.info("whoever started this daemon is gone: it ends")
+        self._reactor.unwatch_other(self)  # type: ignore[arg-type]
+        self._stop()
+
+
+def close_network_sockets() -> None:
+    """A fork server must not keep connections of the daemon open: peers see its end by theirs."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            duplicate = socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            continue  # no socket, or gone: it was the listing's own
+        with duplicate:
+            if duplicate.family in (socket.AF_INET, socket.AF_INET6):
+                os.close(int(name))

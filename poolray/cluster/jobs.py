@@ -17,7 +17,7 @@ import msgspec
 from poolray.cluster.sessions import Session
 from poolray.ids import GroupId, NodeId
 from poolray.protocol.cluster import JobStarted, News, Output
-from poolray.protocol.node import RegisterJob
+from poolray.protocol.node import ForwardedResults, RegisterJob
 
 _logger = logging.getLogger(__name__)
 
@@ -176,3 +176,19 @@ class Jobs:
                         info={"pid": str(session.hello.pid)},
                     )
                 )
+
+
+def groups_in(message: Any) -> list[GroupId]:
+    """Groups of workers that a message of a peer or of the head counts on."""
+    if type(message) is ForwardedResults:
+        return []  # (One of those that come once per call.)
+    found = [task_class.group_id for task_class in getattr(message, "classes", ())]
+    single = getattr(message, "task_class", None)
+    if single is not None:
+        found.append(single.group_id)
+    creation = getattr(getattr(message, "entry", None), "creation", None) or getattr(
+        message, "creation", None
+    )
+    if creation is not None:
+        found.append(creation.task_class.group_id)
+    return [group_id for group_id in dict.fromkeys(found) if group_id]

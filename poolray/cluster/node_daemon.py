@@ -21,7 +21,6 @@ import socket
 import sys
 import time
 from collections import deque
-from functools import partial
 from typing import Any, final
 
 import msgspec
@@ -31,12 +30,13 @@ from poolray.cluster import daemon, places
 from poolray.cluster.auth import Credentials
 from poolray.cluster.bulk import Bulk
 from poolray.cluster.head_daemon import HEAD_ID
-from poolray.cluster.jobs import Job, Jobs, group_of, job_of
+from poolray.cluster.jobs import Job, Jobs, group_of, groups_in, job_of
 from poolray.cluster.options import NodeOptions, Ready
 from poolray.cluster.remote_sessions import RemoteReception
 from poolray.cluster.sessions import DriverSession, Reception, Session
 from poolray.cluster.switch import OUTSIDE, Switch, split_address
 from poolray.cluster.transfer import ChunkStore
+from poolray.cluster.value_traffic import ValueTraffic
 from poolray.config import Config
 from poolray.exceptions import InternalError
 from poolray.ids import ClientId, GroupId, NodeId
@@ -47,20 +47,14 @@ from poolray.local.node_shell import SHELL, NodeShell, store_bytes
 from poolray.local.reactor import Waitable
 from poolray.local.workers import WorkerHost
 from poolray.node.effects import (
-    ExpectChunk,
-    ForgetChunks,
     GroupDrained,
     GroupFailed,
     Notice,
     Reply,
-    SealFile,
-    SendChunk,
-    SendCreation,
     SendHead,
     SendPeer,
     UnhandledError,
     Warn,
-    WriteChunk,
 )
 from poolray.node.peers import absorb
 from poolray.node.workers import GroupState
@@ -86,9 +80,8 @@ from poolray.protocol.cluster import (
     Welcome,
     Who,
 )
-from poolray.protocol.directory import JobEnded, LeaveCluster, NodeRow, StoreCreation
+from poolray.protocol.directory import JobEnded, LeaveCluster, NodeRow
 from poolray.protocol.node import (
-    ChunkData,
     ClientLeft,
     ClusterView,
     FinishJob,
@@ -133,27 +126,6 @@ class _Channel:
     def answer(self) -> None:
         """It may have something: `settle` looks."""
         self._daemon.on_socket_news(self._descriptor)
-
-
-@final
-class _Owner:
-    """Whoever started this daemon, and whose end is its end."""
-
-    def __init__(self, pid: int, daemon_: NodeDaemon) -> None:
-        self._descriptor = daemon.pidfd(pid)
-        self._daemon = daemon_
-        if self._descriptor >= 0:
-            daemon_.reactor.watch_other(self, self)  # type: ignore[arg-type]
-
-    def fileno(self) -> int:
-        """What to poll."""
-        return self._descriptor
-
-    def answer(self) -> None:
-        """It has ended."""
-        _logger.info("whoever started this daemon is gone: it ends")
-        self._daemon.reactor.unwatch_other(self)  # type: ignore[arg-type]
-        self._daemon.stop()
 
 
 @final
@@ -203,16 +175,6 @@ class NodeDaemon(NodeShell):
         self._decode_request = msgspec.msgpack.Decoder(HeadRequest).decode
         self._decode_head = msgspec.msgpack.Decoder(HeadMessage).decode
         self._chunks = ChunkStore(self.arena, self._path_of)
-        self._act.update(
-            {
-                SendChunk: self._act_send_chunk,
-                SendCreation: self._act_send_creation,
-                ExpectChunk: self._act_expect_chunk,
-                ForgetChunks: self._act_forget_chunks,
-                WriteChunk: self._act_write_chunk,
-                SealFile: self._act_seal_file,
-            }
-        )
         self._switch = Switch(
             own_id=self.node_id,
             session=time.time_ns(),
@@ -240,10 +202,20 @@ class NodeDaemon(NodeShell):
             tell=self.send_peer,
             wake=self.reactor.wake,
         )
+        self._traffic = ValueTraffic(
+            bulk=self._bulk,
+            chunks=self._chunks,
+            send_peer=self.send_peer,
+            send_head=self._send_head,
+            in_thread=self._spill_threads.start,
+        )
+        self._act.update(self._traffic.acts)
         self._reception = Reception(
             self, places.socket_name("node", options.temp_dir, options.head_address)
         )
-        self._owner = _Owner(options.owner_pid, self) if options.owner_pid else None
+        self._owner = (
+            daemon.Owner(options.owner_pid, self.reactor, self.stop) if options.owner_pid else None
+        )
         process_state.on_fork_in_child(self._abandon)
         self._switch.connect(HEAD_ID, *split_address(options.head_address))
         self._head_heard_s = time.monotonic()
@@ -295,7 +267,7 @@ class NodeDaemon(NodeShell):
         self._abandon_shell()
         self._bulk.abandon()
         self._switch.abandon()
-        _close_network_sockets()
+        daemon.close_network_sockets()
 
     def _end_groups(self) -> None:
         for handle in list(self._groups.values()):
@@ -327,7 +299,7 @@ class NodeDaemon(NodeShell):
 
     def on_server_news(self, host: Any) -> None:
         """A channel has something: a fork server's, a driver's, or the network's."""
-        if isinstance(host, (DriverSession, Reception, _Channel, _Owner)):
+        if isinstance(host, (DriverSession, Reception, _Channel, daemon.Owner)):
             host.answer()
         else:
             super().on_server_news(host)
@@ -392,7 +364,7 @@ class NodeDaemon(NodeShell):
         """Files and chunks that threads are done with."""
         told, instead = self._bulk.settle()
         for effect in instead:
-            self._send_by_link(effect)
+            self._traffic.send_by_link(effect)
         with self.guard:
             while self._spill_news:
                 self.feed(SHELL, self._spill_news.popleft())
@@ -423,7 +395,7 @@ class NodeDaemon(NodeShell):
         now = time.monotonic()
         self._switch.tick(now)
         for effect in self._bulk.tick(now):
-            self._send_by_link(effect)
+            self._traffic.send_by_link(effect)
         self._outside.tick(now)
         self.is_switch_due = self._looks_everywhere = True
         super().tick()
@@ -497,48 +469,6 @@ class NodeDaemon(NodeShell):
             opened, self._open = self._open, {}
         for node_id, message in opened.items():
             self._switch.send(node_id, self._encode(message))
-
-    def _act_send_chunk(self, effect: SendChunk) -> None:
-        if not self._bulk.send(effect):
-            self._send_by_link(effect)
-
-    def _act_expect_chunk(self, effect: ExpectChunk) -> None:
-        self._bulk.expect(effect)
-
-    def _act_forget_chunks(self, effect: ForgetChunks) -> None:
-        self._bulk.forget(effect)
-
-    def _send_by_link(self, effect: SendChunk) -> None:
-        data = self._chunks.read(effect.place, effect.offset, effect.size_bytes)
-        chunk = ChunkData(
-            object_id=effect.object_id,
-            offset=effect.offset,
-            data=b"" if data is None else data,  # type: ignore[arg-type]
-            missing=data is None,
-            number=effect.number,
-        )
-        self.send_peer(effect.node_id, chunk)
-
-    def _act_send_creation(self, effect: SendCreation) -> None:
-        parts = []
-        for part in effect.creation.parts:
-            value = part.value
-            if not isinstance(value, bytes):
-                data = self._chunks.read(value, 0, value.size_bytes)
-                if data is None:
-                    return  # the log says why
-                value = bytes(data)
-            parts.append(msgspec.structs.replace(part, value=value))
-        creation = msgspec.structs.replace(effect.creation, parts=parts)
-        self._send_head(StoreCreation(actor_id=effect.actor_id, creation=creation))
-
-    def _act_write_chunk(self, effect: WriteChunk) -> None:
-        self._chunks.write(effect.offset, effect.file_number, effect.data)
-
-    def _act_seal_file(self, effect: SealFile) -> None:
-        # (It reads all of the file, for its checksum.)
-        seal = partial(self._chunks.seal, effect.file_number, effect.object_id, effect.size_bytes)
-        self._spill_threads.start(seal)
 
     def _path_of(self, file_number: int) -> str:
         granted = RangeGranted(request_id=0, offset=-1, file_number=file_number)
@@ -769,7 +699,7 @@ class NodeDaemon(NodeShell):
             self.jobs.on_news(message)
         elif isinstance(message, (OpenBulk, BulkPort, CloseBulk)):
             for effect in self._bulk.on_message(NodeId(peer), message):
-                self._send_by_link(effect)
+                self._traffic.send_by_link(effect)
         else:
             self._feed_remote(peer, message)
 
@@ -836,34 +766,6 @@ class NodeDaemon(NodeShell):
             )
             for view in self._views.values()
         ]
-
-
-def groups_in(message: Any) -> list[GroupId]:
-    """Groups of workers that a message of a peer or of the head counts on."""
-    if type(message) is ForwardedResults:
-        return []  # (One of those that come once per call.)
-    found = [task_class.group_id for task_class in getattr(message, "classes", ())]
-    single = getattr(message, "task_class", None)
-    if single is not None:
-        found.append(single.group_id)
-    creation = getattr(getattr(message, "entry", None), "creation", None) or getattr(
-        message, "creation", None
-    )
-    if creation is not None:
-        found.append(creation.task_class.group_id)
-    return [group_id for group_id in dict.fromkeys(found) if group_id]
-
-
-def _close_network_sockets() -> None:
-    """A fork server must not keep connections of the daemon open: peers see its end by theirs."""
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            duplicate = socket.socket(fileno=os.dup(int(name)))
-        except OSError:
-            continue  # no socket, or gone: it was the listing's own
-        with duplicate:
-            if duplicate.family in (socket.AF_INET, socket.AF_INET6):
-                os.close(int(name))
 
 
 def main() -> int:
