@@ -557,15 +557,11 @@ class Client(References):
             if None not in values:  # nothing to wait for; what was dropped is told at a later call
                 return [deserialize(value, writable) for value in values if value is not None]
         self.sync_references()
-        reply = self.link.get(self._ids_of(refs), timeout_s)
-        if reply is None:
-            raise GetTimeoutError("Get timed out: some object(s) not ready.")
-        if reply.errors:
-            first = reply.errors[0]
-            pairs = zip(reply.values, refs, strict=True)
-            self._let_go(pair for index, pair in enumerate(pairs) if index != first)
-            raise self.load_error(named(reply.values[first], refs[first]._id))
-        pairs = zip(reply.values, refs, strict=True)
+        object_ids = self._ids_of(refs)
+        found: Sequence[bytes | InArena | InFile] | None = self.link.peek(object_ids)
+        if found is None:
+            found = self._await_values(object_ids, refs, timeout_s)
+        pairs = zip(found, refs, strict=True)
         try:
             return [
                 deserialize(value, writable)
@@ -581,6 +577,20 @@ class Client(References):
                 f"System error: a value could not be loaded: {type(error).__name__}: {error}\n"
                 f"traceback: {traceback.format_exc()}"
             ) from error
+
+    def _await_values(
+        self, object_ids: list[ObjectId], refs: Sequence[ObjectRef[Any]], timeout_s: float | None
+    ) -> list[bytes | InArena | InFile]:
+        """Where values are, once all are ready; raises the first error that arrives."""
+        reply = self.link.get(object_ids, timeout_s)
+        if reply is None:
+            raise GetTimeoutError("Get timed out: some object(s) not ready.")
+        if reply.errors:
+            first = reply.errors[0]
+            pairs = zip(reply.values, refs, strict=True)
+            self._let_go(pair for index, pair in enumerate(pairs) if index != first)
+            raise self.load_error(named(reply.values[first], refs[first]._id))
+        return reply.values
 
     def _load_as(self, value: bytes | InArena | InFile, object_id: ObjectId, writable: bool) -> Any:
         """Load under the name by which we hold it (a copy of a remote object has two)."""

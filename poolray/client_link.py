@@ -28,6 +28,9 @@ class Link(Protocol):
     def send(self, message: Any) -> None:
         """Tell the node something; it keeps the order."""
 
+    def peek(self, object_ids: list[ObjectId]) -> list[bytes] | None:
+        """Values that are ready and small; None: some are not, or only `get` can tell."""
+
     def get(self, object_ids: list[ObjectId], timeout_s: float | None) -> ObjectValues | None:
         """Values once all are ready or one has failed; None when the time is up."""
 

@@ -329,9 +329,9 @@ def is_initialized() -> bool:
 def _is_up() -> bool:
     """Whether this process's client is of use."""
     return (
-        process_state.is_worker()
+        local_runtime.current() is not None  # first: there it matters how long this takes
+        or process_state.is_worker()
         or cluster_connection.runtime() is not None
-        or local_runtime.current() is not None
     )
 
 

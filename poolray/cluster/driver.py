@@ -362,6 +362,10 @@ class DriverRuntime:
         if self._requests.pop(request_id, None) is not None and not self._lost:
             self.send(CancelRequest(request_id=request_id))
 
+    def peek(self, object_ids: list[ObjectId]) -> list[bytes] | None:
+        """None: the node is in another process (`Link`)."""
+        return None
+
     def get(self, object_ids: list[ObjectId], timeout_s: float | None) -> ObjectValues | None:
         """Values once all are ready or one has failed; None when the time is up."""
         request, request_id = self._open()

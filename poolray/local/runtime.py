@@ -355,6 +355,11 @@ class LocalRuntime(NodeShell):
             self._submissions = 0
             self.reactor.pump()
 
+    def peek(self, object_ids: list[ObjectId]) -> list[bytes] | None:
+        """Values that are ready and small; None: ask with `get` (`Link`)."""
+        with self.guard.lock:
+            return self.node.small_values(object_ids)
+
     def get(self, object_ids: list[ObjectId], timeout_s: float | None) -> ObjectValues | None:
         """Values once all are ready or one has failed; None when the time is up."""
         request = _Request()

@@ -149,6 +149,10 @@ class WorkerLink:
             return False  # the channel is full, or the driver is gone
         return True
 
+    def peek(self, object_ids: list[ObjectId]) -> list[bytes] | None:
+        """None: the node is in another process (`Link`)."""
+        return None
+
     def get(self, object_ids: list[ObjectId], timeout_s: float | None) -> ObjectValues | None:
         """Values once all are ready or one has failed; None when the time is up."""
         request_id = self._open()

@@ -21,7 +21,7 @@ import msgspec
 
 from poolray.config import Config
 from poolray.exceptions import InternalError, PoolrayError
-from poolray.ids import ClientId, GroupId, NodeId, TaskId, WorkerId
+from poolray.ids import ClientId, GroupId, NodeId, ObjectId, TaskId, WorkerId
 from poolray.node.borrowing import client_of
 from poolray.node.effects import Effect, SendHead, Warn
 from poolray.node.inquiries import Inquiries
@@ -733,6 +733,10 @@ class Node:
     def statistics(self) -> NodeStatistics:
         """A snapshot of the tables."""
         return statistics_of(self.state, self._parts)
+
+    def small_values(self, object_ids: list[ObjectId]) -> list[bytes] | None:
+        """Values, if all of them are ready and small and none is an error; changes nothing."""
+        return self._objects.small_values(object_ids)
 
     def memory_table(self, pid: int, limit: int | None = None) -> MemoryTable:
         """Which objects there are, where, and who holds them; `pid` is the node's own process."""

@@ -160,6 +160,12 @@ class Objects:
         record = self._state.objects.get(message.object_id)
         if record is None:
             record = self._state.objects[message.object_id] = ObjectRecord()
+            if type(message.value) is bytes and not message.contained and not self.sourced:
+                # Nobody waits for it yet, and it is nowhere else: nearly always so.
+                client.held[message.object_id] = None
+                record.holders = 1
+                record.seal(message.value, False, message.contained)
+                return
         if message.object_id not in client.held:
             client.held[message.object_id] = None
             record.holders += 1
@@ -183,6 +189,22 @@ class Objects:
         request = Request(client_id, message.request_id, object_ids, 0, True)
         request.has_restored = bool(restoring)
         self._await(request, pending or restoring, len(pending or restoring))
+
+    def small_values(self, object_ids: list[ObjectId]) -> list[bytes] | None:
+        """Values, if all of them are ready and small and none is an error; changes nothing."""
+        objects = self._state.objects
+        values: list[bytes] = []
+        # The last one first: of many tasks it is the likeliest to be missing.
+        for object_id in reversed(object_ids):
+            record = objects.get(object_id)
+            if record is None or record.state is not READY or record.is_error:
+                return None
+            value = record.value
+            if type(value) is not bytes:
+                return None
+            values.append(value)
+        values.reverse()
+        return values
 
     def on_wait(self, client_id: ClientId, message: WaitObjects) -> None:
         """Answer with the ready ones once there are enough."""

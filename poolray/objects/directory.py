@@ -109,10 +109,10 @@ class ObjectRecord:
         """The value is there."""
         if self.state is READY:
             raise IllegalTransition(what="object", state="READY", event="seal")
-        self.state = READY
         self.value = value
         self.is_error = is_error
         self.contained = contained
+        self.state = READY
 
     def lose(self) -> None:
         """The value is gone and will be made again."""

@@ -246,6 +246,10 @@ class Serializer:
         an array that plain pickle would copy tried with it first.
         """
         kind = type(value)
+        if kind in _SCALARS:
+            data = pickle.dumps(value, 5)
+            if len(data) <= OUT_OF_BAND_MIN_BYTES:
+                return data
         if (kind is bytes or kind is bytearray) and len(value) > OUT_OF_BAND_MIN_BYTES:  # type: ignore[arg-type]
             return self.dumps(reducers.Flat(value))  # type: ignore[arg-type]
         if kind.__module__ in _ARRAY_MODULES and not _registered:
