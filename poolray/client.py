@@ -78,6 +78,11 @@ _REF = ObjectRef
 #: Refs that a `wait` looks at before it looks at all.
 _WAIT_BLOCK = 64
 _NO_TASK = TaskId(b"")
+#: Most tasks name no objects; these lists are shared and never changed.
+_NO_IDS: list[ObjectId] = []
+_NO_SLOTS: list[int | str] = []
+#: Handles that have died of which the node may be told after the next task that is submitted.
+_DROPS_MAX = 8
 
 
 @final
@@ -264,15 +269,18 @@ class Client(References):
         ValueError
             A function among the arguments captures more than `Config.function_max_bytes`.
         """
-        if self.dropped or self._adopted or self._fresh:
+        # (What was let go of can be told later: in a `get`, while the task runs already.)
+        if self._adopted or self._fresh or len(self.dropped) > _DROPS_MAX:
             self.sync_references()
-        dependencies: list[ObjectId] = []
-        slots: list[int | str] = []
+        dependencies, slots = _NO_IDS, _NO_SLOTS
         for value in args:
             if type(value) is _REF:
+                dependencies, slots = [], []
                 args = self._take_refs(args, dependencies, slots)
                 break
         if kwargs:
+            if dependencies is _NO_IDS:
+                dependencies, slots = [], []
             kwargs = self._take_keyword_refs(kwargs, dependencies, slots)
         try:
             data = self._serializer.dumps_call(args, kwargs)
@@ -280,14 +288,22 @@ class Client(References):
             raise self._argument_error(task_class.name, args, kwargs, error) from error
         if type(data) is not bytes or len(data) > self.config.function_warn_bytes:
             self.definitions.check_captured(task_class.name, data, args, kwargs, self._serializer)
-        self.link.enter()
+        link = self.link
+        link.enter()
         try:
-            payload, borrows, temporary = self._payload(data)
+            payload: bytes | InArena | InFile
+            if type(data) is bytes and len(data) <= self.config.inline_max_bytes:
+                payload, borrows, temporary = data, _NO_IDS, None
+            else:
+                payload, borrows, temporary = self._payload(data)
             ids = self.task_ids
             task_id = ids.next_task_id() if actor_id is None else ids.next_call_id()
-            refs = [self.own(return_id(task_id, i)) for i in range(task_class.num_returns)]
+            if task_class.num_returns == 1:
+                refs = [self.own(return_id(task_id, 0))]
+            else:
+                refs = [self.own(return_id(task_id, i)) for i in range(task_class.num_returns)]
             if stream is not None:
-                self.link.send(msgspec.structs.replace(stream, task_id=task_id))
+                link.send(msgspec.structs.replace(stream, task_id=task_id))
             spec = TaskSpec(
                 task_id=task_id,
                 class_id=task_class.class_id,
@@ -297,7 +313,7 @@ class Client(References):
                 borrows=borrows,
                 parent=(self.current_task and self.current_task()) or _NO_TASK,
             )
-            self.link.send(
+            link.submit(
                 SubmitTasks(tasks=[spec])
                 if actor_id is None
                 else CallActor(actor_id=actor_id, task=spec)
@@ -307,9 +323,9 @@ class Client(References):
                 if temporary is not None:
                     self._note_call_site([temporary], "(task argument)")
             if temporary is not None:
-                self.link.send(ReleaseReferences(object_ids=[temporary]))
+                link.send(ReleaseReferences(object_ids=[temporary]))
         finally:
-            self.link.leave()
+            link.leave()
         return refs
 
     def _take_refs(
@@ -389,6 +405,8 @@ class Client(References):
         borrows = self._inner_refs(data)
         if size <= self.config.inline_max_bytes:
             return (data if isinstance(data, bytes) else data.to_bytes()), borrows, None
+        if self.dropped:
+            self.sync_references()  # it needs the room of what was let go of
         object_id = self.next_object_id()
         value = self.store(object_id, data)
         self.link.send(PutObject(object_id=object_id, value=value))

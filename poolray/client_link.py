@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from poolray.ids import ObjectId
-from poolray.protocol.client import ObjectValues, RangeGranted
+from poolray.protocol.actors import CallActor
+from poolray.protocol.client import ObjectValues, RangeGranted, SubmitTasks
 from poolray.protocol.state import StateKind, StateRow
 
 
@@ -27,6 +28,9 @@ class Link(Protocol):
 
     def send(self, message: Any) -> None:
         """Tell the node something; it keeps the order."""
+
+    def submit(self, message: SubmitTasks | CallActor) -> None:
+        """The same for tasks and calls, which may be told together with others."""
 
     def peek(self, object_ids: list[ObjectId]) -> list[bytes] | None:
         """Values that are ready and small; None: some are not, or only `get` can tell."""

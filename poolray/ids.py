@@ -104,8 +104,9 @@ class TaskIdSource:
 
     def next_task_id(self) -> TaskId:
         """A new task id; safe from any thread."""
-        return TaskId(self._prefix + next(self._counter).to_bytes(8, "big"))
+        return self._prefix + next(self._counter).to_bytes(8, "big")  # type: ignore[return-value]
 
     def next_call_id(self) -> TaskId:
         """The same for a call of an actor."""
-        return TaskId(self._prefix + (next(self._counter) | _CALL_BIT).to_bytes(8, "big"))
+        number = next(self._counter) | _CALL_BIT
+        return self._prefix + number.to_bytes(8, "big")  # type: ignore[return-value]

@@ -362,6 +362,10 @@ class DriverRuntime:
         if self._requests.pop(request_id, None) is not None and not self._lost:
             self.send(CancelRequest(request_id=request_id))
 
+    def submit(self, message: SubmitTasks | CallActor) -> None:
+        """The same (`Link`)."""
+        self.send(message)
+
     def peek(self, object_ids: list[ObjectId]) -> list[bytes] | None:
         """None: the node is in another process (`Link`)."""
         return None

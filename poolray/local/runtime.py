@@ -49,7 +49,6 @@ from poolray.node.effects import (
     Warn,
 )
 from poolray.objects.serialization import Serializer
-from poolray.protocol.actors import CallActor
 from poolray.protocol.client import (
     AllocateRange,
     CallResults,
@@ -308,16 +307,16 @@ class LocalRuntime(NodeShell):
             self.feed(_LOCAL, message)
 
     def submit(self, message: Submission) -> None:
-        """Tasks of this process: send at once what workers have room for.
+        """Tasks of this process (`Link`): send at once what workers have room for.
 
         Where they have none, calls are collected: the machine takes many in less time than one by
         one. Whatever gives a worker room is a message, and takes them along.
         """
-        would_queue = self.node.would_queue
-        if would_queue(message):
-            self._behind.append(message)
-            # (Another thread may have made room between the question and this line.)
-            if would_queue(message) and len(self._behind) < _BEHIND_MAX:
+        behind, would_queue = self._behind, self.node.would_queue
+        if behind or would_queue(message):
+            behind.append(message)
+            # (Asked after that line: until then another thread may make room, and not see it.)
+            if would_queue(message) and len(behind) < _BEHIND_MAX:
                 self._submissions += 1
                 if self._submissions >= _PUMP_EVERY:
                     self._submissions = 0
@@ -506,9 +505,6 @@ class LocalRuntime(NodeShell):
 
     def send(self, message: Any) -> None:
         """Tell the node something (`Link`)."""
-        if type(message) is SubmitTasks or type(message) is CallActor:
-            self.submit(message)
-            return
         self.tell(message)
         if type(message) is CancelTask:
             self.settle_now()  # some may wait for what is now an error

@@ -33,13 +33,14 @@ from poolray.local.channel import SpinningReader
 from poolray.local.reactor import Doorbell
 from poolray.objects.serialization import Serialized, Serializer
 from poolray.objects.shared_memory import Arena
-from poolray.protocol.actors import ActorReply, CallCount, NamedActors
+from poolray.protocol.actors import ActorReply, CallActor, CallCount, NamedActors
 from poolray.protocol.client import (
     AllocateRange,
     CancelRequest,
     GetObjects,
     ObjectValues,
     RangeGranted,
+    SubmitTasks,
     WaitObjects,
     WaitReply,
 )
@@ -148,6 +149,10 @@ class WorkerLink:
         except OSError:
             return False  # the channel is full, or the driver is gone
         return True
+
+    def submit(self, message: SubmitTasks | CallActor) -> None:
+        """The same (`Link`)."""
+        self.send(message)
 
     def peek(self, object_ids: list[ObjectId]) -> list[bytes] | None:
         """None: the node is in another process (`Link`)."""

@@ -87,6 +87,10 @@ class ActorCalls:
                 self._tasks.inputs.take(record, spec)
             if spec.parent:
                 self._tasks.cancellation.adopt(spec.parent, task_id)
+            actor = touched.get(message.actor_id)
+            if actor is not None:  # where it is has not changed since the call before
+                self._enter(actor, record)
+                continue
             actor = self._admit(record)
             if actor is not None:
                 touched[record.actor_id] = actor
@@ -124,7 +128,7 @@ class ActorCalls:
         actor = self._actors.actors.get(actor_id)
         if actor is None or actor.worker is None:
             return False
-        if actor.is_serial:
+        if actor.message.serial:
             return len(actor.packets) >= self._state.config.packets_per_worker_max
         return len(actor.lanes) == 1 and actor.lane.sent >= actor.lane.limit
 
@@ -234,7 +238,8 @@ class ActorCalls:
 
     def _count_out(self, actor: Actor, record: TaskRecord) -> None:
         actor.unmark_sent(record)
-        self._unpin(actor, record)
+        if actor.pins:
+            self._unpin(actor, record)
         actor.unfinished -= 1
         if actor.message.counted:
             left = actor.calls_by_caller.get(record.client_id, 0) - 1

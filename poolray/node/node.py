@@ -698,10 +698,9 @@ class Node:
 
         Then they may be told together with others, before the next message of any kind.
         """
-        if isinstance(message, CallActor):
-            spec = message.task
-            return not spec.dependencies and self._actors.calls.is_full(message.actor_id)
-        (spec,) = message.tasks
+        if type(message) is CallActor:
+            return self._actors.calls.is_full(message.actor_id) and not message.task.dependencies
+        (spec,) = message.tasks  # type: ignore[union-attr]
         queue = self.state.classes.get(spec.class_id)
         return (
             queue is not None
