@@ -31,6 +31,7 @@ from poolray.actor_options import (
     check_actor_options,
     check_method_options,
     check_names,
+    check_together,
     method,
 )
 from poolray.client import Client
@@ -38,7 +39,7 @@ from poolray.exceptions import (
     ActorAlreadyExistsError,
     PendingCallsLimitExceeded,
 )
-from poolray.generators import submit_stream
+from poolray.generators import check_generates, submit_stream
 from poolray.ids import ActorId, ClassId, handle_of
 from poolray.local import process_state
 from poolray.local.actor_worker import ActorExit, has_coroutines
@@ -165,7 +166,13 @@ class ActorMethod:
                     f"Invalid option {name} for methods of actors. Valid ones are "
                     f"{list(CALL_OPTIONS)}."
                 )
+        if "_num_objects_per_yield" in options:
+            raise ValueError(
+                "_num_objects_per_yield cannot be overridden per actor method call. Use "
+                "@ray.method(_num_objects_per_yield=...) instead."
+            )
         check_method_options(options)
+        check_generates(self._face.method.generates, options.get("num_returns"))
         made = CallOptions(
             name=options.get("name") or "",
             num_returns=options.get("num_returns"),
@@ -374,10 +381,12 @@ class ActorClass(Generic[C]):
         >>> poolray.get(poolray.get_actor("store").ping.remote())
         'here'
         """
-        check_actor_options(options)
         if "concurrency_groups" in options:
             raise ValueError("Setting 'concurrency_groups' is not supported in '.options()'.")
-        made: ActorClass[C] = ActorClass(self._class, {**self._options, **options})
+        check_actor_options(options)
+        merged = {**self._options, **options}
+        check_together(merged)
+        made: ActorClass[C] = ActorClass(self._class, merged)
         made._export = self._export
         return OptionedClass(made, options)
 
@@ -416,12 +425,12 @@ class ActorClass(Generic[C]):
         description = Description(
             class_name=self._class.__name__,
             methods=self._methods,
-            max_task_retries=options.get("max_task_retries") or 0,
-            max_pending_calls=-1 if pending_max is None else pending_max,
+            max_task_retries=int(options.get("max_task_retries") or 0),
+            max_pending_calls=-1 if pending_max is None else int(pending_max),
             groups=list(groups),
             backpressure=max(0, options.get("_actor_generator_backpressure_num_objects") or 0),
         )
-        concurrency = options.get("max_concurrency") or (
+        concurrency = int(options.get("max_concurrency") or 0) or (
             _ASYNC_CONCURRENCY if self._is_async else 1
         )
         setup = ActorSetup(
@@ -442,7 +451,7 @@ class ActorClass(Generic[C]):
             setup,
             get_if_exists=bool(options.get("get_if_exists")),
             detached=options.get("lifetime") == "detached",
-            max_restarts=options.get("max_restarts") or 0,
+            max_restarts=int(options.get("max_restarts") or 0),
             ordered=is_serial and not options.get("allow_out_of_order_execution"),
             counted=description.max_pending_calls > 0,
             serial=is_serial,
@@ -476,7 +485,7 @@ class ActorClass(Generic[C]):
                 resources=demand,
                 placed_with=placed_with,
                 group_id=client.tasks_group,
-                max_retries=options.get("max_restarts") or 0,
+                max_retries=int(options.get("max_restarts") or 0),
                 placement=make_placement(
                     options, demand | placed_with, class_name, client.captured
                 ),
@@ -528,6 +537,7 @@ def make_actor_class(actor_class: type[C], options: Mapping[str, Any]) -> ActorC
         An option that actors do not have, or a bad value.
     """
     check_actor_options(options)
+    check_together(options)
     return ActorClass(actor_class, options)
 
 

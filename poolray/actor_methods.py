@@ -16,7 +16,7 @@ from typing import Any, cast, final
 
 import msgspec
 
-from poolray.actor_options import OPTIONS_ATTRIBUTE
+from poolray.actor_options import OPTIONS_ATTRIBUTE, generates
 from poolray.client import Client
 from poolray.generators import check_mode, stream_mode
 from poolray.ids import ClassId, FunctionId, GroupId
@@ -46,6 +46,7 @@ class Method(msgspec.Struct, frozen=True, array_like=True):
     generates: bool = False  #: it is a generator
     stream: int = 0  #: a `StreamMode`: what becomes of what it yields
     backpressure: int = 0  #: items that may wait to be taken; 0: any number
+    per_yield: int = 1  #: items in what it yields at once
 
 
 class Description(msgspec.Struct, frozen=True, array_like=True):
@@ -149,7 +150,7 @@ class ActorFace:
         backpressure = method.backpressure if options.backpressure is None else options.backpressure
         if options.num_returns is not None:
             check_mode(method.generates, options.num_returns, options.backpressure)
-            count = options.num_returns if isinstance(options.num_returns, int) else 1
+            count = int(options.num_returns) if isinstance(options.num_returns, int) else 1
             mode = stream_mode(method.generates, options.num_returns)
         made = TaskClass(
             class_id=ClassId(b""),
@@ -158,13 +159,14 @@ class ActorFace:
             kind=CallKind.METHOD,
             num_returns=count,
             group_id=group_id,
-            max_retries=self.description.max_task_retries if retries is None else retries,
+            max_retries=self.description.max_task_retries if retries is None else int(retries),
             retry_exceptions=options.retry_exceptions or method.retry_exceptions,
             method=method.name,
             concurrency_group=self._group_of(method, options),
             stream=mode,
             backpressure=max(0, backpressure),
             actor_backpressure=self.description.backpressure,
+            per_yield=method.per_yield,
         )
         return identified(made)
 
@@ -225,19 +227,20 @@ def methods_of(actor_class: type) -> list[Method]:
         options = getattr(member, OPTIONS_ATTRIBUTE, {})
         count = options.get("num_returns")
         backpressure = options.get("_generator_backpressure_num_objects")
-        generates = inspect.isgeneratorfunction(member) or inspect.isasyncgenfunction(member)
-        check_mode(generates, count, backpressure)
+        is_generator = generates(member)
+        check_mode(is_generator, count, backpressure)
         found.append(
             Method(
                 name=name,
                 parameters=_parameters_of(member, skip=0 if bound else 1),
-                num_returns=count if isinstance(count, int) else 1,
+                num_returns=int(count) if isinstance(count, int) else 1,
                 max_retries=options.get("max_task_retries"),
                 retry_exceptions=retry_spec(options.get("retry_exceptions") or False),
                 concurrency_group=options.get("concurrency_group") or "",
-                generates=generates,
-                stream=stream_mode(generates, count),
+                generates=is_generator,
+                stream=stream_mode(is_generator, count),
                 backpressure=max(0, backpressure or 0),
+                per_yield=int(options.get("_num_objects_per_yield") or 1),
             )
         )
     return found

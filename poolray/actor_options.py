@@ -8,10 +8,12 @@ Invariants: an option is carried out or refused, never ignored.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, overload
 
 from poolray.exceptions import NotSupportedError
+from poolray.generators import check_generates
 from poolray.remote_function import check_options
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -65,10 +67,7 @@ _METHOD_OPTIONS = (
 )
 #: The same for one call; it may have a name.
 CALL_OPTIONS = ("name", *_METHOD_OPTIONS)
-_METHODS_NOT_YET = (
-    "_num_objects_per_yield",
-    "tensor_transport",
-)
+_METHODS_NOT_YET = ("tensor_transport",)
 #: Where `method` leaves its options.
 OPTIONS_ATTRIBUTE = "__ray_method_options__"
 
@@ -89,7 +88,10 @@ def check_actor_options(options: Mapping[str, Any]) -> None:
         if name in _COMMON:
             if name == "object_store_memory":
                 if value is not None:
-                    raise NotSupportedError("object_store_memory is not supported for actors.")
+                    raise NotSupportedError(
+                        "object_store_memory is not supported for actors: it would reserve "
+                        "nothing. The store spills to disk when it is full."
+                    )
             else:
                 check_options({name: value})
             continue
@@ -155,13 +157,16 @@ def _check_groups(groups: Any) -> None:
 
 
 def check_names(options: Mapping[str, Any]) -> None:
-    """What is only known to be wrong once all options are there."""
-    name, namespace = options.get("name"), options.get("namespace")
-    if name == "":
+    """Names that no actor can have; found when one is made, as in the reference."""
+    if options.get("name") == "":
         raise ValueError("Actor name cannot be an empty string.")
-    if namespace == "":
+    if options.get("namespace") == "":
         raise ValueError('"" is not a valid namespace. Pass None to not specify a namespace.')
-    if options.get("get_if_exists") and name is None:
+
+
+def check_together(options: Mapping[str, Any]) -> None:
+    """What is only known to be wrong beside the other options."""
+    if options.get("get_if_exists") and not options.get("name"):
         raise ValueError("The actor name must be specified to use `get_if_exists`.")
 
 
@@ -178,6 +183,7 @@ def method(
     retry_exceptions: bool | list[type[BaseException]] | None = None,
     enable_task_events: bool = True,
     _generator_backpressure_num_objects: int | None = None,
+    _num_objects_per_yield: int | None = None,
 ) -> Callable[[F], F]: ...
 
 
@@ -197,9 +203,13 @@ def method(*args: Any, **options: Any) -> Any:
         Whether, or for which exceptions, what the method raises is tried again too.
     _generator_backpressure_num_objects : int
         Items of a generator that may wait to be taken; then it pauses. -1: any number.
+    _num_objects_per_yield : int
+        Items in the tuple or list that each `yield` of a generator gives.
 
     Raises
     ------
+    ValueError, TypeError
+        A bad value; `num_returns="streaming"` or "dynamic" where nothing is yielded.
     AssertionError
         An unknown option, as in the reference.
     NotSupportedError
@@ -227,10 +237,16 @@ def method(*args: Any, **options: Any) -> Any:
     check_method_options(options)
 
     def annotate(function: Any) -> Any:
+        check_generates(generates(function), options.get("num_returns"))
         setattr(function, OPTIONS_ATTRIBUTE, options)
         return function
 
     return annotate
+
+
+def generates(function: Any) -> bool:
+    """Whether calls of a method yield."""
+    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
 
 
 def check_method_options(options: Mapping[str, Any]) -> None:
@@ -243,10 +259,15 @@ def check_method_options(options: Mapping[str, Any]) -> None:
     group = options.get("concurrency_group")
     if group is not None and not isinstance(group, str):
         raise TypeError(f"concurrency_group is the name of a group, not {group!r}")
-    same = ("num_returns", "name", "_generator_backpressure_num_objects")
+    same = (
+        "num_returns",
+        "name",
+        "_generator_backpressure_num_objects",
+        "_num_objects_per_yield",
+    )
     known = {name: options[name] for name in same if name in options}
     if options.get("retry_exceptions") is not None:
         known["retry_exceptions"] = options["retry_exceptions"]
-    if options.get("max_task_retries") is not None:
-        known["max_retries"] = options["max_task_retries"]
     check_options(known)
+    if options.get("max_task_retries") is not None:
+        check_actor_options({"max_task_retries": options["max_task_retries"]})

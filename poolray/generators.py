@@ -311,15 +311,26 @@ def check_mode(generates: bool, num_returns: int | str | None, backpressure: int
     ValueError
         The function is no generator's; a limit where nobody takes items.
     """
-    if isinstance(num_returns, str) and not generates:
-        raise ValueError(
-            f"num_returns='{num_returns}' can only be used with generator functions (functions "
-            "that use 'yield'). The decorated function is not a generator function."
-        )
+    check_generates(generates, num_returns)
     if num_returns == "dynamic" and backpressure is not None and backpressure > 0:
         raise ValueError(
             "_generator_backpressure_num_objects cannot be used with num_returns='dynamic': nobody "
             "takes its items before it has ended. Use num_returns='streaming'."
+        )
+
+
+def check_generates(generates: bool, num_returns: int | str | None) -> None:
+    """Refuse a word for what becomes of what is yielded where nothing is.
+
+    Raises
+    ------
+    ValueError
+        The function is no generator's.
+    """
+    if isinstance(num_returns, str) and not generates:
+        raise ValueError(
+            f"num_returns='{num_returns}' can only be used with generator functions (functions "
+            "that use 'yield'). The decorated function is not a generator function."
         )
 
 
@@ -345,10 +356,10 @@ def check_per_yield(defined: Mapping[str, Any], given: Mapping[str, Any]) -> Non
     Raises
     ------
     ValueError
-        It is another one.
+        It is another one, or None.
     """
     name = "_num_objects_per_yield"
-    if name in given and (given[name] or 1) != (defined.get(name) or 1):
+    if name in given and given[name] != (defined.get(name) or 1):
         raise ValueError(
             f"{name} cannot be overridden per task call. Use @ray.remote({name}=...) instead."
         )

@@ -70,6 +70,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "_num_objects_per_yield": (int, type(None)),
 }
 
+#: Names that `resources={}` cannot have: an option or a placement group has them.
+_NOT_CUSTOM = ("memory", "object_store_memory", "bundle")
+
 #: Options that change what a task does and that this version does not carry out yet.
 _NOT_YET = (
     "runtime_env",
@@ -135,7 +138,7 @@ def _check_value(name: str, value: Any, from_options: bool) -> None:
         if value is not None and value < 0:
             raise ValueError("The keyword 'max_calls' only accepts None, 0 or a positive integer.")
     elif name == "retry_exceptions" and not isinstance(value, bool):
-        if not all(isinstance(c, type) and issubclass(c, BaseException) for c in value):
+        if not all(isinstance(c, type) and issubclass(c, Exception) for c in value):
             raise ValueError("retry_exceptions must be either a boolean or a list of exceptions")
     elif name == "object_store_memory":
         raise ValueError("Setting 'object_store_memory' is not implemented for tasks")
@@ -158,7 +161,7 @@ def _check_resources(value: dict[Any, Any]) -> None:
             )
         if not isinstance(key, str):
             raise TypeError(f"The name of a resource must be a string: {key!r}")
-        if not isinstance(amount, (int, float)) or isinstance(amount, bool):
+        if not isinstance(amount, (int, float)):
             raise TypeError(f"The quantity of resource {key} must be a number: {amount!r}")
         to_fixed(key, amount)
 
@@ -240,8 +243,8 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
             )
 
         def options(self, /, **options):
-            check_options(options, from_options=True)
             check_per_yield(self._options, options)
+            check_options(options, from_options=True)
             # `max_calls` is the definition's, also where GPUs come in here only.
             merged = {"max_calls": 0, **self._options, **options}
             made = RemoteFunction(self._function, merged, self._find_client)
@@ -304,17 +307,17 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
             name=name,
             kind=CallKind.CALL,
             delivery=Delivery.OBJECTS,
-            num_returns=count if isinstance(count, int) else 1,
+            num_returns=int(count) if isinstance(count, int) else 1,
             resources=demand,
             group_id=client.tasks_group,
-            max_retries=client.config.max_retries if retries is None else retries,
+            max_retries=client.config.max_retries if retries is None else int(retries),
             retry_exceptions=retry_spec(options.get("retry_exceptions", False)),
-            max_calls=options.get("max_calls") or 0,
+            max_calls=int(options.get("max_calls") or 0),
             placement=make_placement(options, demand, name, client.captured),
             is_listed=options.get("enable_task_events", True),
             stream=self._mode,
             backpressure=max(0, options.get("_generator_backpressure_num_objects") or 0),
-            per_yield=options.get("_num_objects_per_yield") or 1,
+            per_yield=int(options.get("_num_objects_per_yield") or 1),
         )
         digest = hashlib.blake2b(msgspec.msgpack.encode(made), digest_size=16).digest()
         return msgspec.structs.replace(made, class_id=ClassId(digest))
@@ -377,11 +380,15 @@ def demand_of(options: Mapping[str, Any]) -> dict[str, int]:
         _check_devices("GPU", gpus)
         demand["GPU"] = to_fixed("GPU", gpus)
     if options.get("memory"):
-        demand["memory"] = to_fixed("memory", options["memory"])
+        demand["memory"] = to_fixed("memory", int(options["memory"]))
     for name, amount in (options.get("resources") or {}).items():
+        if name in _NOT_CUSTOM:
+            raise ValueError(
+                f"The resources dictionary must not contain the key '{name}', which is reserved."
+            )
         _check_devices(name, amount)
         demand[name] = to_fixed(name, amount)
-    if options.get("accelerator_type"):
+    if options.get("accelerator_type") is not None:
         # Next to nothing of what a node with such devices has once.
         demand[f"accelerator_type:{options['accelerator_type']}"] = UNIT // 1000
     return {name: amount for name, amount in demand.items() if amount}

@@ -159,11 +159,15 @@ def check_group(group: Any) -> None:
 
     Raises
     ------
+    TypeError
+        It is neither a group nor a string.
     AssertionError
-        As in the reference.
+        It is another string than "default", as in the reference.
     """
     from poolray.remote_groups import PlacementGroup
 
+    if group is not None and not isinstance(group, str | PlacementGroup):
+        raise TypeError(f"A placement group is wanted, not {group!r}")
     assert group is None or group == "default" or isinstance(group, PlacementGroup), (
         f"not a placement group: {group!r}"
     )
@@ -197,6 +201,9 @@ def parse_selector(selector: Mapping[str, str]) -> list[LabelMatch]:
         if not isinstance(value, str):
             raise TypeError(f"expected string or bytes-like object, got '{type(value).__name__}'")
         match = re.fullmatch(_SELECTOR, value)
+        if not value:  # nodes may have a label without a value
+            matches.append(LabelMatch(key, LabelOperator.IN, [""]))
+            continue
         if match is None:
             raise ValueError(
                 f"Invalid label selector value `{value}`. The label selector value should contain "
@@ -216,12 +223,14 @@ def parse_fallbacks(fallbacks: list[Any]) -> list[list[LabelMatch]]:
     Raises
     ------
     ValueError
-        An option other than `label_selector`.
+        An option other than `label_selector`, or none.
     """
     selectors = []
     for options in fallbacks:
         if not isinstance(options, dict):
             raise ValueError(f"Each fallback strategy must be a dictionary of options: {options!r}")
+        if not options:
+            raise ValueError("Empty dictionary found in `fallback_strategy`.")
         for name in options:
             if name != "label_selector":
                 raise ValueError(
@@ -261,6 +270,8 @@ def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _check_key(key: str) -> None:
+    if not isinstance(key, str):
+        raise TypeError(f"The name of a label must be a string: {key!r}")
     prefix, _, name = key.rpartition("/")
     if not re.fullmatch(_NAME, name):
         raise ValueError(f"Invalid label key name `{name}`. Name {_NAME_RULE}")

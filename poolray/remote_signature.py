@@ -297,7 +297,7 @@ class RemoteSignature(RemoteCall[P, F_co, Given_co], Generic[P, R, F_co, Given_c
         _generator_backpressure_num_objects : int
             Items of a generator that may wait to be taken; then it pauses. -1: any number.
         num_cpus : float
-            CPUs that a running call takes; steps of 0.0001.
+            CPUs that a running call takes, to four decimals.
         memory : float, bytes
             Memory that it reserves.
         resources : dict of str to float

@@ -15,21 +15,27 @@ from typing import TypeAlias, final
 
 UNIT = 10_000  #: one whole CPU
 
+#: No node has this much; more would not fit into the 64 bits that messages have for it.
+_MOST = 1 << 62
+
 
 def to_fixed(name: str, quantity: float) -> int:
-    """A quantity in units of 1/10,000.
+    """A quantity in whole units of 1/10,000; what is left over is dropped.
+
+    (Rounded up, three thirds of a device would be more than the device.)
 
     Raises
     ------
     ValueError
-        It is negative, not a number, or finer than 0.0001.
+        It is negative, not a number, or less than 0.0001 without being 0.
     """
     if quantity != quantity or quantity in (float("inf"), float("-inf")):
         raise ValueError(f"The quantity of resource {name} must be a finite number: {quantity!r}")
     if quantity < 0:
         raise ValueError(f"The quantity of resource {name} cannot be negative")
-    fixed = round(quantity * UNIT)
-    if abs(fixed - quantity * UNIT) > 1e-6 * max(1.0, abs(fixed)):
+    # (What decimal fractions lose in binary is far less than a millionth of a unit.)
+    fixed = min(int(quantity * UNIT + 1e-6), _MOST)
+    if quantity and not fixed:
         raise ValueError(
             f"The precision of the fractional quantity of resource {name} cannot go beyond 0.0001"
         )

@@ -905,3 +905,46 @@ def test_the_number_of_items_in_a_yield_belongs_to_the_definition() -> None:
         single.options(_num_objects_per_yield=2).remote()
     with pytest.raises(ValueError, match="must be set to a positive integer"):
         ray.remote(_num_objects_per_yield=0)(lambda: None)
+
+
+def test_a_methods_yield_may_be_several_items() -> None:
+    @ray.remote
+    class Pairs:
+        @ray.method(_num_objects_per_yield=2)
+        def plain(self, last: Any = (2, "two")) -> Iterator[Any]:
+            yield 1, "one"
+            yield last
+
+        @ray.method(_num_objects_per_yield=2)
+        async def in_loop(self) -> AsyncIterator[Any]:
+            yield 1, "one"
+            yield [2, "two"]
+
+    pairs = Pairs.remote()
+    assert [get(ref) for ref in pairs.in_loop.remote()] == [1, "one", 2, "two"]
+    assert [get(ref) for ref in pairs.plain.options(name="p").remote()] == [1, "one", 2, "two"]
+    *items, wrong = pairs.plain.remote(last=3)
+    assert [get(ref) for ref in items] == [1, "one"]
+    with pytest.raises(ValueError):
+        get(wrong)
+
+
+@pytest.mark.parametrize("count", [1, 2, None])
+def test_the_number_of_items_in_a_methods_yield_belongs_to_the_definition(count: Any) -> None:
+    source = Source.remote()
+    with pytest.raises(ValueError, match="cannot be overridden per actor method call"):
+        source.count.options(_num_objects_per_yield=count)
+    with pytest.raises(ValueError, match="must be set to a positive integer"):
+        ray.method(_num_objects_per_yield=0)(lambda self: None)
+
+
+@pytest.mark.parametrize("word", ["streaming", "dynamic"])
+def test_a_method_that_yields_nothing_has_nothing_to_stream(word: str) -> None:
+    class Plain:
+        def ping(self) -> None: ...
+
+    with pytest.raises(ValueError, match="can only be used with generator functions"):
+        ray.method(num_returns=word)(Plain.ping)
+    plain = ray.remote(Plain).remote()
+    with pytest.raises(ValueError, match="can only be used with generator functions"):
+        plain.ping.options(num_returns=word)

@@ -104,6 +104,17 @@ def test_a_task_is_given_its_devices_and_shown_no_others() -> None:
     assert sorted(ids) == [0, 1]
 
 
+def test_three_thirds_of_a_device_are_on_one() -> None:
+    @ray.remote(num_gpus=1 / 3)
+    class Holder:
+        def look(self) -> tuple[Any, Any]:
+            context = ray.get_runtime_context()
+            return context.get_accelerator_ids()["GPU"], context.get_assigned_resources()["GPU"]
+
+    holders = [Holder.remote() for _ in range(3)]
+    assert get([holder.look.remote() for holder in holders]) == [(["0"], 0.3333)] * 3
+
+
 def test_a_task_without_devices_is_left_alone() -> None:
     assert get(devices.remote()) == (os.environ.get("CUDA_VISIBLE_DEVICES"), [], [])
     assert get(devices.options(num_gpus=0).remote())[1:] == ([], [])
@@ -137,8 +148,13 @@ def test_more_than_one_gpu_must_be_whole() -> None:
         devices.options(num_gpus=1.5).remote()
 
 
-def test_an_accelerator_type_that_no_node_has_is_waited_for() -> None:
-    ref = where.options(accelerator_type="A100").remote()
+@pytest.mark.parametrize(
+    "options",
+    [{"accelerator_type": "A100"}, {"accelerator_type": ""}, {"num_cpus": 1e30}],
+    ids=repr,
+)
+def test_what_no_node_has_is_waited_for(options: dict[str, Any]) -> None:
+    ref = where.options(**options).remote()
     assert ray.wait([ref], timeout=0.2) == ([], [ref])
 
 
@@ -190,7 +206,9 @@ def test_a_label_selector_that_this_node_meets_runs_the_task(selector: dict[str,
     get(where.options(label_selector=selector).remote())
 
 
-@pytest.mark.parametrize("selector", [{"zone": "b"}, {"zone": "!in(a)"}, {"missing": "a"}])
+@pytest.mark.parametrize(
+    "selector", [{"zone": "b"}, {"zone": "!in(a)"}, {"missing": "a"}, {"zone": ""}]
+)
 def test_a_label_selector_that_no_node_meets_is_waited_for(selector: dict[str, str]) -> None:
     ref = where.options(label_selector=selector).remote()
     assert ray.wait([ref], timeout=0.2) == ([], [ref])
