@@ -27,6 +27,8 @@ _WIDTH = 8
 #: Blocks that a search for the emptiest node looks into; then the best that it has seen will do.
 #: Up to a hundred nodes that is all of them.
 _LOOKS_MAX = 16
+#: The same among more nodes, where a look at 16 would cost as much as all the rest of a decision.
+_LOOKS_OF_MANY_MAX = 9
 #: Shares of a resource that are free, as whole numbers.
 _WHOLE = 1 << 20
 
@@ -245,14 +247,16 @@ class NodeIndex:
         demand: Amounts,
         of: _Kind,
     ) -> tuple[int, NodeId] | None:
-        span = _WIDTH ** (height - 1)  # leaves below each child
-        for number, child in enumerate(block.children):
-            place = first + number * span
+        height -= 1
+        span = _WIDTH**height  # leaves below each child
+        place = first - span
+        for child in block.children:
+            place += span
             if child is None or place + span <= start or not _has(of(child), demand):
                 continue
             if isinstance(child, _Leaf):
                 return place, child.node_id
-            found = self._first_below(child, height - 1, place, start, demand, of)
+            found = self._first_below(child, height, place, start, demand, of)
             if found is not None:
                 return found
             child.tighten(demand, of)
@@ -277,24 +281,38 @@ class NodeIndex:
         heap.append((-_WHOLE, 0, height, top))
         found: tuple[int, int, NodeId] | None = None  # (-share, place, node): the best so far
         looks = 0
+        looks_max = _LOOKS_MAX if len(self._levels[0]) < _LOOKS_MAX else _LOOKS_OF_MANY_MAX
         while heap:
             bound, place, height, item = heapq.heappop(heap)
             if isinstance(item, _Leaf):
                 return -bound, item.node_id
             looks += 1
-            if looks > _LOOKS_MAX and found is not None:
+            if looks > looks_max and found is not None:
                 return -found[0], found[2]
-            span = _WIDTH ** (height - 1)
+            height -= 1
+            span = _WIDTH**height
             best = -1
-            for number, child in enumerate(item.children):
-                if child is None or not _has(child.free, demand):
+            place -= span
+            for child in item.children:
+                place += span
+                if child is None:
                     continue
-                score = _least(child.share, demand)
-                if isinstance(child, _Leaf) and (found is None or -score < found[0]):
-                    found = (-score, place + number, child.node_id)
-                if score > best:
-                    best = score
-                heapq.heappush(heap, (-score, place + number * span, height - 1, child))
+                # (`_has` and `_least` in one: this is where many nodes cost more than few.)
+                free, share = child.free, child.share
+                score = _WHOLE
+                for name, amount in demand.items():
+                    if free.get(name, 0) < amount:
+                        break
+                    if amount and share.get(name, 0) < score:
+                        score = share.get(name, 0)
+                else:
+                    if score > best:
+                        best = score
+                    if found is not None and -score > found[0]:
+                        continue  # a node with more is known
+                    if not height and (found is None or -score < found[0]):
+                        found = (-score, place, child.node_id)  # type: ignore[union-attr]
+                    heapq.heappush(heap, (-score, place, height, child))
             if best < -bound:
                 item.tighten(demand, _free, _share)  # it promised more than it had
         return None
