@@ -30,6 +30,8 @@ class ObjectState(enum.IntEnum):
 
 PENDING = ObjectState.PENDING
 READY = ObjectState.READY
+#: Most values contain no refs; this list is shared and never changed.
+_NOTHING: list[ObjectId] = []
 
 
 @final
@@ -96,7 +98,7 @@ class ObjectRecord:
         #: Somebody got it, waited for it or passed it on: an error that dies unseen is shown.
         self.seen = False
         #: Objects that the value refers to; this one holds each of them once.
-        self.contained: list[ObjectId] = []
+        self.contained = _NOTHING
         #: Request to count down when the object becomes ready -> how often it names the object;
         #: None: none, the usual case.
         self.waiters: dict[Request, int] | None = None
@@ -120,7 +122,7 @@ class ObjectRecord:
             raise IllegalTransition(what="object", state="PENDING", event="lose")
         self.state = PENDING
         self.value = b""
-        self.contained = []
+        self.contained = _NOTHING
 
     def replace(self, value: bytes | InArena | InFile, is_error: bool) -> None:
         """The value is elsewhere now, or found to be lost."""

@@ -56,14 +56,14 @@ class CreateActor(msgspec.Struct, frozen=True, array_like=True, tag=121, kw_only
     groups: dict[str, int] = {}  #: concurrency group -> its calls that run at once
 
 
-class CallActor(msgspec.Struct, frozen=True, array_like=True, tag=122, kw_only=True):
+class CallActor(msgspec.Struct, frozen=True, array_like=True, tag=122, kw_only=True, gc=False):
     """Call a method. The client holds one reference to each return value from now on."""
 
     actor_id: ActorId
     task: TaskSpec
 
 
-class CallActors(msgspec.Struct, frozen=True, array_like=True, tag=127, kw_only=True):
+class CallActors(msgspec.Struct, frozen=True, array_like=True, tag=127, kw_only=True, gc=False):
     """Several calls, of one actor or of several, in the order in which they were made."""
 
     calls: list[CallActor]

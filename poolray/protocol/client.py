@@ -46,13 +46,13 @@ class ReleaseFunction(msgspec.Struct, frozen=True, array_like=True, tag=103, kw_
     function_id: FunctionId
 
 
-class SubmitTasks(msgspec.Struct, frozen=True, array_like=True, tag=104, kw_only=True):
+class SubmitTasks(msgspec.Struct, frozen=True, array_like=True, tag=104, kw_only=True, gc=False):
     """Run these. The client holds one reference to each return value from now on."""
 
     tasks: list[TaskSpec]
 
 
-class PutObject(msgspec.Struct, frozen=True, array_like=True, tag=105, kw_only=True):
+class PutObject(msgspec.Struct, frozen=True, array_like=True, tag=105, kw_only=True, gc=False):
     """Keep this value. The client holds one reference to it from now on."""
 
     object_id: ObjectId
@@ -60,14 +60,14 @@ class PutObject(msgspec.Struct, frozen=True, array_like=True, tag=105, kw_only=T
     contained: list[ObjectId] = []
 
 
-class GetObjects(msgspec.Struct, frozen=True, array_like=True, tag=106, kw_only=True):
+class GetObjects(msgspec.Struct, frozen=True, array_like=True, tag=106, kw_only=True, gc=False):
     """Answer with the values once all are ready."""
 
     request_id: int
     object_ids: list[ObjectId]
 
 
-class WaitObjects(msgspec.Struct, frozen=True, array_like=True, tag=107, kw_only=True):
+class WaitObjects(msgspec.Struct, frozen=True, array_like=True, tag=107, kw_only=True, gc=False):
     """Answer once at least `count` of these are ready."""
 
     request_id: int
@@ -89,7 +89,9 @@ class AddReferences(msgspec.Struct, frozen=True, array_like=True, tag=109, kw_on
     viewed: list[ObjectId] = []  #: of these, those that it has no ref to, only views of
 
 
-class ReleaseReferences(msgspec.Struct, frozen=True, array_like=True, tag=110, kw_only=True):
+class ReleaseReferences(
+    msgspec.Struct, frozen=True, array_like=True, tag=110, kw_only=True, gc=False
+):
     """The client no longer holds these, neither as refs nor as views of their memory."""
 
     object_ids: list[ObjectId]
@@ -148,7 +150,7 @@ class CancelTask(msgspec.Struct, frozen=True, array_like=True, tag=117, kw_only=
     recursive: bool = True  #: the same for the tasks that it submitted and that have not ended
 
 
-class ObjectValues(msgspec.Struct, frozen=True, array_like=True, tag=151, kw_only=True):
+class ObjectValues(msgspec.Struct, frozen=True, array_like=True, tag=151, kw_only=True, gc=False):
     """The values asked for, or a part of them.
 
     A reply too large for one packet comes in parts; `more` is true for all but the last.
@@ -160,7 +162,7 @@ class ObjectValues(msgspec.Struct, frozen=True, array_like=True, tag=151, kw_onl
     more: bool = False
 
 
-class WaitReply(msgspec.Struct, frozen=True, array_like=True, tag=152, kw_only=True):
+class WaitReply(msgspec.Struct, frozen=True, array_like=True, tag=152, kw_only=True, gc=False):
     """Which of the objects asked for are ready, by index, ascending."""
 
     request_id: int

@@ -4,7 +4,9 @@ What: `Value` (inline bytes, a place in the arena, a file), `Outcome` (value or 
 `TaskClass` (what calls of one function have in common) and `TaskSpec` (one call or batch).
 Who calls: clients make them, the machines pass them on, workers take them apart.
 May touch: nothing.
-Invariants: an inline value is plain `bytes`, so the common case costs no wrapper.
+Invariants: an inline value is plain `bytes`, so the common case costs no wrapper. Messages that
+come once per task are no concern of the garbage collector (`gc=False`): they hold bytes, numbers
+and lists of these, so that they cannot be part of a cycle.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class Delivery(enum.IntEnum):
     CALLER = 1  #: straight to the client that submitted, once; nothing is kept
 
 
-class InArena(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True):
+class InArena(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True, gc=False):
     """A value in a node's arena, sealed."""
 
     object_id: ObjectId
@@ -52,7 +54,7 @@ class InArena(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True)
     node_id: NodeId = NodeId(b"")  #: whose arena; empty: this node's
 
 
-class InFile(msgspec.Struct, frozen=True, array_like=True, tag=2, kw_only=True):
+class InFile(msgspec.Struct, frozen=True, array_like=True, tag=2, kw_only=True, gc=False):
     """A value on disk: in a file of its own, or spilled to one that it shares with others."""
 
     object_id: ObjectId
@@ -66,7 +68,7 @@ class InFile(msgspec.Struct, frozen=True, array_like=True, tag=2, kw_only=True):
 Value: TypeAlias = bytes | InArena | InFile
 
 
-class Outcome(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only=True):
+class Outcome(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only=True, gc=False):
     """What one call came to, when it is more than one small plain value."""
 
     values: list[bytes | InArena | InFile]  #: one per return value; one in all for an error
@@ -145,7 +147,7 @@ class TaskClass(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=Tru
     per_yield: int = 1  #: items in what a generator yields at once
 
 
-class TaskSpec(msgspec.Struct, frozen=True, array_like=True, tag=5, kw_only=True):
+class TaskSpec(msgspec.Struct, frozen=True, array_like=True, tag=5, kw_only=True, gc=False):
     """One task: a call, or a batch of calls of one class that may be split between workers."""
 
     task_id: TaskId

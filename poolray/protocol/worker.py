@@ -49,7 +49,7 @@ from poolray.protocol.streams import ItemsYielded, StreamReply, StreamRequest
 from poolray.protocol.values import FunctionDefinition, InArena, InFile, Outcome, TaskClass
 
 
-class TaskCall(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+class TaskCall(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=False):
     """One task in a packet: its calls from `start` on."""
 
     task_id: TaskId
@@ -69,7 +69,7 @@ class ClassDefinition(msgspec.Struct, frozen=True, array_like=True, kw_only=True
     devices: dict[str, list[str]] = {}
 
 
-class RunTasks(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True):
+class RunTasks(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True, gc=False):
     """Node to worker, task queue: run these in order."""
 
     sequence: int  #: counts packets to this worker, from 1
@@ -115,7 +115,7 @@ class WorkerFailed(msgspec.Struct, frozen=True, array_like=True, tag=11, kw_only
     reason: str
 
 
-class TaskResult(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+class TaskResult(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=False):
     """Results of consecutive calls of one task."""
 
     task_id: TaskId
@@ -124,7 +124,7 @@ class TaskResult(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     done: bool = True  #: False: the task's later calls are still to come
 
 
-class TasksFinished(msgspec.Struct, frozen=True, array_like=True, tag=12, kw_only=True):
+class TasksFinished(msgspec.Struct, frozen=True, array_like=True, tag=12, kw_only=True, gc=False):
     """Worker to node: results, in order of execution."""
 
     worker_id: WorkerId
@@ -236,7 +236,7 @@ class ForkServerFailed(msgspec.Struct, frozen=True, array_like=True, tag=21, kw_
     reason: str
 
 
-class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_only=True):
+class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_only=True, gc=False):
     """A worker speaking as a client: what it says to its node while user code runs."""
 
     worker_id: WorkerId
