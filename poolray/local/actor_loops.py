@@ -18,6 +18,7 @@ import os
 import threading
 import time
 from collections import deque
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, final
 
 from poolray.ids import TaskId
@@ -97,17 +98,18 @@ class _Lane:
     async def _run_call(self, task: TaskCall, running: _Running) -> None:
         worker = self._worker
         function = worker.functions.classes[task.class_index]
+        task_class = function.task_class
         running.has_begun = True
         outcome: bytes | Outcome
         try:
             if running.is_cancelled:
                 raise asyncio.CancelledError
-            begin(task, function.task_class.name, function.name)
+            begin(task, task_class.name, function.name)
             call = function.call or worker.functions.load(function)
-            args, kwargs = worker.arguments(task, task.calls[0], function.task_class)
+            args, kwargs = worker.arguments(task, task.calls[0], task_class)
             result = call(*args, **kwargs)
             args = kwargs = None
-            if inspect.isawaitable(result):
+            if type(result) is CoroutineType or inspect.isawaitable(result):
                 result = await result
             if function.count < 0:
                 outcome = await worker.streams.run_async(result, task, function)
@@ -119,7 +121,7 @@ class _Lane:
             return
         except asyncio.CancelledError as error:
             if running.is_cancelled:
-                outcome = cancelled_outcome(task.task_id, function.task_class.name)
+                outcome = cancelled_outcome(task.task_id, task_class.name)
             else:  # by the actor's own code
                 outcome = worker.outcomes.raised(error, task, function)
         except BaseException as error:

@@ -41,26 +41,29 @@ class Outcomes:
         serializer = function.serializer
         count = function.count
         if count == 1:
-            values = [result]
-        elif count == 0:
+            data = serializer.dumps_flat(result)
+            if type(data) is bytes and len(data) <= self._worker.config.inline_max_bytes:
+                self._worker.buffered_bytes += len(data)
+                return data
+            found = self.place(data, task, 0)
+            inner = data.refs if isinstance(data, Serialized) else []
+            if isinstance(found, bytes) and not inner:
+                return found
+            return Outcome(values=[found], contained=[inner])
+        if count == 0:
             return b""
-        elif count < 0:
+        if count < 0:
             return self._worker.streams.run(result, task, function)
-        else:
-            if not hasattr(result, "__len__"):
-                result = list(result)
-            if len(result) != count:
-                raise ValueError(f"Task returned {len(result)} objects, but num_returns={count}.")
-            values = list(result)
+        if not hasattr(result, "__len__"):
+            result = list(result)
+        if len(result) != count:
+            raise ValueError(f"Task returned {len(result)} objects, but num_returns={count}.")
         placed: list[bytes | InArena | InFile] = []
         contained: list[list[ObjectId]] = []
-        for index, value in enumerate(values):
+        for index, value in enumerate(list(result)):
             data = serializer.dumps_flat(value)
             placed.append(self.place(data, task, index))
             contained.append(data.refs if isinstance(data, Serialized) else [])
-        if count == 1 and isinstance(placed[0], bytes) and not contained[0]:
-            self._worker.buffered_bytes += len(placed[0])
-            return placed[0]
         return Outcome(values=placed, contained=contained)
 
     def place(
