@@ -395,7 +395,7 @@ def demand_of(options: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _check_devices(name: str, amount: float) -> None:
-    if amount != int(amount):
+    if amount != int(amount) or name == "TPU":
         from poolray.scheduling.accelerators import check_devices  # few programs need it
 
         check_devices(name, amount)

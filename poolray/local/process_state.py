@@ -51,6 +51,8 @@ class _State:
         self.is_async = False  #: it runs in event loops
         #: Resource name -> ids of the devices that this worker is to use.
         self.devices: dict[str, list[str]] = {}
+        #: What the variables that name them were before; None: not set.
+        self.variables_before: dict[str, str | None] = {}
         #: Those of which the driver's variable named the ids.
         self.named_devices: dict[str, None] = {}
 
@@ -233,15 +235,24 @@ def use_devices(devices: dict[str, list[str]], variables: dict[str, str]) -> Non
     variables : dict of str to str
         Resource name -> the variable for devices of that kind.
     """
-    from poolray.scheduling.accelerators import variables_for
+    from poolray.scheduling.accelerators import is_left_alone, variables_for
 
+    for name, value in _state.variables_before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _state.variables_before = {}
     if not _state.devices:
         named = (name for name, variable in variables.items() if variable in os.environ)
         _state.named_devices = dict.fromkeys(named)
     _state.devices = devices
     for resource, ids in devices.items():
-        if ids:
-            os.environ.update(variables_for(resource, variables.get(resource, ""), ids))
+        variable = variables.get(resource, "")
+        if ids and not is_left_alone(variable, os.environ):
+            for name, value in variables_for(resource, variable, ids).items():
+                _state.variables_before[name] = os.environ.get(name)
+                os.environ[name] = value
 
 
 def current_devices() -> dict[str, list[str]]:

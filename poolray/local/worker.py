@@ -165,7 +165,7 @@ class Worker:
         #: What runs an actor's calls reads orders itself, woken by the signal's descriptor.
         self.reads_orders = False
         #: The actor's call that runs was cancelled: what it returns is not its result.
-        self._is_cancelled = False
+        self.is_call_cancelled = False
         #: The node has asked for results of an actor's packet: none waits for the packet's end.
         self._eager = False
         # The packet at hand, as the nudge handler sees it:
@@ -439,7 +439,7 @@ class Worker:
             process_state.cancel_current_task()
             if self.bind_method is None:
                 raise KeyboardInterrupt
-            self._is_cancelled = True  # an actor's state is not torn: its method may ask
+            self.is_call_cancelled = True  # an actor's state is not torn: its method may ask
         word = self._arena.progress[self._slot * 8]
         if any(word == order.sequence << 24 | order.index for order in orders):
             task_class = self.functions.classes[packet.tasks[self._position].class_index].task_class
@@ -569,7 +569,7 @@ class Worker:
                     self.buffered_bytes += len(data)
                     return
                 outcome = Outcome(values=[self.outcomes.place(data, task, 0)])
-            elif self._is_cancelled:
+            elif self.is_call_cancelled:
                 outcome = cancelled_outcome(task.task_id, task_class.name)
             else:
                 outcome = self.outcomes.returned(result, task, function)
@@ -587,7 +587,7 @@ class Worker:
         except BaseException as error:
             self._in_user_code = False
             outcome = self.outcomes.raised(error, task, function)
-        self._is_cancelled = False
+        self.is_call_cancelled = False
         self._partial.append(outcome)
         self.buffered_bytes += 256
 

@@ -86,6 +86,7 @@ class Outcomes:
         from poolray.local import worker_errors
 
         task_class = function.task_class
+        summary = _summary(error)
         if isinstance(error, DependencyFailed):
             encoded = worker_errors.encode_dependency_error(error.error, task_class.name)
             return Outcome(values=[encoded], is_error=True, summary=_summary(error.error))
@@ -98,6 +99,7 @@ class Outcomes:
                 reason=worker_errors.describe_interrupt(error),
             )
             encoded = pickle.dumps(cancelled)
+            summary = _summary(cancelled)
         else:
             encoded = worker_errors.encode_task_error(error, task_class.name, os.getpid())
         retriable = self._is_retriable(error, function)
@@ -108,7 +110,7 @@ class Outcomes:
             values=[value],
             is_error=True,
             retriable=retriable,
-            summary=_summary(error),
+            summary=summary,
             raised=not isinstance(error, KeyboardInterrupt),
         )
 

@@ -245,14 +245,11 @@ class WorkerStreams:
                 if source.must_ask():
                     self._buffer.flush()
                     source.on_room(self._await_room(source, is_main))
-                if not is_main and process_state.is_current_task_cancelled():
-                    # (Threads are not interrupted: between two items they look.)
-                    _close(items)
-                    self._buffer.flush()
-                    from poolray.local.actor_reports import cancelled_outcome
-
-                    return cancelled_outcome(task.task_id, function.task_class.name)
+                if self._is_cancelled(is_main):
+                    return self._stop(source, items, function)
                 value = worker.advance(items) if is_main else next(items, END)
+                if self._is_cancelled(is_main):
+                    return self._stop(source, items, function)
                 if value is END:
                     return self._end(source, function)
                 if source.per_yield == 1:
@@ -331,6 +328,20 @@ class WorkerStreams:
             if not arrival.done() or arrival.cancelled():
                 forget()
         return answer
+
+    def _is_cancelled(self, is_main: bool) -> bool:
+        """Calls of actors are not interrupted, and look between two items."""
+        if is_main:
+            return self._worker.is_call_cancelled
+        return process_state.is_current_task_cancelled()
+
+    def _stop(self, source: _Source, items: Any, function: Function) -> Outcome:
+        """The call was cancelled: what it has not given yet, it gives no more."""
+        from poolray.local.actor_reports import cancelled_outcome
+
+        _close(items)
+        self._buffer.flush()
+        return cancelled_outcome(source.task.task_id, function.task_class.name)
 
     def _take_group(self, source: _Source, values: Any, function: Function) -> None:
         """The same for what is several items."""

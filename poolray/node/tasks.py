@@ -55,7 +55,7 @@ from poolray.protocol.values import (
 )
 from poolray.protocol.worker import TasksFinished
 from poolray.tasks.class_queue import ClassQueue
-from poolray.tasks.error_types import OTHER_ERROR, error_type_of
+from poolray.tasks.error_types import OTHER_ERROR, error_type_in, error_type_of
 from poolray.tasks.lifecycle import (
     DELAYED,
     FAILED,
@@ -88,7 +88,7 @@ def _error_of(result: bytes | Outcome) -> tuple[str, str] | None:
     """What those who look on are told of a failed call."""
     if isinstance(result, bytes) or not result.is_error:
         return None
-    return OTHER_ERROR, result.summary
+    return error_type_in(result.summary), result.summary
 
 
 @final

@@ -241,13 +241,18 @@ WHOLE_ONLY = frozenset(kind.resource for kind in KINDS if not kind.may_share)
 
 
 def check_devices(name: str, amount: float) -> None:
-    """Refuse shares of devices that tasks cannot share, and one and a half of any.
+    """Refuse shares of devices that tasks cannot share, one and a half of any, three TPU chips.
 
     Raises
     ------
     ValueError
         The amount is of that sort.
     """
+    if name == "TPU" and amount and amount not in _TPU_CHIPS:
+        raise ValueError(
+            f"The number of requested 'TPU' was set to {amount} which is not a supported chip "
+            f"configuration. Supported configs: {_TPU_CHIPS}"
+        )
     if name not in RESOURCES or amount == int(amount):
         return
     if name in WHOLE_ONLY:
@@ -338,6 +343,24 @@ def visible_ids(variable: str, environment: Mapping[str, str]) -> list[str] | No
 # ---- what a process is told ----------------------------------------------------------------------
 
 
+#: Variables that the reference's users know by another name where they say "leave it alone".
+_ALSO_CALLED = {
+    "RBLN_DEVICES": "RBLN_RT_VISIBLE_DEVICES",
+    "QBRUNTIME_VISIBLE_DEVICES": "MBLT_RT_VISIBLE_DEVICES",
+    "TT_VISIBLE_DEVICES": "TENSTORRENT_VISIBLE_DEVICES",
+}
+
+
+def is_left_alone(variable: str, environment: Mapping[str, str]) -> bool:
+    """Whether the user wants to set a variable himself, in each process.
+
+    He says so with `RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1` and the like, as libraries that
+    run on the reference do.
+    """
+    name = f"RAY_EXPERIMENTAL_NOSET_{_ALSO_CALLED.get(variable, variable)}"
+    return environment.get(name, "").lower() in ("1", "true")
+
+
 def variables_for(resource: str, variable: str, ids: Sequence[str]) -> dict[str, str]:
     """The environment of a process that is to use these devices of a kind, and no others."""
     if not variable:
@@ -353,3 +376,5 @@ def variables_for(resource: str, variable: str, ids: Sequence[str]) -> dict[str,
 
 
 _TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1"}
+#: How many chips of a host can work together.
+_TPU_CHIPS = (1, 2, 4, 8)

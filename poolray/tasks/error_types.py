@@ -24,14 +24,16 @@ from poolray.exceptions import (
 )
 
 ACTOR_DIED = "ACTOR_DIED"
+CANCELLED = "TASK_CANCELLED"
 OTHER_ERROR = "TASK_EXECUTION_EXCEPTION"
+_CANCELLED_PREFIX = f"{TaskCancelledError.__name__}: "
 _BY_CLASS: dict[type[PoolrayError], str] = {
     WorkerCrashedError: "WORKER_DIED",
     OutOfMemoryError: "OUT_OF_MEMORY",
     NodeDiedError: "NODE_DIED",
     ObjectLostError: "OBJECT_LOST",
     ObjectReconstructionFailedError: "OBJECT_UNRECONSTRUCTABLE",
-    TaskCancelledError: "TASK_CANCELLED",
+    TaskCancelledError: CANCELLED,
     TaskUnschedulableError: "TASK_UNSCHEDULABLE_ERROR",
     ActorUnschedulableError: "ACTOR_UNSCHEDULABLE_ERROR",
     TaskPlacementGroupRemoved: "TASK_PLACEMENT_GROUP_REMOVED",
@@ -43,3 +45,8 @@ _BY_CLASS: dict[type[PoolrayError], str] = {
 def error_type_of(error: PoolrayError) -> str:
     """The kind of failure that an error tells of."""
     return _BY_CLASS.get(type(error), OTHER_ERROR)
+
+
+def error_type_in(summary: str) -> str:
+    """The kind of failure that a worker tells of: its user's, unless the call was cancelled."""
+    return CANCELLED if summary.startswith(_CANCELLED_PREFIX) else OTHER_ERROR

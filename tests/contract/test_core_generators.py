@@ -861,6 +861,26 @@ def test_a_generator_on_a_thread_is_cancelled_between_two_items(tmp_path: Path) 
         assert outcomes(generator)[-1] is ray.exceptions.TaskCancelledError
 
 
+def test_a_generator_of_an_actor_that_runs_one_call_at_a_time_is_cancelled_too() -> None:
+    @ray.remote
+    class Waiter:
+        def items(self) -> Iterator[int]:
+            yield 0
+            while not ray.get_runtime_context().is_canceled():
+                time.sleep(0.01)
+            yield 1
+
+        def ping(self) -> str:
+            return "here"
+
+    waiter = Waiter.remote()
+    generator = waiter.items.remote()
+    assert get(next(generator)) == 0
+    ray.cancel(generator)
+    assert outcomes(generator) == [ray.exceptions.TaskCancelledError]
+    assert get(waiter.ping.remote()) == "here"
+
+
 def test_a_killed_actors_stream_ends_with_its_death() -> None:
     source = AsyncSource.remote()
     generator = source.when_told.remote()

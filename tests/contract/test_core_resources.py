@@ -121,6 +121,40 @@ def test_a_task_without_devices_is_left_alone() -> None:
     assert ray.get_gpu_ids() == []
 
 
+def test_a_program_may_set_the_variables_of_devices_itself(tmp_path: Path) -> None:
+    script = """
+        import os
+
+        ray.init(num_cpus=1, num_gpus=1)
+        name = "CUDA_VISIBLE_DEVICES"
+        look = ray.remote(num_gpus=1)(lambda: (os.environ.get(name), ray.get_gpu_ids()))
+        print(*ray.get(look.remote()))
+    """
+    environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    result = run_script(tmp_path / "script.py", script, environment=environment)
+    assert "None [0]" in result.stdout
+
+
+def test_a_worker_with_other_devices_than_before_is_not_shown_those(tmp_path: Path) -> None:
+    script = """
+        import os
+
+        ray.init(num_cpus=1, resources={"TPU": 1, "HPU": 1})
+        names = ("TPU_VISIBLE_CHIPS", "HABANA_VISIBLE_MODULES")
+        look = ray.remote(lambda: [os.environ.get(name) for name in names])
+        for resource in ("TPU", "HPU", "TPU"):
+            print(ray.get(look.options(resources={resource: 1}).remote()))
+    """
+    lines = run_script(tmp_path / "script.py", script).lines()
+    tpu, hpu = "['0', None]", "[None, '0']"
+    assert [line for line in lines if line in (tpu, hpu)] == [tpu, hpu, tpu]
+
+
+def test_chips_that_cannot_work_together_are_refused_at_the_call() -> None:
+    with pytest.raises(ValueError, match="not a supported chip configuration"):
+        devices.options(resources={"TPU": 3}).remote()
+
+
 def test_a_worker_with_devices_serves_one_call_and_nobody_else() -> None:
     @ray.remote(num_gpus=1)
     def with_gpu() -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import poolray
-from poolray.exceptions import TaskError, WorkerCrashedError
+from poolray.exceptions import TaskCancelledError, TaskError, WorkerCrashedError
 from poolray.util import state
 from tests.integration.support import DEADLINE_S, Gate, announce_and_hold, successor, wait_until
 
@@ -87,6 +87,16 @@ def test_a_failed_task_says_why() -> None:
     assert crashed.start_time_ms is not None
     assert crashed.end_time_ms - crashed.start_time_ms >= 50
     assert raised.runtime_env_info == {}
+
+
+def test_a_cancelled_task_says_so(started: Gate, release: Gate) -> None:
+    running = poolray.remote(announce_and_hold).options(name="running").remote(started, release)
+    started.wait(1)
+    poolray.cancel(running)
+    with pytest.raises(TaskCancelledError):
+        poolray.get(running, timeout=DEADLINE_S)
+    (row,) = state.list_tasks(filters=[("name", "=", "running")])
+    assert (row.state, row.error_type) == ("FAILED", "TASK_CANCELLED")
 
 
 def test_each_attempt_of_a_task_has_a_row(tmp_path: Path) -> None:

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from poolray.scheduling import accelerators
-from poolray.scheduling.accelerators import Found, check_devices, discover, variables_for
+from poolray.scheduling.accelerators import (
+    Found,
+    check_devices,
+    discover,
+    is_left_alone,
+    variables_for,
+)
 
 
 def write(root: Path, path: str, text: str = "") -> None:
@@ -171,3 +177,13 @@ def test_shares_are_for_devices_that_can_be_shared() -> None:
         check_devices("GPU", 1.5)
     with pytest.raises(ValueError, match="must be whole numbers"):
         check_devices("HPU", 0.5)
+    with pytest.raises(ValueError, match="not a supported chip configuration"):
+        check_devices("TPU", 3)
+
+
+def test_a_variable_that_programs_set_themselves_is_left_alone() -> None:
+    name = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+    assert is_left_alone("CUDA_VISIBLE_DEVICES", {name: "1"})
+    assert not is_left_alone("CUDA_VISIBLE_DEVICES", {name: "0"})
+    assert not is_left_alone("TPU_VISIBLE_CHIPS", {name: "1"})
+    assert is_left_alone("RBLN_DEVICES", {"RAY_EXPERIMENTAL_NOSET_RBLN_RT_VISIBLE_DEVICES": "true"})
