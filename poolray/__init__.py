@@ -18,6 +18,7 @@ from poolray.cluster_state import (
 from poolray.generators import ObjectRefGenerator
 from poolray.objects.object_ref import ObjectRef
 from poolray.objects.ref_list import DynamicObjectRefGenerator
+from poolray.public_ids import ActorID, JobID, NodeID, PlacementGroupID, TaskID, WorkerID
 from poolray.runtime_context import get_runtime_context
 
 if TYPE_CHECKING:
@@ -26,11 +27,17 @@ if TYPE_CHECKING:
     from poolray.pool import Pool
 
 __all__ = [
+    "ActorID",
     "DynamicObjectRefGenerator",
     "Executor",
+    "JobID",
+    "NodeID",
     "ObjectRef",
     "ObjectRefGenerator",
+    "PlacementGroupID",
     "Pool",
+    "TaskID",
+    "WorkerID",
     "__version__",
     "actor",
     "available_resources",

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from poolray.generators import ObjectRefGenerator
-from poolray.ids import is_actor_call
+from poolray.ids import is_actor_call, task_of
 from poolray.objects.object_ref import ObjectRef
 from poolray.remote_function import RemoteFunction, check_options
 from poolray.remote_signature import DefinitionOptions, Given_co, RemoteSignature
@@ -403,6 +403,6 @@ def cancel(
             "ray.cancel() only supported for object refs. For actors, try ray.kill(). "
             f"Got: {type(ray_waitable)}."
         )
-    if force and is_actor_call(ray_waitable.task_id()):
+    if force and is_actor_call(task_of(ray_waitable._id)):
         raise ValueError("force=True is not supported for actor tasks.")
     find_client().cancel(ray_waitable, bool(force), bool(recursive))

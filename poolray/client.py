@@ -18,7 +18,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
@@ -45,6 +45,7 @@ from poolray.ids import (
     TaskId,
     TaskIdSource,
     return_id,
+    task_of,
 )
 from poolray.objects import object_ref
 from poolray.objects.object_ref import ObjectRef, make_ref
@@ -73,6 +74,9 @@ from poolray.protocol.client import (
 )
 from poolray.protocol.streams import DropStream, OpenStream, item_id
 from poolray.protocol.values import InArena, InFile, TaskClass, TaskSpec
+
+if TYPE_CHECKING:
+    import asyncio
 
 _REF = ObjectRef
 #: Refs that a `wait` looks at before it looks at all.
@@ -414,7 +418,7 @@ class Client(References):
 
     def cancel(self, ref: ObjectRef[Any], force: bool, recursive: bool) -> None:
         """Stop the task that makes an object; see `poolray.cancel`."""
-        message = CancelTask(task_id=ref.task_id(), force=force, recursive=recursive)
+        message = CancelTask(task_id=task_of(ref._id), force=force, recursive=recursive)
         self.link.enter()
         try:
             self.link.send(message)
@@ -675,6 +679,13 @@ class Client(References):
             return None, self._load_as(reply.values[0], ref._id, writable)
         except Exception as error:
             return error, None
+
+    def loop_future_of(self, ref: ObjectRef[Any]) -> asyncio.Future[Any]:
+        """The same, of the running event loop."""
+        import asyncio
+
+        asyncio.get_running_loop()
+        return asyncio.ensure_future(ref)
 
     def await_value(self, ref: ObjectRef[Any]) -> Generator[Any, None, Any]:
         """What `await ref` runs, in any event loop.

@@ -23,7 +23,14 @@
     ├── ObjectLostError               the value is gone and cannot be made again
     │   ├── ObjectFreedError
     │   ├── OwnerDiedError
-    │   └── ObjectReconstructionFailedError
+    │   ├── ObjectReconstructionFailedError
+    │   └── ObjectFetchTimedOutError  kept for the name, as the next six
+    ├── AsyncioActorExit
+    ├── LocalRayletDiedError
+    ├── PlasmaObjectNotAvailable
+    ├── CrossLanguageError
+    ├── UnserializableException
+    ├── ActorHandleNotFoundError      also a ValueError
     ├── NodeDiedError                 the machine of a task is gone
     ├── AuthenticationError           this process and the cluster have not the same token
     ├── ClusterConnectionError        no cluster there, or it is gone; also a ConnectionError
@@ -47,17 +54,22 @@ __all__ = [
     "ActorAlreadyExistsError",
     "ActorDiedError",
     "ActorError",
+    "ActorHandleNotFoundError",
     "ActorPlacementGroupRemoved",
     "ActorUnavailableError",
     "ActorUnschedulableError",
+    "AsyncioActorExit",
     "AuthenticationError",
     "CallTimeoutError",
     "ClusterConnectionError",
+    "CrossLanguageError",
     "GetTimeoutError",
     "IllegalTransition",
     "InternalError",
+    "LocalRayletDiedError",
     "NodeDiedError",
     "NotSupportedError",
+    "ObjectFetchTimedOutError",
     "ObjectFreedError",
     "ObjectLostError",
     "ObjectReconstructionFailedError",
@@ -66,6 +78,7 @@ __all__ = [
     "OutOfMemoryError",
     "OwnerDiedError",
     "PendingCallsLimitExceeded",
+    "PlasmaObjectNotAvailable",
     "PoolrayError",
     "RayActorError",
     "RayError",
@@ -76,6 +89,7 @@ __all__ = [
     "TaskError",
     "TaskPlacementGroupRemoved",
     "TaskUnschedulableError",
+    "UnserializableException",
     "WorkerCrashedError",
     "WorkerStartError",
 ]
@@ -644,6 +658,38 @@ class IllegalTransition(InternalError):
             f"{what} in state {state} cannot take {event}. Recent history: "
             f"{' → '.join(history) or 'none'}. This is a bug in poolray: please report it."
         )
+
+
+# What programs for the reference may name in an `except`, and what cannot happen here: nothing of
+# the runtime raises these.
+
+
+class AsyncioActorExit(PoolrayError):
+    """`exit_actor()` in an asyncio actor; here it ends the actor without an exception."""
+
+
+class LocalRayletDiedError(PoolrayError):
+    """The node's daemon died; here `ClusterConnectionError` or `NodeDiedError` says so."""
+
+
+class ObjectFetchTimedOutError(ObjectLostError):
+    """An object could not be fetched in time; here it is fetched, or lost with its node."""
+
+
+class PlasmaObjectNotAvailable(PoolrayError):
+    """An object is not in the store; here it is waited for."""
+
+
+class CrossLanguageError(PoolrayError):
+    """A task in another language failed; there are none."""
+
+
+class UnserializableException(PoolrayError):
+    """An exception could not be rebuilt; here it arrives as `TaskError`, with its text."""
+
+
+class ActorHandleNotFoundError(PoolrayError, ValueError):
+    """A handle is of another cluster's actor; here its calls raise `ActorDiedError`."""
 
 
 # The reference's names, so that `except ray.exceptions.RayTaskError` keeps working.

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, final
 
-from poolray.ids import OBJECT_ID_BYTES, ActorId, ObjectId, TaskId
+from poolray.ids import OBJECT_ID_BYTES, ActorId, ObjectId, TaskId, task_of
 from poolray.objects.object_ref import ObjectRef, make_ref
 from poolray.protocol.streams import ItemsTaken, OpenStream, StreamMode, TakeItems, item_id
 
@@ -279,7 +279,7 @@ def make_generator(ref: ObjectRef[Any], client: Client) -> ObjectRefGenerator[An
     made: ObjectRefGenerator[Any] = _new(ObjectRefGenerator)
     made._client = client
     made._generator_ref = ref
-    made._task_id = ref.task_id()
+    made._task_id = task_of(ref._id)
     made._lock = threading.Lock()
     made._taken = 0
     made._given = 0

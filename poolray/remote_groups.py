@@ -28,11 +28,13 @@ from poolray.protocol.placement import (
     PlacementGroupReply,
     RemovePlacementGroup,
 )
+from poolray.public_ids import PlacementGroupID
 from poolray.remote_placement import parse_selector
 from poolray.scheduling.bundles import Strategy
 from poolray.scheduling.resources import from_fixed, to_fixed
 
 __all__ = [
+    "VALID_PLACEMENT_GROUP_STRATEGIES",
     "PlacementGroup",
     "PlacementGroupID",
     "get_current_placement_group",
@@ -42,62 +44,14 @@ __all__ = [
     "remove_placement_group",
 ]
 
-_NIL = PlacementGroupId(b"\xff" * PLACEMENT_GROUP_ID_BYTES)
+#: Names that `strategy` may have.
+VALID_PLACEMENT_GROUP_STRATEGIES = frozenset(Strategy.__members__)
 #: Bundles that travel inside a handle's `ready()`; of a larger group they are asked for.
 _CACHED_MAX = 64
 _EXAMPLE = (
     "Bundles must be a non-empty list of resource dictionaries. For example: "
     '`[{"CPU": 1.0}, {"GPU": 1.0}]`.'
 )
-
-
-@final
-class PlacementGroupID:
-    """The id of a placement group."""
-
-    __slots__ = ("_bytes",)
-
-    def __init__(self, id_bytes: bytes) -> None:
-        if len(id_bytes) != PLACEMENT_GROUP_ID_BYTES:
-            raise ValueError(
-                f"the id of a placement group has {PLACEMENT_GROUP_ID_BYTES} bytes, not "
-                f"{len(id_bytes)}"
-            )
-        self._bytes = PlacementGroupId(id_bytes)
-
-    @staticmethod
-    def from_hex(digits: str) -> PlacementGroupID:
-        """The id that is written so."""
-        return PlacementGroupID(bytes.fromhex(digits))
-
-    @staticmethod
-    def nil() -> PlacementGroupID:
-        """The id of no group."""
-        return PlacementGroupID(_NIL)
-
-    def binary(self) -> PlacementGroupId:
-        """Its bytes."""
-        return self._bytes
-
-    def hex(self) -> str:
-        """36 hexadecimal digits."""
-        return self._bytes.hex()
-
-    def is_nil(self) -> bool:
-        """Whether it is the id of no group."""
-        return self._bytes == _NIL
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PlacementGroupID) and self._bytes == other._bytes
-
-    def __hash__(self) -> int:
-        return hash(self._bytes)
-
-    def __repr__(self) -> str:
-        return f"PlacementGroupID({self.hex()})"
-
-    def __reduce__(self) -> Any:
-        return PlacementGroupID, (bytes(self._bytes),)
 
 
 @final
@@ -326,12 +280,15 @@ def _check_bundles(bundles: Any) -> list[dict[str, int]]:
         raise ValueError(f"{_EXAMPLE} Got empty list instead.")
     for bundle in bundles:
         if not isinstance(bundle, dict) or not all(
-            isinstance(name, str)
-            and isinstance(amount, (int, float))
-            and not isinstance(amount, bool)
+            isinstance(name, str) and isinstance(amount, (int, float))
             for name, amount in bundle.items()
         ):
             raise ValueError(_EXAMPLE)
+        if "bundle" in bundle:
+            raise ValueError(
+                "bundle is a system reserved resource, which is not allowed to be used in "
+                "placement groups."
+            )
         if not any(bundle.values()):
             raise ValueError(
                 "Bundles cannot be an empty dictionary or resources with only 0 values. Bundles: "
@@ -368,7 +325,7 @@ def _check_strategy(strategy: Any, target: str | None) -> Strategy:
 
 
 def _check_selectors(selectors: Any, count: int) -> list[Any]:
-    if not selectors:
+    if selectors is None:
         return []
     if not isinstance(selectors, list) or len(selectors) != count:
         raise ValueError(

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias, final
 
+from poolray.exceptions import NotSupportedError
+
 __all__ = [
     "DoesNotExist",
     "Exists",
@@ -66,6 +68,8 @@ class NodeAffinitySchedulingStrategy:
     ------
     ValueError
         That is no node's id.
+    NotSupportedError
+        What is to become of the task while the node is busy.
 
     Examples
     --------
@@ -78,7 +82,18 @@ class NodeAffinitySchedulingStrategy:
     True
     """
 
-    def __init__(self, node_id: str | bytes, soft: bool) -> None:
+    def __init__(
+        self,
+        node_id: str | bytes,
+        soft: bool,
+        _spill_on_unavailable: bool = False,
+        _fail_on_unavailable: bool = False,
+    ) -> None:
+        if _spill_on_unavailable or _fail_on_unavailable:
+            raise NotSupportedError(
+                "_spill_on_unavailable and _fail_on_unavailable are not supported by this version "
+                "of poolray: a node that is busy is waited for."
+            )
         if not isinstance(node_id, str):
             node_id = node_id.hex()
         self.node_id = node_id

@@ -13,6 +13,7 @@ from typing import Any, final
 from poolray.actor import ActorHandle, current_actor
 from poolray.local import process_state
 from poolray.local import runtime as local_runtime
+from poolray.public_ids import ActorID, JobID, NodeID, PlacementGroupID, TaskID
 from poolray.scheduling.resources import from_fixed
 from poolray.session import (
     cluster_runtime,
@@ -41,29 +42,33 @@ class RuntimeContext:
         return ids_of_process()
 
     def get(self) -> dict[str, Any]:
-        """The ids that there are, by name: `job_id`, `node_id`, `namespace`, in tasks `task_id`."""
+        """What there is, by name: `job_id`, `node_id`, `namespace`, in a worker `task_id` and
+        `actor_id`.
+        """
         facts: dict[str, Any] = {
-            "job_id": self.get_job_id(),
-            "node_id": self.get_node_id(),
+            "job_id": self.job_id,
+            "node_id": self.node_id,
             "namespace": self.namespace,
         }
         if process_state.is_worker():
-            facts["task_id"] = self.get_task_id()
+            facts["task_id"] = self.task_id
+            if self.actor_id is not None:
+                facts["actor_id"] = self.actor_id
         return facts
 
     @property
-    def job_id(self) -> str:
-        """The same as `get_job_id()`."""
-        return self.get_job_id()
+    def job_id(self) -> JobID:
+        """The id behind `get_job_id()`."""
+        return JobID(self._ids()[1])
 
     @property
-    def node_id(self) -> str:
-        """The same as `get_node_id()`."""
-        return self.get_node_id()
+    def node_id(self) -> NodeID:
+        """The id behind `get_node_id()`."""
+        return NodeID(self._ids()[0])
 
     @property
-    def task_id(self) -> str | None:
-        """The same as `get_task_id()`.
+    def task_id(self) -> TaskID | None:
+        """The id behind `get_task_id()`.
 
         Raises
         ------
@@ -71,11 +76,12 @@ class RuntimeContext:
             In a driver, as in the reference.
         """
         self._check_worker()
-        return self.get_task_id()
+        task_id = process_state.current_task_id()
+        return TaskID(task_id) if task_id is not None else None
 
     @property
-    def actor_id(self) -> str | None:
-        """The same as `get_actor_id()`.
+    def actor_id(self) -> ActorID | None:
+        """The id behind `get_actor_id()`.
 
         Raises
         ------
@@ -83,12 +89,16 @@ class RuntimeContext:
             In a driver, as in the reference.
         """
         self._check_worker()
-        return self.get_actor_id()
+        actor = process_state.actor()
+        return ActorID(actor.actor_id) if actor is not None else None
 
     @property
-    def current_placement_group_id(self) -> str | None:
-        """The same as `get_placement_group_id()`."""
-        return self.get_placement_group_id()
+    def current_placement_group_id(self) -> PlacementGroupID:
+        """The id behind `get_placement_group_id()`; outside of a group it is nil."""
+        placement = process_state.current_placement()
+        if placement is None or not placement.group:
+            return PlacementGroupID.nil()
+        return PlacementGroupID(placement.group)
 
     @property
     def should_capture_child_tasks_in_placement_group(self) -> bool:

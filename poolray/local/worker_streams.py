@@ -45,7 +45,7 @@ _IDLE_ROUNDS = 20
 
 #: What a generator that is over gives.
 END: Any = object()
-_RETURNS, _DYNAMIC = StreamMode.RETURNS, StreamMode.DYNAMIC
+_ITEMS, _RETURNS, _DYNAMIC = StreamMode.ITEMS, StreamMode.RETURNS, StreamMode.DYNAMIC
 
 
 @final
@@ -193,7 +193,8 @@ class _Source:
         self.task = task
         self.mode = task_class.stream
         #: Items in what it yields at once.
-        self.per_yield = task_class.per_yield
+        #: Items in what is yielded at once; as in the reference only of what streams.
+        self.per_yield = task_class.per_yield if self.mode == _ITEMS else 1
         #: Return values that it has to make (RETURNS).
         self.returns = task_class.num_returns
         #: Items that it has yielded.

@@ -12,10 +12,12 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, final
 
-from poolray.ids import OBJECT_ID_BYTES, ObjectId, TaskId, task_of
+from poolray.ids import OBJECT_ID_BYTES, ObjectId, task_of
 from poolray.objects.serialization import note_reference
+from poolray.public_ids import TaskID
 
 if TYPE_CHECKING:
+    import asyncio
     from concurrent.futures import Future
 
 T = TypeVar("T")
@@ -30,6 +32,9 @@ class RefOwner(Protocol):
 
     def future_of(self, ref: ObjectRef[Any]) -> Future[Any]:
         """A future of the object's value."""
+
+    def loop_future_of(self, ref: ObjectRef[Any]) -> asyncio.Future[Any]:
+        """The same, of the running event loop."""
 
     def await_value(self, ref: ObjectRef[Any]) -> Generator[Any, None, Any]:
         """What `await ref` runs."""
@@ -72,9 +77,9 @@ class ObjectRef(Generic[T_co]):
         """The object's id, 56 hexadecimal digits."""
         return self._id.hex()
 
-    def task_id(self) -> TaskId:
+    def task_id(self) -> TaskID:
         """The id of the task that makes the object."""
-        return task_of(self._id)
+        return TaskID(task_of(self._id))
 
     def is_nil(self) -> bool:
         """Whether this names no object; never true of a ref that users get."""
@@ -93,6 +98,16 @@ class ObjectRef(Generic[T_co]):
         Does not block. Several calls give several futures of the same value.
         """
         return self._client.future_of(self)
+
+    def as_future(self) -> asyncio.Future[T_co]:
+        """The same as a future of the running event loop.
+
+        Raises
+        ------
+        RuntimeError
+            No event loop runs in this thread.
+        """
+        return self._client.loop_future_of(self)
 
     def __await__(self) -> Generator[Any, None, T_co]:
         return self._client.await_value(self)

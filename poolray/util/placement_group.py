@@ -9,6 +9,7 @@ Invariants: none.
 from __future__ import annotations
 
 from poolray.remote_groups import (
+    VALID_PLACEMENT_GROUP_STRATEGIES,
     PlacementGroup,
     PlacementGroupID,
     get_current_placement_group,
@@ -19,6 +20,7 @@ from poolray.remote_groups import (
 )
 
 __all__ = [
+    "VALID_PLACEMENT_GROUP_STRATEGIES",
     "PlacementGroup",
     "PlacementGroupID",
     "get_current_placement_group",

@@ -968,3 +968,13 @@ def test_a_method_that_yields_nothing_has_nothing_to_stream(word: str) -> None:
     plain = ray.remote(Plain).remote()
     with pytest.raises(ValueError, match="can only be used with generator functions"):
         plain.ping.options(num_returns=word)
+
+
+def test_what_does_not_stream_yields_single_items() -> None:
+    @ray.remote(num_returns="dynamic", _num_objects_per_yield=2)
+    def pairs() -> Iterator[Any]:
+        yield 1, 2
+        yield 3, 4
+
+    assert [get(ref) for ref in get(pairs.remote())] == [(1, 2), (3, 4)]
+    assert get(pairs.options(num_returns=2).remote()) == [(1, 2), (3, 4)]

@@ -402,6 +402,17 @@ def test_a_ref_gives_a_real_future(gate: Gate) -> None:
     assert pending.future().result(DEADLINE_S) == "late"
 
 
+def test_a_ref_gives_a_future_of_the_running_loop() -> None:
+    ref = ray.put("value")
+
+    async def wait() -> Any:
+        future = ref.as_future()
+        assert isinstance(future, asyncio.Future)
+        return await future
+
+    assert asyncio.run(wait()) == "value"
+
+
 def test_the_future_of_a_failed_task_has_its_error() -> None:
     future = fail.remote("in future").future()
     assert isinstance(future.exception(DEADLINE_S), ray.exceptions.RayTaskError)

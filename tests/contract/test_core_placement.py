@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import signal
@@ -165,6 +166,7 @@ def test_names_are_found_taken_and_free_again() -> None:
         ([{"CPU": 1}], {"strategy": "BEST"}, "Invalid placement group strategy"),
         ([{"CPU": 1}], {"lifetime": "long"}, "either `None` or 'detached'"),
         ([{"CPU": 1}], {"bundle_label_selector": [{}, {}]}, "should equal the length"),
+        ([{"CPU": 1}], {"bundle_label_selector": []}, "should equal the length"),
         ([{"CPU": 1}], {"bundle_label_selector": [{"a": "in("}]}, "Invalid label selector"),
         ([{"CPU": 1}], {"_soft_target_node_id": "x"}, "STRICT_PACK|Invalid hex"),
     ],
@@ -172,6 +174,18 @@ def test_names_are_found_taken_and_free_again() -> None:
 def test_a_group_that_makes_no_sense_is_refused(bundles: Any, options: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         util.placement_group(bundles, **options)
+
+
+def test_the_names_of_strategies_are_known() -> None:
+    names = {"PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"}
+    module = importlib.import_module(f"{IMPLEMENTATION}.util.placement_group")
+    assert names == module.VALID_PLACEMENT_GROUP_STRATEGIES
+
+
+def test_a_reserved_name_is_refused() -> None:
+    # (The reference's is a system error.)
+    with pytest.raises((ValueError, ray.exceptions.RaySystemError), match="system reserved"):
+        util.placement_group([{"bundle": 1}])
 
 
 @pytest.mark.parametrize("name", ["", None])

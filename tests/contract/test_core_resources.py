@@ -310,6 +310,10 @@ def test_the_context_of_a_driver() -> None:
             getattr(context, name)
     with pytest.raises(RuntimeError):
         _ = context.current_actor
+    assert context.current_placement_group_id.is_nil()
+    assert context.get()["node_id"] == context.node_id == ray.NodeID.from_hex(context.get_node_id())
+    assert context.job_id.hex() == context.get_job_id()
+    assert repr(context.job_id) == f"JobID({context.get_job_id()})"
 
 
 def test_the_context_of_a_task() -> None:
@@ -337,6 +341,32 @@ def test_the_context_of_a_task() -> None:
         "actor": None,
         "cancelled": False,
     }
+
+
+def test_the_ids_of_an_actor_and_its_calls() -> None:
+    @ray.remote
+    class Looker:
+        def look(self) -> dict[str, Any]:
+            context = ray.get_runtime_context()
+            hexes = {"actor_id": context.get_actor_id(), "task_id": context.get_task_id()}
+            facts = context.get()
+            assert {name: facts[name].hex() for name in hexes} == hexes
+            assert facts["actor_id"] == context.actor_id
+            return dict(facts)
+
+    looker = Looker.remote()
+    ref = looker.look.remote()
+    facts = get(ref)
+    assert sorted(facts) == ["actor_id", "job_id", "namespace", "node_id", "task_id"]
+    assert facts["task_id"] == ref.task_id()
+    assert isinstance(facts["actor_id"], ray.ActorID)
+    assert facts["task_id"] == ray.TaskID(facts["task_id"].binary())
+    assert not facts["task_id"].is_nil()
+    assert ray.TaskID.nil().is_nil()
+    with pytest.raises(TypeError):
+        ray.TaskID("text")
+    with pytest.raises(ValueError):
+        ray.JobID(b"too many bytes")
 
 
 # --- the timeline ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import functools
 import inspect
 import io
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -315,3 +316,60 @@ def test_an_argument_that_captures_too_much_is_an_error() -> None:
         assert get(ask.remote(lambda: ray.get(ref))) == 3 << 20
     finally:
         ray.shutdown()
+
+
+# --- results as they come ------------------------------------------------------------------------
+
+
+@ray.remote
+def after(seconds: float, fails: bool = False) -> float:
+    time.sleep(seconds)
+    if fails:
+        raise ValueError("no")
+    return seconds
+
+
+def test_results_are_given_as_they_come() -> None:
+    refs = [after.remote(seconds) for seconds in (0.5, 0.0)]
+    assert list(ray.util.as_completed(refs, chunk_size=1)) == [0.0, 0.5]
+    assert list(ray.util.as_completed(refs)) == [0.5, 0.0]
+    ready = ray.util.as_completed(refs, chunk_size=1, yield_obj_refs=True)
+    assert sorted(refs.index(ref) for ref in ready) == [0, 1]
+    assert list(ray.util.as_completed([])) == []
+
+
+def test_no_more_calls_are_under_way_than_said() -> None:
+    started = []
+
+    def numbers() -> Iterator[float]:
+        for number in range(6):
+            started.append(number)
+            yield 0.0
+
+    results = ray.util.map_unordered(after, numbers(), backpressure_size=2, chunk_size=1)
+    assert next(results) == 0.0
+    assert len(started) == 2
+    assert list(results) == [0.0] * 5
+
+
+def test_what_a_call_raised_ends_the_iteration() -> None:
+    with pytest.raises(ValueError, match="no"):
+        list(ray.util.as_completed([after.remote(0.0, fails=True)]))
+
+
+@pytest.mark.parametrize(
+    "options", [{"chunk_size": 0}, {"num_returns": 2}, {"backpressure_size": 0}], ids=repr
+)
+def test_limits_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        list(ray.util.map_unordered(after, [0.0], **options))
+
+
+def test_something_is_said_once() -> None:
+    assert [ray.util.log_once("said here") for _ in range(3)] == [True, False, False]
+    assert ray.util.log_once("said there")
+
+
+def test_the_nodes_address_is_that_of_its_row() -> None:
+    (node,) = ray.nodes()
+    assert ray.util.get_node_ip_address() == node["NodeManagerAddress"]

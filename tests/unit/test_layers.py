@@ -32,7 +32,7 @@ class Floor:
 
 # From the ground up. A room is the first name below `poolray`; "poolray" is the package itself.
 FLOORS = (
-    Floor(("ids", "exceptions", "config", "_version"), open_plan=True),
+    Floor(("ids", "public_ids", "exceptions", "config", "_version"), open_plan=True),
     Floor(("protocol",)),
     Floor(("tasks", "actors", "objects", "scheduling")),
     Floor(("node", "head")),

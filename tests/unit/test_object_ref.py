@@ -23,6 +23,9 @@ class Owner:
     def future_of(self, ref: ObjectRef[Any]) -> Any:
         return ("future", ref)
 
+    def loop_future_of(self, ref: ObjectRef[Any]) -> Any:
+        raise NotImplementedError
+
     def await_value(self, ref: ObjectRef[Any]) -> Any:
         yield ref
 

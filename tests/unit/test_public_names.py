@@ -23,8 +23,14 @@ from poolray.exceptions import PoolrayError, TaskError
 # Changing one of these lists changes what users can write: it needs a changelog fragment.
 PUBLIC_NAMES = {
     "poolray": [
+        "ActorID",
         "DynamicObjectRefGenerator",
         "Executor",
+        "JobID",
+        "NodeID",
+        "PlacementGroupID",
+        "TaskID",
+        "WorkerID",
         "ObjectRef",
         "ObjectRefGenerator",
         "Pool",
@@ -79,6 +85,7 @@ PUBLIC_NAMES = {
         "timeline",
     ],
     "poolray.util.placement_group": [
+        "VALID_PLACEMENT_GROUP_STRATEGIES",
         "PlacementGroup",
         "PlacementGroupID",
         "get_current_placement_group",
@@ -126,6 +133,13 @@ PUBLIC_NAMES = {
         "summarize_tasks",
     ],
     "poolray.exceptions": [
+        "AsyncioActorExit",
+        "LocalRayletDiedError",
+        "ObjectFetchTimedOutError",
+        "PlasmaObjectNotAvailable",
+        "CrossLanguageError",
+        "UnserializableException",
+        "ActorHandleNotFoundError",
         "ActorAlreadyExistsError",
         "ActorDiedError",
         "ActorError",
@@ -191,8 +205,24 @@ PUBLIC_NAMES = {
         "TaskOptions",
     ],
     "poolray.runtime_context": ["RuntimeContext", "get_runtime_context"],
+    "poolray.public_ids": [
+        "ActorID",
+        "JobID",
+        "NodeID",
+        "PlacementGroupID",
+        "TaskID",
+        "WorkerID",
+    ],
+    "poolray.util.debug": ["disable_log_once_globally", "enable_periodic_logging", "log_once"],
+    "poolray.util.helpers": ["as_completed", "map_unordered"],
     "poolray.util": [
         "ActorPool",
+        "as_completed",
+        "disable_log_once_globally",
+        "enable_periodic_logging",
+        "get_node_ip_address",
+        "log_once",
+        "map_unordered",
         "deregister_serializer",
         "get_current_placement_group",
         "get_placement_group",
@@ -517,7 +547,8 @@ def test_the_tree_on_top_of_the_module_is_the_tree() -> None:
     for line in exceptions.__doc__.splitlines():
         if found := re.match(
             r"^(    (?:[│ ] {3})*(?:[├└]── )?)"
-            r"(\w+Error|IllegalTransition|PendingCallsLimitExceeded|\w+PlacementGroupRemoved)\b",
+            r"(\w+Error|IllegalTransition|PendingCallsLimitExceeded|\w+PlacementGroupRemoved"
+            r"|AsyncioActorExit|PlasmaObjectNotAvailable|UnserializableException)\b",
             line,
         ):
             depth = len(found[1]) // 4 - 1
