@@ -415,13 +415,16 @@ def placement_group_table(placement_group: PlacementGroup | None = None) -> dict
     """
     if placement_group is not None:
         rows = _describe(group_id=placement_group.id.binary())
-        return _table(rows[0]) if rows else {}
+        return table_of(rows[0]) if rows else {}
+    return {row.spec.group_id.hex(): table_of(row) for row in group_rows()}
+
+
+def group_rows() -> list[GroupRow]:
+    """All groups, as the head tells of them; the oldest first."""
     found: list[GroupRow] = []
-    while True:
-        rows = _describe(start=len(found))
-        if not rows:
-            return {row.spec.group_id.hex(): _table(row) for row in found}
+    while rows := _describe(start=len(found)):
         found += rows
+    return found
 
 
 def _describe(**wanted: Any) -> list[GroupRow]:
@@ -431,7 +434,7 @@ def _describe(**wanted: Any) -> list[GroupRow]:
     return reply.rows
 
 
-def _table(row: GroupRow) -> dict[str, Any]:
+def table_of(row: GroupRow) -> dict[str, Any]:
     state = GroupState(row.state)
     if row.is_infeasible:
         scheduling = "INFEASIBLE"

@@ -39,6 +39,14 @@ def _meets(match: LabelMatch, labels: Mapping[str, str]) -> bool:
             return value is None
 
 
+def describe_match(match: LabelMatch) -> str:
+    """A condition on values as `label_selector` says it."""
+    negation = "!" if match.operator is LabelOperator.NOT_IN else ""
+    if len(match.values) == 1:
+        return f"{negation}{match.values[0]}"
+    return f"{negation}in({', '.join(match.values)})"
+
+
 def describe(alternatives: Sequence[Sequence[LabelMatch]]) -> str:
     """The conditions, for people."""
     return " or ".join(

@@ -21,16 +21,21 @@ from poolray.local import runtime as local_runtime
 from poolray.local.machine import NODE_ADDRESS
 from poolray.protocol.directory import JobRow, JobsFound, ListJobs
 from poolray.protocol.inquiry import AskHead, read_answer
+from poolray.protocol.placement import GroupRow
 from poolray.protocol.state import ActorRow, NodeRow, ObjectRow, StateKind, TaskRow, WorkerRow
 from poolray.protocol.values import CallKind
+from poolray.remote_groups import group_rows, table_of
+from poolray.scheduling.labels import describe_match
 from poolray.scheduling.resources import from_fixed
 from poolray.session import find_client, ids_of_process
+from poolray.util.state_logs import get_log, list_logs
 from poolray.util.state_rows import (
     ActorState,
     ClusterEventState,
     JobState,
     NodeState,
     ObjectState,
+    PlacementGroupState,
     Row,
     RuntimeEnvState,
     TaskState,
@@ -44,20 +49,25 @@ __all__ = [
     "JobState",
     "NodeState",
     "ObjectState",
+    "PlacementGroupState",
     "RuntimeEnvState",
     "TaskState",
     "WorkerState",
     "get_actor",
     "get_job",
+    "get_log",
     "get_node",
     "get_objects",
+    "get_placement_group",
     "get_task",
     "get_worker",
     "list_actors",
     "list_cluster_events",
     "list_jobs",
+    "list_logs",
     "list_nodes",
     "list_objects",
+    "list_placement_groups",
     "list_runtime_envs",
     "list_tasks",
     "list_workers",
@@ -98,6 +108,8 @@ _DETAILS = frozenset(
         "runtime_env",
         "driver_node_id",
         "custom_fields",
+        "bundles",
+        "stats",
     }
 )
 #: But of these kinds of rows they are there always.
@@ -123,6 +135,8 @@ _NOT_FILTERABLE = frozenset(
         "message",
         "time",
         "custom_fields",
+        "bundles",
+        "stats",
     }
 )
 _TASK_TYPES = {CallKind.CREATE: "ACTOR_CREATION_TASK", CallKind.METHOD: "ACTOR_TASK"}
@@ -190,7 +204,7 @@ def _task(row: TaskRow, node_id: str, job_id: str, offset_s: float) -> TaskState
         state=row.state,
         job_id=job_id,
         type=_TASK_TYPES.get(row.kind, _NORMAL),
-        func_or_class_name=row.function_name,
+        func_or_class_name=_function_of(row),
         actor_id=row.actor_id.hex() or None,
         parent_task_id=row.parent_id.hex() or None,
         node_id=node_id if row.worker_id else None,
@@ -204,6 +218,14 @@ def _task(row: TaskRow, node_id: str, job_id: str, offset_s: float) -> TaskState
         error_message=row.error_message or None,
         runtime_env_info={},
     )
+
+
+def _function_of(row: TaskRow) -> str:
+    """A function's name without its module; of an actor's call with its class."""
+    if row.kind == CallKind.METHOD:
+        return row.function_name
+    name = row.function_name.rpartition(".")[2]
+    return f"{name}.__init__" if row.kind == CallKind.CREATE else name
 
 
 def list_actors(
@@ -469,6 +491,66 @@ def _event(row: WorkerRow, offset_s: float) -> ClusterEventState:
     )
 
 
+def list_placement_groups(
+    address: str | None = None,
+    filters: Sequence[Filter] | None = None,
+    limit: int = _LIMIT,
+    timeout: int = 30,
+    detail: bool = False,
+    raise_on_missing_output: bool = True,
+) -> list[PlacementGroupState]:
+    """Placement groups, also those that were removed not long ago; see `list_tasks`.
+
+    Examples
+    --------
+    >>> from poolray.util.placement_group import placement_group, remove_placement_group
+    >>> from poolray.util.state import list_placement_groups
+    >>> group = placement_group([{"CPU": 1}], name="listed")
+    >>> group.wait(10)
+    True
+    >>> [row.state for row in list_placement_groups(filters=[("name", "=", "listed")])]
+    ['CREATED']
+    >>> remove_placement_group(group)
+    """
+    _check(address, limit)
+    return _select(map(_group, group_rows()), PlacementGroupState, filters, limit, detail)
+
+
+def _group(row: GroupRow) -> PlacementGroupState:
+    spec, group_id = row.spec, row.spec.group_id.hex()
+    table = table_of(row)
+    return PlacementGroupState(
+        placement_group_id=group_id,
+        name=spec.name,
+        creator_job_id=spec.job_id.hex(),
+        state=table["state"],
+        bundles=[
+            {
+                "bundle_id": {"placement_group_id": group_id, "bundle_index": index},
+                "unit_resources": bundle,
+                "node_id": table["bundles_to_node_id"][index],
+                "label_selector": {
+                    match.key: describe_match(match)
+                    for match in (spec.labels[index] if spec.labels else [])
+                },
+            }
+            for index, bundle in table["bundles"].items()
+        ],
+        is_detached=spec.detached,
+        stats=table["stats"],
+    )
+
+
+def get_placement_group(
+    id: str,
+    address: str | None = None,
+    timeout: int = 30,
+) -> PlacementGroupState | None:
+    """The placement group with this id, with all columns; None if there is none."""
+    rows = list_placement_groups(address, [("placement_group_id", "=", id)], detail=True)
+    return _first(rows)
+
+
 def get_job(
     id: str,
     address: str | None = None,
@@ -545,9 +627,9 @@ def summarize_tasks(
     for row in cast("list[TaskRow]", ask(StateKind.TASKS)):
         kind = _TASK_TYPES.get(row.kind, _NORMAL)
         totals[kind] += 1
+        name = _function_of(row)
         entry = summary.setdefault(
-            row.function_name,
-            {"func_or_class_name": row.function_name, "type": kind, "state_counts": {}},
+            name, {"func_or_class_name": name, "type": kind, "state_counts": {}}
         )
         counts = entry["state_counts"]
         counts[row.state] = counts.get(row.state, 0) + 1

@@ -204,6 +204,21 @@ class ClusterEventState(Row):
     custom_fields: dict[str, Any] | None = None
 
 
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlacementGroupState(Row):
+    """A placement group, or one of the last that were removed."""
+
+    placement_group_id: str
+    name: str
+    creator_job_id: str
+    state: str  #: "PENDING", "CREATED", "RESCHEDULING" or "REMOVED"
+    #: Of each its `bundle_id`, `unit_resources`, `node_id` and `label_selector`.
+    bundles: list[dict[str, Any]] | None = None
+    is_detached: bool | None = None
+    stats: dict[str, Any] | None = None  #: as `placement_group_table` has them
+
+
 def columns(kind: type[Row]) -> tuple[dataclasses.Field[Any], ...]:
     """The columns of a kind of rows."""
     return dataclasses.fields(cast("Any", kind))

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import poolray
-from poolray.exceptions import TaskCancelledError, TaskError, WorkerCrashedError
-from poolray.util import state
+from poolray.exceptions import NotSupportedError, TaskCancelledError, TaskError, WorkerCrashedError
+from poolray.util import placement_group, remove_placement_group, state
 from tests.integration.support import DEADLINE_S, Gate, announce_and_hold, successor, wait_until
 
 
@@ -238,6 +238,41 @@ def test_workers_and_what_became_of_them() -> None:
     assert event.severity == "ERROR"
     assert f"pid {dead.pid}" in event.message
     assert "exited with code 3" in event.message
+
+
+# ---- placement groups ----------------------------------------------------------------------------
+
+
+def test_placement_groups_are_listed_with_their_bundles() -> None:
+    made = placement_group(
+        [{"CPU": 1}, {"CPU": 0.5}], name="listed", bundle_label_selector=[{}, {"zone": "!in(a, b)"}]
+    )
+    assert made.wait(DEADLINE_S)
+    (row,) = state.list_placement_groups(filters=[("name", "=", "listed")])
+    assert (row.state, row.bundles, row.is_detached) == ("CREATED", None, None)
+    found = state.get_placement_group(made.id.hex())
+    assert found is not None
+    assert found.is_detached is False
+    assert found.bundles is not None
+    node_id = poolray.get_runtime_context().get_node_id()
+    assert found.bundles[1] == {
+        "bundle_id": {"placement_group_id": made.id.hex(), "bundle_index": 1},
+        "unit_resources": {"CPU": 0.5},
+        "node_id": node_id,
+        "label_selector": {"zone": "!in(a, b)"},
+    }
+    remove_placement_group(made)
+    assert state.list_placement_groups(filters=[("name", "=", "listed")])[0].state == "REMOVED"
+    assert state.get_placement_group("ab" * 18) is None
+
+
+def test_there_are_no_logs_of_workers() -> None:
+    for ask in (state.list_logs, state.get_log):
+        with pytest.raises(NotSupportedError, match="goes to the driver"):
+            ask()
+
+
+# ---- jobs and nodes ------------------------------------------------------------------------------
 
 
 def test_the_job_is_this_program() -> None:

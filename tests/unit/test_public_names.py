@@ -106,6 +106,11 @@ PUBLIC_NAMES = {
         "SchedulingStrategyT",
     ],
     "poolray.util.state": [
+        "PlacementGroupState",
+        "get_log",
+        "get_placement_group",
+        "list_logs",
+        "list_placement_groups",
         "ClusterEventState",
         "JobState",
         "ActorState",
@@ -213,6 +218,7 @@ PUBLIC_NAMES = {
         "TaskID",
         "WorkerID",
     ],
+    "poolray.util.state_logs": ["get_log", "list_logs"],
     "poolray.util.debug": ["disable_log_once_globally", "enable_periodic_logging", "log_once"],
     "poolray.util.helpers": ["as_completed", "map_unordered"],
     "poolray.util": [
