@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from poolray.config import Config
+from poolray.exceptions import NotSupportedError
 from poolray.local.machine import HEAD_RESOURCE, memory_bytes
 from poolray.objects import spill_urls
 
@@ -33,6 +34,49 @@ def check_no_node(
             f"When connecting to an existing cluster, {', '.join(names)} must not be provided: "
             "give it to `poolray start`."
         )
+
+
+#: Parameters that the reference's `init` has beyond ours -> why they mean nothing here.
+_REFERENCE_ONLY = {
+    **dict.fromkeys(("dashboard_host", "dashboard_port"), "there is no dashboard"),
+    **dict.fromkeys(
+        ("logging_config", "logging_format"),
+        "poolray logs to the standard logger 'poolray': configure that",
+    ),
+    **dict.fromkeys(
+        (
+            "enable_resource_isolation",
+            "cgroup_path",
+            "system_reserved_cpu",
+            "system_reserved_memory",
+        ),
+        "workers are not put into control groups",
+    ),
+    "runtime_env": "there are no runtime environments",
+    "job_config": "a job is configured with the parameters of init()",
+    "proxy_server_url": "nothing is behind a proxy",
+    "_temp_dir": "files go below TMPDIR, values to object_spilling_directory",
+    "_node_ip_address": "without a cluster nothing listens, on no address",
+}
+
+
+def without_reference_only(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `init` without those that the reference alone has, where they ask for nothing.
+
+    Raises
+    ------
+    NotSupportedError
+        One of them asks for something.
+    RuntimeError
+        `local_mode`, as in the reference.
+    """
+    if options.get("local_mode"):
+        raise RuntimeError("`local_mode` is not supported: start with num_cpus=1 to debug.")
+    for name, why in _REFERENCE_ONLY.items():
+        if options.get(name):
+            raise NotSupportedError(f"init({name}={options[name]!r}): {why}.")
+    left_out = ("local_mode", *_REFERENCE_ONLY)
+    return {name: value for name, value in options.items() if name not in left_out}
 
 
 def check_init(

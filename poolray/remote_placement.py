@@ -24,6 +24,7 @@ from poolray.remote_strategies import (
     PlacementGroupSchedulingStrategy,
     SchedulingStrategyT,
 )
+from poolray.scheduling.labels import NODE_ID_LABEL
 
 if TYPE_CHECKING:
     from poolray.remote_groups import PlacementGroup
@@ -103,6 +104,9 @@ def make_placement(
         selectors = [[*hard, *selector] for selector in selectors]
     if not all(selectors):
         selectors = []  # one of them asks for nothing: any node will do
+    named = _node_named(selectors) if strategy in (None, "DEFAULT") else None
+    if named is not None:
+        return Placement(node_id=named, is_soft=False, labels=selectors)
     if isinstance(strategy, NodeAffinitySchedulingStrategy):
         return Placement(
             node_id=NodeId(bytes.fromhex(strategy.node_id)),
@@ -114,6 +118,18 @@ def make_placement(
         return Placement(labels=selectors, wishes=wishes)
     spread = strategy == "SPREAD"
     return Placement(labels=selectors, spread=spread) if selectors or spread else None
+
+
+def _node_named(selectors: list[list[LabelMatch]]) -> NodeId | None:
+    """The node that is asked for by the label that is its id: without it the call fails."""
+    if len(selectors) != 1:
+        return None
+    for match in selectors[0]:
+        if match.key == NODE_ID_LABEL and match.operator is LabelOperator.IN:
+            digits = match.values[0]
+            if len(match.values) == 1 and re.fullmatch(r"[0-9a-f]{56}", digits):
+                return NodeId(bytes.fromhex(digits))
+    return None
 
 
 def _group_of(

@@ -36,10 +36,13 @@ class RuntimeContextInfo:
     Attributes
     ----------
     address_info : dict
-        `node_id` (hex), `address`, `session_dir`, `object_store_address`.
+        `node_id` (hex), `address`, `gcs_address`, `node_ip_address`, `session_dir`,
+        `object_store_address`.
     dashboard_url : str
         Empty: there is no dashboard in local mode.
-    python_version, poolray_version : str
+    python_version, poolray_version, ray_version : str
+    ray_commit : str
+        Empty: releases have a version only.
     """
 
     def __init__(self, address_info: dict[str, Any]) -> None:
@@ -50,6 +53,7 @@ class RuntimeContextInfo:
         self.python_version = ".".join(map(str, sys.version_info[:3]))
         self.poolray_version = __version__
         self.ray_version = __version__
+        self.ray_commit = ""
 
     def __getitem__(self, key: str) -> Any:
         return self.address_info[key]
@@ -166,7 +170,10 @@ def init(
     ...     poolray.get(poolray.remote(lambda n: 2**n).remote(5))
     32
     """
-    options = {**init_checks.checked_system_config(_system_config), **options}
+    options = {
+        **init_checks.checked_system_config(_system_config),
+        **init_checks.without_reference_only(options),
+    }
     address = cluster_connection.resolve(address)
     init_checks.check_init(
         address, num_cpus, num_gpus, resources, object_store_memory, namespace, options
@@ -279,6 +286,7 @@ def _context() -> RuntimeContextInfo:
         {
             "node_id": node_id.hex(),
             "address": "local",
+            "gcs_address": "local",
             "node_ip_address": NODE_ADDRESS,
             "session_dir": "",
             "object_store_address": "",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from core_implementation import better_than_reference, gate_at, get, init, ray
+from core_implementation import IS_REFERENCE, better_than_reference, gate_at, get, init, ray
 from executor_support import Gate, is_alive, wait_until
 
 
@@ -160,6 +160,27 @@ def test_a_bad_option_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         init(**options)
+
+
+@pytest.mark.skipif(IS_REFERENCE, reason="they are the reference's own")
+@pytest.mark.parametrize(
+    "options", [{"runtime_env": {"pip": ["x"]}}, {"dashboard_port": 8265}, {"_temp_dir": "/x"}]
+)
+def test_what_only_the_reference_can_do_is_refused_in_words(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ray.exceptions.NotSupportedError, match=f"{name}=.*: "):
+        init(**options)
+    assert not ray.is_initialized()
+
+
+def test_options_that_ask_for_nothing_are_accepted() -> None:
+    init(num_cpus=1, runtime_env={}, logging_config=None, local_mode=False, job_config=None)
+    assert get(echo.remote(1)) == 1
+
+
+def test_a_local_mode_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="local_mode"):
+        init(local_mode=True)
 
 
 def test_a_refused_option_leaves_nothing_started() -> None:

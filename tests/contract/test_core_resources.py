@@ -248,6 +248,14 @@ def test_a_label_selector_that_no_node_meets_is_waited_for(selector: dict[str, s
     assert ray.wait([ref], timeout=0.2) == ([], [ref])
 
 
+def test_a_node_that_is_named_by_its_label_must_be_there() -> None:
+    here = ray.get_runtime_context().get_node_id()
+    assert get(where.options(label_selector={"ray.io/node-id": here}).remote()) == here
+    gone = where.options(label_selector={"ray.io/node-id": "ab" * 28}).remote()
+    with pytest.raises(ray.exceptions.TaskUnschedulableError):
+        get(gone)
+
+
 def test_a_fallback_takes_the_place_of_a_selector_that_no_node_meets() -> None:
     options = {"fallback_strategy": [{"label_selector": {"zone": "a"}}]}
     get(where.options(label_selector={"zone": "b"}, **options).remote())
