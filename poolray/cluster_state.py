@@ -11,18 +11,23 @@ from __future__ import annotations
 import time
 from typing import Any, cast
 
+from poolray.ids import NodeId, job_of_group
 from poolray.local import process_state
 from poolray.local.machine import NODE_ADDRESS
 from poolray.protocol.state import NodeRow, StateKind, StateRow, TaskRow
 from poolray.scheduling.resources import from_fixed
 from poolray.session import find_client, ids_of_process
+from poolray.survey import task_rows
+
+#: How long `timeline` waits for other nodes.
+_TIMELINE_TIMEOUT_S = 30.0
 
 __all__ = ["available_resources", "cluster_resources", "get_gpu_ids", "nodes", "timeline"]
 
 
 def ask(kind: StateKind) -> list[StateRow]:
     """What the node tells; starts the runtime if there is none."""
-    return find_client().link.query(kind)
+    return find_client().link.query(kind).rows
 
 
 def _nodes() -> list[NodeRow]:
@@ -87,9 +92,13 @@ def nodes() -> list[dict[str, Any]]:
     return [_describe(row, hostname) for row in _nodes()]
 
 
+def _host_of(row: NodeRow) -> str:
+    return row.address.rpartition(":")[0].strip("[]") or NODE_ADDRESS
+
+
 def _describe(row: NodeRow, hostname: str) -> dict[str, Any]:
-    host, _, port = row.address.rpartition(":")
-    address = host.strip("[]") or NODE_ADDRESS
+    port = row.address.rpartition(":")[2]
+    address = _host_of(row)
     return {
         "NodeID": row.node_id.hex(),
         "Alive": row.is_alive,
@@ -151,8 +160,9 @@ def timeline(filename: str | None = None) -> list[dict[str, Any]] | None:
 
     Notes
     -----
-    The node remembers the last `task_history_max` tasks. Tasks so short that several are reported
-    together share the time that they took evenly.
+    Each node remembers the last `task_history_max` tasks that it ran or submitted. The events of
+    all nodes are on one clock, as good as half of the time that asking them took. Tasks so short
+    that several are reported together share the time that they took evenly.
 
     Examples
     --------
@@ -162,8 +172,7 @@ def timeline(filename: str | None = None) -> list[dict[str, Any]] | None:
     >>> [event["ph"] for event in poolray.timeline() if event["name"] == "one"]
     ['X']
     """
-    rows = cast("list[TaskRow]", ask(StateKind.TASKS))
-    events = _trace([row for row in rows if row.ended_s])
+    events = _trace([row for row in task_rows(_TIMELINE_TIMEOUT_S) if row.ended_s])
     if filename is None:
         return events
     import json
@@ -175,26 +184,32 @@ def timeline(filename: str | None = None) -> list[dict[str, Any]] | None:
 
 def _trace(rows: list[TaskRow]) -> list[dict[str, Any]]:
     offset_s = wall_clock_offset_s()
-    job_id = ids_of_process()[1].hex()
-    thread_by_worker: dict[str, int] = {}
+    own_node, own_job = ids_of_process()
+    hosts = {row.node_id: _host_of(row) for row in _nodes()}
+    #: node -> its number, in the order of first use; worker -> its number on its node.
+    numbers: dict[NodeId, int] = {}
+    threads: dict[NodeId, dict[str, int]] = {}
     events: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda row: row.started_s):
+        node_id = row.node_id or own_node
+        number = numbers.setdefault(node_id, len(numbers))
         worker = f"worker:{row.worker_id.hex()}"
-        thread = thread_by_worker.setdefault(worker, len(thread_by_worker))
+        mine = threads.setdefault(node_id, {})
+        thread = mine.setdefault(worker, len(mine))
         failed = row.state == "FAILED"
         events.append(
             {
                 "cat": f"task::{row.name}",
                 "name": row.name,
                 "ph": "X",
-                "pid": 0,
+                "pid": number,
                 "tid": thread,
                 "ts": (row.started_s + offset_s) * 1e6,
                 "dur": (row.ended_s - row.started_s) * 1e6,
                 "cname": "terrible" if failed else "good",
                 "args": {
                     "task_id": row.task_id.hex(),
-                    "job_id": job_id,
+                    "job_id": (job_of_group(row.group_id) or own_job).hex(),
                     "attempt_number": row.attempt,
                     "func_or_class_name": row.function_name,
                     "actor_id": row.actor_id.hex() or None,
@@ -202,10 +217,13 @@ def _trace(rows: list[TaskRow]) -> list[dict[str, Any]]:
                 },
             }
         )
-    names: list[tuple[str, int | None, str]] = [("process_name", None, f"Node {NODE_ADDRESS}")]
-    names += [("thread_name", thread, worker) for worker, thread in thread_by_worker.items()]
-    return events + [
-        {"name": name, "ph": "M", "pid": 0, "tid": thread, "args": {"name": text}}
-        for name, thread, text in names
-        if events
-    ]
+    for node_id, number in numbers.items():
+        names: list[tuple[str, int | None, str]] = [
+            ("process_name", None, f"Node {hosts.get(node_id, NODE_ADDRESS)}")
+        ]
+        names += [("thread_name", thread, worker) for worker, thread in threads[node_id].items()]
+        events += [
+            {"name": name, "ph": "M", "pid": number, "tid": thread, "args": {"name": text}}
+            for name, thread, text in names
+        ]
+    return events

@@ -34,6 +34,7 @@
     ├── NodeDiedError                 the machine of a task is gone
     ├── AuthenticationError           this process and the cluster have not the same token
     ├── ClusterConnectionError        no cluster there, or it is gone; also a ConnectionError
+    ├── StateApiError                 what was asked about the cluster was not answered by all nodes
     ├── NotSupportedError             an option that this version does not carry out
     └── InternalError                 a bug of ours; carries the history to report
         └── IllegalTransition         a state machine got an event that its table forbids
@@ -85,6 +86,7 @@ __all__ = [
     "RaySystemError",
     "RayTaskError",
     "RuntimeEnvSetupError",
+    "StateApiError",
     "TaskCancelledError",
     "TaskError",
     "TaskPlacementGroupRemoved",
@@ -640,6 +642,10 @@ class ClusterConnectionError(PoolrayError, ConnectionError):
 
 class NotSupportedError(PoolrayError, ValueError):
     """An option that this version does not carry out; it is refused rather than ignored."""
+
+
+class StateApiError(PoolrayError):
+    """What was asked about the cluster's state was not answered, or not by all nodes."""
 
 
 class InternalError(PoolrayError):

@@ -29,6 +29,9 @@ PlacementGroupId = NewType("PlacementGroupId", bytes)
 #: The workers of plain tasks, where there is one job only.
 PLAIN_TASKS = GroupId(0)
 
+#: Numbers of jobs' workers, where there are several jobs, begin here.
+_FIRST_GROUP = 1 << 40
+
 JOB_ID_BYTES = 4
 NODE_ID_BYTES = 28
 WORKER_ID_BYTES = 28
@@ -42,6 +45,18 @@ _HANDLE_SUFFIX = b"actor-handle"
 #: Bit of the counter in a task id that says: it is a call of an actor.
 _CALL_BIT = 1 << 63
 _INDEX_SUFFIX = tuple(index.to_bytes(4, "little") for index in range(1024))
+
+
+def group_of_job(job_id: bytes) -> GroupId:
+    """The workers of a job, where there are several."""
+    return GroupId(_FIRST_GROUP + int.from_bytes(job_id, "big"))
+
+
+def job_of_group(group_id: GroupId) -> bytes:
+    """The job of these workers; empty where there is one job only."""
+    if group_id < _FIRST_GROUP:
+        return b""
+    return (group_id - _FIRST_GROUP).to_bytes(JOB_ID_BYTES, "big")
 
 
 def return_id(task_id: TaskId, index: int) -> ObjectId:

@@ -17,6 +17,7 @@ from poolray import cluster_connection, init_checks
 from poolray.client import Client, stale_ref_error
 from poolray.config import Config
 from poolray.exceptions import NotSupportedError
+from poolray.ids import NodeId
 from poolray.local import process_state
 from poolray.local import runtime as local_runtime
 from poolray.local.fork_server import WorkerSetup
@@ -358,11 +359,11 @@ def cluster_runtime() -> DriverRuntime | None:
     return cluster_connection.runtime()
 
 
-def ids_of_process() -> tuple[bytes, bytes]:
+def ids_of_process() -> tuple[NodeId, bytes]:
     """Ids of the node and the job that this process belongs to; the runtime is up."""
     setup = process_state.setup()
     if setup is not None:
-        return setup.node_id, setup.job_id
+        return NodeId(setup.node_id), setup.job_id
     runtime = runtime_of_driver()
     return runtime.node_id, runtime.job_id
 

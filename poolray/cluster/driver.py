@@ -55,7 +55,7 @@ from poolray.protocol.client import (
 from poolray.protocol.cluster import Farewell, News, Output, UserError, UserNotice
 from poolray.protocol.inquiry import HeadAnswer
 from poolray.protocol.remote import EndWriting, Piece, WritePiece, Written
-from poolray.protocol.state import QueryState, StateKind, StateRow, StateRows
+from poolray.protocol.state import QueryState, StateKind, StateRows
 from poolray.protocol.values import InArena, InFile
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -452,10 +452,25 @@ class DriverRuntime:
         request, request_id = self._open()
         return self._ask(request, request_id, make(request_id), None)
 
-    def query(self, kind: StateKind) -> list[StateRow]:
-        """What the node tells of its tasks, workers, objects or itself."""
-        reply: StateRows = self.ask(lambda request_id: QueryState(request_id=request_id, kind=kind))
-        return reply.rows
+    def query(
+        self,
+        kind: StateKind,
+        *,
+        everywhere: bool = False,
+        timeout_s: float = 30.0,
+        limit: int = 0,
+    ) -> StateRows:
+        """What nodes tell (`Link`)."""
+        reply: StateRows = self.ask(
+            lambda request_id: QueryState(
+                request_id=request_id,
+                kind=kind,
+                everywhere=everywhere,
+                timeout_s=timeout_s,
+                limit=limit,
+            )
+        )
+        return reply
 
     def when_ready(
         self, object_id: ObjectId, call: Callable[[ObjectValues], None]
@@ -546,7 +561,8 @@ def _joined(parts: list[Any]) -> Any:
     if isinstance(first, HeadAnswer):
         return msgspec.structs.replace(first, data=b"".join(p.data for p in parts), more=False)
     if isinstance(first, StateRows):
-        return msgspec.structs.replace(first, rows=[r for p in parts for r in p.rows], more=False)
+        rows = [row for part in parts for row in part.rows]
+        return msgspec.structs.replace(parts[-1], rows=rows)
     values: list[Any] = []
     errors: list[int] = []
     for part in parts:

@@ -15,26 +15,14 @@ from typing import Any, Protocol, final
 import msgspec
 
 from poolray.cluster.sessions import Session
-from poolray.ids import GroupId, NodeId
+from poolray.ids import GroupId, NodeId, job_of_group
 from poolray.protocol.cluster import JobStarted, News, Output
 from poolray.protocol.node import ForwardedResults, RegisterJob
 
 _logger = logging.getLogger(__name__)
 
-#: Numbers of jobs' groups begin here: those of an id are found from the other.
-_FIRST_GROUP = 1 << 40
 #: Ended jobs remembered: what comes late for them makes no workers.
 _ENDED_MAX = 4_096
-
-
-def group_of(job_id: bytes) -> GroupId:
-    """The workers of a job."""
-    return GroupId(_FIRST_GROUP + int.from_bytes(job_id, "big"))
-
-
-def job_of(group_id: GroupId) -> bytes:
-    """The job of these workers."""
-    return (group_id - _FIRST_GROUP).to_bytes(4, "big")
 
 
 @final
@@ -93,7 +81,7 @@ class Jobs:
 
     def ensure(self, group_id: GroupId) -> None:
         """Tasks for these workers are coming."""
-        job_id = job_of(group_id)
+        job_id = job_of_group(group_id)
         if job_id not in self._jobs:
             # A detached actor that outlived its job, or an ended one's late task: whose result
             # nobody waits for, but somebody has to say so.
@@ -103,7 +91,7 @@ class Jobs:
 
     def announce(self, group_id: GroupId, node_id: NodeId) -> None:
         """A peer is about to be sent tasks for these workers."""
-        job = self._jobs.get(job_of(group_id))
+        job = self._jobs.get(job_of_group(group_id))
         if job is not None and node_id not in job.announced and node_id != job.node_id:
             job.announced[node_id] = None
             self._host.send_peer(node_id, job.facts)

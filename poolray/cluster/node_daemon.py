@@ -30,7 +30,7 @@ from poolray.cluster import daemon, places
 from poolray.cluster.auth import Credentials
 from poolray.cluster.bulk import Bulk
 from poolray.cluster.head_daemon import HEAD_ID
-from poolray.cluster.jobs import Job, Jobs, group_of, groups_in, job_of
+from poolray.cluster.jobs import Job, Jobs, groups_in
 from poolray.cluster.options import NodeOptions, Ready
 from poolray.cluster.remote_sessions import RemoteReception
 from poolray.cluster.sessions import DriverSession, Reception, Session
@@ -39,7 +39,7 @@ from poolray.cluster.transfer import ChunkStore
 from poolray.cluster.value_traffic import ValueTraffic
 from poolray.config import Config
 from poolray.exceptions import InternalError
-from poolray.ids import ClientId, GroupId, NodeId
+from poolray.ids import ClientId, GroupId, NodeId, group_of_job, job_of_group
 from poolray.local import process_state
 from poolray.local.fork_server import WorkerSetup
 from poolray.local.machine import Wishes, describe
@@ -322,7 +322,7 @@ class NodeDaemon(NodeShell):
 
     def _take_news(self, host: WorkerHost, message: WorkerNews) -> None:
         """Pass them on at once: on every link they stay before the results that follow them."""
-        job_id, address = job_of(host.group_id), self._options.host
+        job_id, address = job_of_group(host.group_id), self._options.host
         news = News(job_id=job_id, topic=message.topic, data=message.data, address=address)
         self.jobs.on_news(news)
 
@@ -533,7 +533,7 @@ class NodeDaemon(NodeShell):
     def welcome(self, session: Session, hello: Hello) -> Welcome:
         """A driver has signed on: its job begins."""
         job_id = os.urandom(4)
-        group_id = group_of(job_id)
+        group_id = group_of_job(job_id)
         session.job_id = job_id
         self._sessions[session.client_id] = session
         job = JobStarted(

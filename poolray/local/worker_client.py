@@ -27,7 +27,7 @@ import msgspec
 from poolray.client import Client
 from poolray.client_values import deadline_of
 from poolray.exceptions import PoolrayError
-from poolray.ids import ObjectId, TaskId, TaskIdSource, WorkerId
+from poolray.ids import NodeId, ObjectId, TaskId, TaskIdSource, WorkerId
 from poolray.local import process_state
 from poolray.local.channel import SpinningReader
 from poolray.local.reactor import Doorbell
@@ -233,19 +233,35 @@ class WorkerLink:
         assert isinstance(parts[0], RoomGranted)
         return parts[0]
 
-    def query(self, kind: StateKind) -> list[StateRow]:
-        """What the node tells of its tasks, workers, objects or itself."""
+    def query(
+        self,
+        kind: StateKind,
+        *,
+        everywhere: bool = False,
+        timeout_s: float = 30.0,
+        limit: int = 0,
+    ) -> StateRows:
+        """What nodes tell (`Link`)."""
         request_id = self._open()
+        question = QueryState(
+            request_id=request_id,
+            kind=kind,
+            everywhere=everywhere,
+            timeout_s=timeout_s,
+            limit=limit,
+        )
         try:
-            self.send(QueryState(request_id=request_id, kind=kind))
+            self.send(question)
             parts = self._await(request_id, None, tell=False)
         finally:
             self._close(request_id)
         rows: list[StateRow] = []
+        missing: list[NodeId] = []
         for part in parts or ():
             assert isinstance(part, StateRows)
             rows.extend(part.rows)
-        return rows
+            missing.extend(part.missing)
+        return StateRows(request_id=request_id, rows=rows, missing=missing)
 
     def when_ready(
         self, object_id: ObjectId, call: Callable[[ObjectValues], None]

@@ -15,7 +15,7 @@ from typing import final
 from poolray.actors.call_order import CallOrder
 from poolray.actors.lifecycle import ActorLife, ActorState
 from poolray.exceptions import ActorDiedError, ActorUnavailableError
-from poolray.ids import ClientId, NodeId, ObjectId, TaskId
+from poolray.ids import ClientId, GroupId, NodeId, ObjectId, TaskId
 from poolray.node.workers import WorkerRecord
 from poolray.protocol.actors import CreateActor
 from poolray.protocol.node import WorkerLost
@@ -53,6 +53,7 @@ class Actor:
         "creation",
         "death",
         "estimate_s",
+        "group_id",
         "host",
         "hosted_for",
         "is_durable",
@@ -80,6 +81,8 @@ class Actor:
         self.owner = owner
         #: The constructor's call; kept with its arguments while the actor may be restarted.
         self.creation: TaskRecord | None = None
+        #: The workers of which it has one: those of its job.
+        self.group_id = GroupId(0)
         #: The worker that is its own (ALIVE).
         self.worker: WorkerRecord | None = None
         self.pid = 0
@@ -123,6 +126,12 @@ class Actor:
     def is_serial(self) -> bool:
         """Whether its calls run one after the other."""
         return self.message.serial
+
+    def begin(self, creation: TaskRecord | None) -> None:
+        """Its constructor's call has been taken; None: and has failed already."""
+        self.creation = creation
+        if creation is not None:
+            self.group_id = creation.class_queue.task_class.group_id
 
     def lane_of(self, record: TaskRecord) -> Lane:
         """Where a call belongs."""
@@ -179,6 +188,8 @@ def row_of(actor: Actor) -> ActorRow:
         restarts=0 if creation is None else creation.attempts,
         death_cause=actor.cause[:_CAUSE_CHARS_MAX],
         repr_name=actor.repr_name,
+        group_id=actor.group_id,
+        node_id=actor.host or NodeId(b""),
     )
 
 

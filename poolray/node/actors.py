@@ -259,7 +259,7 @@ class Actors:
         self.hosting.on_born(actor)
         # Arguments that are known to be errors may end it before this returns.
         self._tasks.submit(client_id, [message.task])
-        actor.creation = self._state.tasks.get(task_id)
+        actor.begin(self._state.tasks.get(task_id))
         if actor.creation is not None:
             actor.creation.attempts = restarts
             actor.required = actor.creation.class_queue.task_class.resources

@@ -441,7 +441,7 @@ class Hosting:
         actor.hosted_for = node_id
         self._local.by_creation[spec.task_id] = actor
         group = self._tasks.submit_foreign(client_id, spec, task.attempts)
-        actor.creation = self._state.tasks.get(spec.task_id)
+        actor.begin(self._state.tasks.get(spec.task_id))
         if group is not None:
             self._tasks.dispatcher.dispatch(group)
 

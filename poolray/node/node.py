@@ -29,6 +29,7 @@ from poolray.node.memory import memory_table
 from poolray.node.parts import make_parts
 from poolray.node.state import NodeState
 from poolray.node.statistics import NodeStatistics, demands_of, statistics_of
+from poolray.node.survey import Survey
 from poolray.objects.allocator import RangeAllocator
 from poolray.protocol.actors import (
     CallActor,
@@ -107,7 +108,9 @@ from poolray.protocol.node import (
     ObjectReady,
     PacketsTakenBack,
     PeerMessage,
+    PeerQuery,
     PeerReleases,
+    PeerRows,
     PullChunk,
     PullEnded,
     Refused,
@@ -278,7 +281,7 @@ class Node:
         self._functions = parts.functions
         self._groups = parts.groups
         self._objects = parts.objects
-        self._observer = parts.observer
+        self._survey = Survey(state, parts.observer)
         self._peers = parts.peers
         self._protection = parts.protection
         self._retries = parts.retries
@@ -413,7 +416,7 @@ class Node:
             case AskHeadPart():
                 self._inquiries.on_part(client_id, message)
             case QueryState():
-                self._observer.on_query(client_id, message)
+                self._survey.on_query(client_id, message)
             case CancelTasks():
                 self._tasks.cancel(message.task_ids)
             case CreateActor() | KillActor() | LookUpActor() | ListActors() | CountCalls():
@@ -481,7 +484,7 @@ class Node:
                 self._dispatcher.on_taken_back(message)
             case WorkerLost():
                 groups.on_lost(message)
-                self._inquiries.on_left(ClientId(message.worker_id))
+                self._forget_questions(ClientId(message.worker_id))
             case CallProgress():
                 self._timeouts.on_progress(message)
             case CreateGroup():
@@ -496,7 +499,7 @@ class Node:
                 groups.resize(message.group_id, message.size)
             case ClientLeft():
                 self._tasks.drop_client(ClientId(message.client_id))
-                self._inquiries.on_left(ClientId(message.client_id))
+                self._forget_questions(ClientId(message.client_id))
             case SpillDone():
                 self._store.on_spill_done(message)
             case SpillFailed():
@@ -520,6 +523,10 @@ class Node:
                 self._peers.transfers.on_chunks_lost(message)
             case _:
                 _assert_never(message)
+
+    def _forget_questions(self, client_id: ClientId) -> None:
+        self._inquiries.on_left(client_id)
+        self._survey.on_client_left(client_id)
 
     def _on_peer(self, node_id: NodeId, message: PeerMessage) -> None:
         peers = self._peers
@@ -555,6 +562,10 @@ class Node:
                 self._actors.hosting.on_ask_handle(node_id, message)
             case HandleLent():
                 self._actors.hosting.on_handle_lent(node_id, message)
+            case PeerQuery():
+                self._survey.on_peer_query(node_id, message)
+            case PeerRows():
+                self._survey.on_rows(node_id, message)
             case _:
                 self._on_transfer(node_id, message)
 
@@ -587,6 +598,7 @@ class Node:
                 self._dispatch_all()
             case NodeDied():
                 self._peers.on_node_died(message.node_id)
+                self._survey.on_node_died(message.node_id)
                 self._dispatch_all()
             case Refused():
                 text = f"The cluster's head refuses this node: {message.reason}"
@@ -662,9 +674,9 @@ class Node:
     def next_deadline(self) -> float | None:
         """When to send `Tick` at the latest, on the shell's clock; None: no need."""
         deadline = self._dispatcher.deadline_s
-        look_s = self._protection.next_look_s()
-        if look_s is not None and (deadline is None or look_s < deadline):
-            deadline = look_s
+        for other in (self._protection.next_look_s(), self._survey.next_deadline()):
+            if other is not None and (deadline is None or other < deadline):
+                deadline = other
         if self._has_head and (deadline is None or self._next_heartbeat_s < deadline):
             return self._next_heartbeat_s
         return deadline
@@ -675,6 +687,7 @@ class Node:
         self._retries.on_tick()
         self._protection.on_tick()
         self._timeouts.on_tick()
+        self._survey.on_tick()
         self._peers.ahead.on_tick()
         state = self.state
         if self._has_head and state.now >= self._next_heartbeat_s:

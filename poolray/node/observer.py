@@ -17,7 +17,16 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, TypeAlias, final
 
 from poolray.exceptions import InternalError, PoolrayError
-from poolray.ids import ActorId, ClientId, ObjectId, TaskId, WorkerId, actor_of, is_handle
+from poolray.ids import (
+    ActorId,
+    ClientId,
+    NodeId,
+    ObjectId,
+    TaskId,
+    WorkerId,
+    actor_of,
+    is_handle,
+)
 from poolray.node.effects import Reply
 from poolray.node.state import NodeState
 from poolray.node.workers import WorkerRecord, WorkerState
@@ -27,7 +36,6 @@ from poolray.protocol.state import (
     ActorRow,
     NodeRow,
     ObjectRow,
-    QueryState,
     StateKind,
     StateRow,
     StateRows,
@@ -79,6 +87,7 @@ EndedTask: TypeAlias = tuple[
 ]
 _NO_WORKER = WorkerId(b"")
 _NO_TASK = TaskId(b"")
+_NO_NODES: list[NodeId] = []
 #: Errors of attempts that were lost.
 _LOST = ("WORKER_DIED", "NODE_DIED", "OUT_OF_MEMORY")
 
@@ -203,25 +212,26 @@ class Observer:
 
     # ---- answers ---------------------------------------------------------------------------------
 
-    def on_query(self, client_id: ClientId, message: QueryState) -> None:
-        """Somebody asks."""
-        rows = list(self._rows(message.kind))
-        start = 0
-        while True:
-            stop = len(rows)
-            if client_id != self._state.local_client:
-                # A worker's control channel takes packets of limited size.
-                stop, size = start, 0
-                while stop < len(rows) and stop - start < _ROWS_MAX and size < _TEXT_BYTES_MAX:
-                    row = rows[stop]
-                    size += _text_size(row)
-                    stop += 1
-            more = stop < len(rows)
-            part = StateRows(request_id=message.request_id, rows=rows[start:stop], more=more)
-            self._state.effects.append(Reply(client_id, part))
-            if not more:
-                return
-            start = stop
+    def rows(self, kind: StateKind, limit: int = 0) -> list[StateRow]:
+        """What there is to tell; `limit` rows at the most, unless that is 0."""
+        return list(islice(self._rows(kind), limit or None))
+
+    def reply(
+        self,
+        client_id: ClientId,
+        request_id: int,
+        rows: list[StateRow],
+        *,
+        more: bool,
+        missing: list[NodeId] = _NO_NODES,
+    ) -> None:
+        """Tell a client; `more` rows will follow."""
+        parts = [(rows, False)] if client_id == self._state.local_client else in_parts(rows)
+        for part, continues in parts:
+            message = StateRows(
+                request_id=request_id, rows=part, more=continues or more, missing=missing
+            )
+            self._state.effects.append(Reply(client_id, message))
 
     def _rows(self, kind: StateKind) -> Iterator[StateRow]:
         match kind:
@@ -310,6 +320,7 @@ class Observer:
             kind=queue.task_class.kind,
             actor_id=_actor_of(record.task_id, queue, record.actor_id),
             parent_id=self.cancellation.parents.get(record.root_id, _NO_TASK),
+            group_id=queue.task_class.group_id,
         )
 
     def _running(self) -> dict[TaskId, float]:
@@ -353,6 +364,20 @@ class Observer:
             )
 
 
+def in_parts(rows: list[StateRow]) -> Iterator[tuple[list[StateRow], bool]]:
+    """Rows that fit one packet each, for such are limited; and whether there are more."""
+    start = 0
+    while True:
+        stop, size = start, 0
+        while stop < len(rows) and stop - start < _ROWS_MAX and size < _TEXT_BYTES_MAX:
+            size += _text_size(rows[stop])
+            stop += 1
+        yield rows[start:stop], stop < len(rows)
+        if stop >= len(rows):
+            return
+        start = stop
+
+
 def _ended_row(task: EndedTask, started_s: float, ended_s: float) -> TaskRow:
     task_id, queue, attempt, error, worker_id, pid, _, _, family = task
     error_type, message = error or ("", "")
@@ -373,6 +398,7 @@ def _ended_row(task: EndedTask, started_s: float, ended_s: float) -> TaskRow:
         kind=queue.task_class.kind,
         actor_id=_actor_of(task_id, queue, actor_id),
         parent_id=parent_id,
+        group_id=queue.task_class.group_id,
     )
 
 

@@ -55,6 +55,7 @@ from poolray.protocol.directory import (
     WatchActor,
 )
 from poolray.protocol.placement import KeptBundles, PlacementHeadMessage, PlacementHeadRequest
+from poolray.protocol.state import ActorRow, NodeRow, ObjectRow, StateKind, TaskRow, WorkerRow
 from poolray.protocol.streams import Yielded
 from poolray.protocol.values import (
     FunctionDefinition,
@@ -430,6 +431,23 @@ class StreamProgress(msgspec.Struct, frozen=True, array_like=True, tag=232, kw_o
     closed: bool = False  #: nobody will take any
 
 
+class PeerQuery(msgspec.Struct, frozen=True, array_like=True, tag=217, kw_only=True):
+    """Tell a client of mine of these; answered with one or more `PeerRows`."""
+
+    request_id: int
+    kind: StateKind
+    limit: int = 0  #: rows at the most; 0: all
+
+
+class PeerRows(msgspec.Struct, frozen=True, array_like=True, tag=218, kw_only=True):
+    """The rows, or a part of them; `more` is true for all but the last."""
+
+    request_id: int
+    now_s: float  #: on the clock that the rows' times are of
+    rows: list[TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow]
+    more: bool = False
+
+
 PeerMessage: TypeAlias = (
     ForwardTasks
     | ForwardedResults
@@ -451,6 +469,8 @@ PeerMessage: TypeAlias = (
     | HostedEnded
     | AskHandle
     | HandleLent
+    | PeerQuery
+    | PeerRows
 )
 
 

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from poolray.ids import ActorId, NodeId, ObjectId, TaskId, WorkerId
+from poolray.ids import ActorId, GroupId, NodeId, ObjectId, TaskId, WorkerId
 from poolray.protocol.values import CallKind
 
 
@@ -33,6 +33,10 @@ class QueryState(msgspec.Struct, frozen=True, array_like=True, tag=118, kw_only=
 
     request_id: int
     kind: StateKind
+    #: Of all nodes that are alive, not of this one alone: for as long as `timeout_s`.
+    everywhere: bool = False
+    timeout_s: float = 30.0  #: of who is asked through this one
+    limit: int = 0  #: rows of each node at the most; 0: all
 
 
 class TaskRow(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True):
@@ -54,6 +58,8 @@ class TaskRow(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True)
     kind: CallKind = CallKind.CALL
     actor_id: ActorId = ActorId(b"")  #: of the actor that it calls or makes
     parent_id: TaskId = TaskId(b"")  #: the task that submitted it; empty for a driver's
+    group_id: GroupId = GroupId(0)  #: its workers: of which job it is
+    node_id: NodeId = NodeId(b"")  #: the node that tells of it; empty: the one that was asked
 
 
 class WorkerRow(msgspec.Struct, frozen=True, array_like=True, tag=2, kw_only=True):
@@ -68,6 +74,7 @@ class WorkerRow(msgspec.Struct, frozen=True, array_like=True, tag=2, kw_only=Tru
     signal: int | None = None
     was_told: bool = False  #: its end had been asked for
     out_of_memory: bool = False  #: it was ended because memory was short
+    node_id: NodeId = NodeId(b"")  #: the node that tells of it; empty: the one that was asked
 
 
 class ObjectRow(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only=True):
@@ -80,6 +87,7 @@ class ObjectRow(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only=Tru
     holders: int  #: processes, tasks and objects that hold it
     in_store: bool  #: in shared memory, not inside its messages
     call_site: str = ""  #: where its first ref was made, if that is recorded
+    node_id: NodeId = NodeId(b"")  #: the node that tells of it; empty: the one that was asked
 
 
 class NodeRow(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=True):
@@ -108,6 +116,9 @@ class ActorRow(msgspec.Struct, frozen=True, array_like=True, tag=8, kw_only=True
     restarts: int = 0
     death_cause: str = ""
     repr_name: str = ""  #: what it says of itself, where its class defines that
+    group_id: GroupId = GroupId(0)  #: its workers: of which job it is
+    #: The node that it lives on; empty: the one that tells of it.
+    node_id: NodeId = NodeId(b"")
 
 
 StateRow: TypeAlias = TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow
@@ -119,3 +130,5 @@ class StateRows(msgspec.Struct, frozen=True, array_like=True, tag=160, kw_only=T
     request_id: int
     rows: list[TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow]
     more: bool = False
+    #: In the last part: nodes that were asked as well and have not answered in time, or died.
+    missing: list[NodeId] = []

@@ -12,10 +12,11 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
 
 from poolray.cluster_state import ask, wall_clock_offset_s
+from poolray.ids import NodeId, job_of_group
 from poolray.local import process_state
 from poolray.local import runtime as local_runtime
 from poolray.local.machine import NODE_ADDRESS
@@ -28,6 +29,7 @@ from poolray.remote_groups import group_rows, table_of
 from poolray.scheduling.labels import describe_match
 from poolray.scheduling.resources import from_fixed
 from poolray.session import find_client, ids_of_process
+from poolray.survey import actor_rows, object_rows, task_rows, worker_rows
 from poolray.util.state_logs import get_log, list_logs
 from poolray.util.state_rows import (
     ActorState,
@@ -152,7 +154,7 @@ def list_tasks(
     detail: bool = False,
     raise_on_missing_output: bool = True,
 ) -> list[TaskState]:
-    """Tasks: those that have not ended, then the last that have, newest first.
+    """Tasks of all nodes: those that have not ended, then the last that have, newest first.
 
     Parameters
     ----------
@@ -163,14 +165,17 @@ def list_tasks(
     limit : int, default 100
         Rows at the most, up to 10,000.
     timeout : int, seconds
-        Answers on one machine come at once.
+        How long to wait for other nodes; on one machine the answer comes at once.
     detail : bool, default False
         Fill in all columns.
     raise_on_missing_output : bool
-        On one machine nothing is ever missing.
+        Whether it is an error if a node has not answered in time, or died meanwhile; else a
+        warning names it. On one machine nothing is ever missing.
 
     Raises
     ------
+    StateApiError
+        A node has not answered.
     ValueError
         Another address, an unknown column or predicate, a limit out of range.
 
@@ -184,11 +189,11 @@ def list_tasks(
     ['FINISHED']
     """
     _check(address, limit)
-    rows = cast("list[TaskRow]", ask(StateKind.TASKS))
+    rows = task_rows(timeout, limit=_at_node(limit, filters), strict=raise_on_missing_output)
     node_id, job_id = ids_of_process()
     offset_s = wall_clock_offset_s()
     return _select(
-        (_task(row, node_id.hex(), job_id.hex(), offset_s) for row in rows),
+        (_task(row, node_id, job_id, offset_s) for row in rows),
         TaskState,
         filters,
         limit,
@@ -196,18 +201,18 @@ def list_tasks(
     )
 
 
-def _task(row: TaskRow, node_id: str, job_id: str, offset_s: float) -> TaskState:
+def _task(row: TaskRow, own_node: NodeId, own_job: bytes, offset_s: float) -> TaskState:
     return TaskState(
         task_id=row.task_id.hex(),
         attempt_number=row.attempt,
         name=row.name,
         state=row.state,
-        job_id=job_id,
+        job_id=(job_of_group(row.group_id) or own_job).hex(),
         type=_TASK_TYPES.get(row.kind, _NORMAL),
         func_or_class_name=_function_of(row),
         actor_id=row.actor_id.hex() or None,
         parent_task_id=row.parent_id.hex() or None,
-        node_id=node_id if row.worker_id else None,
+        node_id=(row.node_id or own_node).hex() if row.worker_id else None,
         worker_id=row.worker_id.hex() if row.worker_id else None,
         worker_pid=row.pid or None,
         error_type=row.error_type or None,
@@ -251,10 +256,10 @@ def list_actors(
     ['ALIVE']
     """
     _check(address, limit)
-    rows = cast("list[ActorRow]", ask(StateKind.ACTORS))
+    rows = actor_rows(timeout, limit=_at_node(limit, filters), strict=raise_on_missing_output)
     node_id, job_id = ids_of_process()
     return _select(
-        (_actor(row, node_id.hex(), job_id.hex()) for row in rows),
+        (_actor(row, node_id, job_id) for row in rows),
         ActorState,
         filters,
         limit,
@@ -262,14 +267,14 @@ def list_actors(
     )
 
 
-def _actor(row: ActorRow, node_id: str, job_id: str) -> ActorState:
+def _actor(row: ActorRow, own_node: NodeId, own_job: bytes) -> ActorState:
     return ActorState(
         actor_id=row.actor_id.hex(),
         class_name=row.class_name,
         state=row.state,
-        job_id=job_id,
+        job_id=(job_of_group(row.group_id) or own_job).hex(),
         name=row.name,
-        node_id=node_id if row.pid else None,
+        node_id=(row.node_id or own_node).hex() if row.pid else None,
         pid=row.pid,
         ray_namespace=row.namespace,
         required_resources=from_fixed(row.required),
@@ -292,15 +297,21 @@ def list_workers(
 ) -> list[WorkerState]:
     """Workers, also those that have ended not long ago; see `list_tasks`."""
     _check(address, limit)
-    rows = cast("list[WorkerRow]", ask(StateKind.WORKERS))
-    node_id = ids_of_process()[0].hex()
-    offset_s = wall_clock_offset_s()
+    rows = worker_rows(timeout, limit=_at_node(limit, filters), strict=raise_on_missing_output)
+    own = ids_of_process()[0]
+    offset_s, hosts = wall_clock_offset_s(), _hosts()
     return _select(
-        (_worker(row, node_id, offset_s) for row in rows), WorkerState, filters, limit, detail
+        (_worker(row, row.node_id or own, hosts, offset_s) for row in rows),
+        WorkerState,
+        filters,
+        limit,
+        detail,
     )
 
 
-def _worker(row: WorkerRow, node_id: str, offset_s: float) -> WorkerState:
+def _worker(
+    row: WorkerRow, node_id: NodeId, hosts: Mapping[NodeId, str], offset_s: float
+) -> WorkerState:
     from poolray.exceptions import describe_exit
 
     exit_type = detail = None
@@ -315,8 +326,8 @@ def _worker(row: WorkerRow, node_id: str, offset_s: float) -> WorkerState:
         is_alive=row.is_alive,
         worker_type="WORKER",
         exit_type=exit_type,
-        node_id=node_id,
-        ip=NODE_ADDRESS,
+        node_id=node_id.hex(),
+        ip=hosts.get(node_id, NODE_ADDRESS),
         pid=row.pid,
         exit_detail=detail,
         start_time_ms=_date_ms(row.started_s, offset_s),
@@ -334,11 +345,17 @@ def list_objects(
 ) -> list[ObjectState]:
     """Objects that somebody holds; see `list_tasks`."""
     _check(address, limit)
-    rows = cast("list[ObjectRow]", ask(StateKind.OBJECTS))
-    return _select((_object(row) for row in rows), ObjectState, filters, limit, detail)
+    rows = object_rows(timeout, limit=_at_node(limit, filters), strict=raise_on_missing_output)
+    return _select(_objects(rows), ObjectState, filters, limit, detail)
 
 
-def _object(row: ObjectRow) -> ObjectState:
+def _objects(rows: Iterable[ObjectRow]) -> Iterator[ObjectState]:
+    own, hosts = ids_of_process()[0], _hosts()
+    for row in rows:
+        yield _object(row, hosts.get(row.node_id or own, NODE_ADDRESS))
+
+
+def _object(row: ObjectRow, host: str) -> ObjectState:
     return ObjectState(
         object_id=row.object_id.hex(),
         object_size=row.size_bytes,
@@ -346,7 +363,7 @@ def _object(row: ObjectRow) -> ObjectState:
         reference_type="PINNED_IN_MEMORY" if row.in_store else "LOCAL_REFERENCE",
         reference_count=row.holders,
         is_error=row.is_error,
-        ip=NODE_ADDRESS,
+        ip=host,
         call_site=row.call_site or "disabled",
     )
 
@@ -365,8 +382,17 @@ def list_nodes(
     return _select((_node(row) for row in rows), NodeState, filters, limit, detail)
 
 
+def _host_of(row: NodeRow) -> str:
+    return row.address.rpartition(":")[0].strip("[]") or NODE_ADDRESS
+
+
+def _hosts() -> dict[NodeId, str]:
+    """Where the nodes are."""
+    return {row.node_id: _host_of(row) for row in cast("list[NodeRow]", ask(StateKind.NODES))}
+
+
 def _node(row: NodeRow) -> NodeState:
-    address = row.address.rpartition(":")[0].strip("[]") or NODE_ADDRESS
+    address = _host_of(row)
     return NodeState(
         node_id=row.node_id.hex(),
         node_ip=address,
@@ -471,7 +497,7 @@ def list_cluster_events(
     """What happened to the cluster: ends of workers that were not asked for; see `list_tasks`."""
     _check(address, limit)
     offset_s = wall_clock_offset_s()
-    rows = cast("list[WorkerRow]", ask(StateKind.WORKERS))
+    rows = worker_rows(timeout, strict=raise_on_missing_output)
     events = (_event(row, offset_s) for row in rows if not row.is_alive and not row.was_told)
     return _select(events, ClusterEventState, filters, limit, detail)
 
@@ -569,7 +595,7 @@ def get_task(
 
     Of a task that was tried several times: a row for each attempt, the last one first.
     """
-    rows = list_tasks(address, [("task_id", "=", _hex(id))], detail=True)
+    rows = list_tasks(address, [("task_id", "=", _hex(id))], timeout=timeout, detail=True)
     return rows if len(rows) > 1 else _first(rows)
 
 
@@ -624,7 +650,7 @@ def summarize_tasks(
     _check(address, _LIMIT)
     summary: dict[str, dict[str, Any]] = {}
     totals = {_NORMAL: 0, "ACTOR_TASK": 0, "ACTOR_CREATION_TASK": 0}
-    for row in cast("list[TaskRow]", ask(StateKind.TASKS)):
+    for row in task_rows(timeout, strict=raise_on_missing_output):
         kind = _TASK_TYPES.get(row.kind, _NORMAL)
         totals[kind] += 1
         name = _function_of(row)
@@ -657,7 +683,7 @@ def summarize_actors(
     ['summary', 'summary_by', 'total_actors']
     """
     _check(address, _LIMIT)
-    rows = cast("list[ActorRow]", ask(StateKind.ACTORS))
+    rows = actor_rows(timeout, strict=raise_on_missing_output)
     summary: dict[str, dict[str, Any]] = {}
     for row in rows:
         fresh: dict[str, Any] = {"class_name": row.class_name, "state_counts": {}}
@@ -671,7 +697,7 @@ def summarize_objects(
 ) -> dict[str, Any]:
     """Numbers and bytes of objects, by where their first refs were made if that is recorded."""
     _check(address, _LIMIT)
-    rows = [_object(row) for row in cast("list[ObjectRow]", ask(StateKind.OBJECTS))]
+    rows = list(_objects(object_rows(timeout, strict=raise_on_missing_output)))
     sites = sorted({row.call_site for row in rows})
     by_site = {site: _object_counts([r for r in rows if r.call_site == site]) for site in sites}
     return {
@@ -708,6 +734,11 @@ def _check(address: str | None, limit: int) -> None:
         raise ValueError(f"limit must be a number of rows: {limit!r}")
     if limit > _LIMIT_MAX:
         raise ValueError(f"Given limit {limit} exceeds the supported limit {_LIMIT_MAX}.")
+
+
+def _at_node(limit: int, filters: Sequence[Filter] | None) -> int:
+    """How many rows of each node are enough: which ones filters take is known here alone."""
+    return 0 if filters else limit
 
 
 def _select(

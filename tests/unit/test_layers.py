@@ -54,6 +54,7 @@ FLOORS = (
             "actor_methods",
             "binding",
             "cluster_state",
+            "survey",
             "cluster_connection",
             "remote_groups",
             "generators",

@@ -173,6 +173,7 @@ PUBLIC_NAMES = {
         "RaySystemError",
         "RayTaskError",
         "RuntimeEnvSetupError",
+        "StateApiError",
         "TaskCancelledError",
         "TaskError",
         "TaskPlacementGroupRemoved",

@@ -1,0 +1,117 @@
+"""Rows of all nodes, put together: one for each task and actor, wherever it was made and runs.
+
+What: asks all nodes; of a task or actor that several nodes know, keeps what each knows best.
+Who calls: `poolray.util.state`, `poolray.timeline`.
+May touch: nothing.
+Invariants: the order of rows is that of their first mention, this process's own node first.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterable
+from typing import TypeAlias, TypeVar, cast
+
+import msgspec
+
+from poolray.exceptions import StateApiError
+from poolray.protocol.state import ActorRow, ObjectRow, StateKind, StateRow, TaskRow, WorkerRow
+from poolray.session import find_client
+
+T = TypeVar("T", TaskRow, ActorRow)
+Merge: TypeAlias = Callable[[T, T], T]
+#: A task's states from the last to the first, as far as they show that a node knows more.
+_ENDED = ("FINISHED", "FAILED")
+
+
+def _ask_all(
+    kind: StateKind, timeout_s: float = 30.0, *, limit: int = 0, strict: bool = True
+) -> list[StateRow]:
+    """What all nodes tell.
+
+    Raises
+    ------
+    StateApiError
+        A node did not answer in time, or died, and `strict` is true; else a warning
+        names it.
+    """
+    reply = find_client().link.query(kind, everywhere=True, timeout_s=timeout_s, limit=limit)
+    if reply.missing:
+        names = ", ".join(node_id.hex() for node_id in reply.missing)
+        text = (
+            f"What nodes know is not complete: no answer came from {names} within {timeout_s:g} s, "
+            "or they have died. Ask again, give them more time (timeout=), or take what there is "
+            "(raise_on_missing_output=False)."
+        )
+        if strict:
+            raise StateApiError(text)
+        warnings.warn(text, stacklevel=4)
+    return reply.rows
+
+
+def task_rows(timeout_s: float, *, limit: int = 0, strict: bool = True) -> list[TaskRow]:
+    """Attempts of tasks: those that have not ended, then the ended ones, newest first."""
+    rows = cast(
+        "list[TaskRow]",
+        _ask_all(StateKind.TASKS, timeout_s, limit=limit, strict=strict),
+    )
+    merged = _merged(rows, [(row.task_id, row.attempt) for row in rows], _of_task)
+    if all(not row.node_id for row in rows):
+        return merged
+    # (Each node has told of its own in that order.)
+    return sorted(merged, key=lambda row: (row.ended_s > 0, -row.ended_s))
+
+
+def actor_rows(timeout_s: float, *, limit: int = 0, strict: bool = True) -> list[ActorRow]:
+    """Actors: those that are not dead, then the dead ones."""
+    rows = cast(
+        "list[ActorRow]",
+        _ask_all(StateKind.ACTORS, timeout_s, limit=limit, strict=strict),
+    )
+    merged = _merged(rows, [row.actor_id for row in rows], _of_actor)
+    return sorted(merged, key=lambda row: row.state == "DEAD")
+
+
+def worker_rows(timeout_s: float, *, limit: int = 0, strict: bool = True) -> list[WorkerRow]:
+    """Workers of all nodes."""
+    rows = _ask_all(StateKind.WORKERS, timeout_s, limit=limit, strict=strict)
+    return cast("list[WorkerRow]", rows)
+
+
+def object_rows(timeout_s: float, *, limit: int = 0, strict: bool = True) -> list[ObjectRow]:
+    """Objects of all nodes: of one that several nodes hold, a row of each."""
+    rows = _ask_all(StateKind.OBJECTS, timeout_s, limit=limit, strict=strict)
+    return cast("list[ObjectRow]", rows)
+
+
+def _merged(rows: list[T], keys: Iterable[Hashable], of: Merge[T]) -> list[T]:
+    found: dict[Hashable, T] = {}
+    for key, row in zip(keys, rows, strict=True):
+        known = found.get(key)
+        found[key] = row if known is None else of(known, row)
+    return list(found.values())
+
+
+def _of_task(one: TaskRow, other: TaskRow) -> TaskRow:
+    """The same attempt, as the node that submitted it and the one that ran it know it."""
+    ran, made = (one, other) if one.worker_id else (other, one)
+    last = made if made.state in _ENDED else ran
+    return msgspec.structs.replace(
+        ran,
+        state=last.state,
+        ended_s=ran.ended_s or made.ended_s,
+        error_type=last.error_type,
+        error_message=last.error_message,
+        parent_id=ran.parent_id or made.parent_id,
+    )
+
+
+def _of_actor(one: ActorRow, other: ActorRow) -> ActorRow:
+    """The same actor, as the node that keeps it and the one that it lives on know it."""
+    lives, keeps = (one, other) if one.pid and one.state == "ALIVE" else (other, one)
+    return msgspec.structs.replace(
+        lives,
+        restarts=max(one.restarts, other.restarts),
+        death_cause=lives.death_cause or keeps.death_cause,
+        repr_name=lives.repr_name or keeps.repr_name,
+    )

@@ -1,0 +1,199 @@
+"""What a program sees of all nodes: tasks, actors, workers, objects, the timeline."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+import poolray
+from poolray.cluster_utils import Cluster, ClusterNode
+from poolray.exceptions import StateApiError
+from poolray.util.state import (
+    get_task,
+    list_actors,
+    list_objects,
+    list_tasks,
+    list_workers,
+    summarize_actors,
+    summarize_tasks,
+)
+from tests.integration.support import wait_until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons need Linux")
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Cluster]:
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        made.add_node(num_cpus=1, resources={"second": 1})
+        yield made
+    finally:
+        made.shutdown()
+
+
+@pytest.fixture
+def cluster(two_nodes: Cluster) -> Iterator[Cluster]:
+    poolray.init(address=two_nodes.address)
+    yield two_nodes
+    poolray.shutdown()
+
+
+def second(cluster: Cluster) -> str:
+    """The id of the other node."""
+    (found,) = [n["NodeID"] for n in poolray.nodes() if "second" in n["Resources"]]
+    return str(found)
+
+
+@poolray.remote(num_cpus=0.1, resources={"second": 0.1})
+def there(value: Any) -> Any:
+    return value
+
+
+@poolray.remote(num_cpus=0.1)
+def here(value: Any) -> Any:
+    return value
+
+
+def test_a_task_that_ran_elsewhere_is_listed_once_with_its_node(cluster: Cluster) -> None:
+    poolray.get([there.options(name="far").remote(n) for n in range(3)], timeout=30)
+    began_ms = time.time() * 1000
+    poolray.get(there.options(name="timed").remote(1), timeout=30)
+    rows = list_tasks(filters=[("name", "=", "far")], detail=True)
+    assert [row.state for row in rows] == ["FINISHED"] * 3
+    assert {row.node_id for row in rows} == {second(cluster)}
+    assert len({row.task_id for row in rows}) == 3
+    job_id = poolray.get_runtime_context().get_job_id()
+    assert {row.job_id for row in rows} == {job_id}
+    (timed,) = list_tasks(filters=[("name", "=", "timed")], detail=True)
+    assert timed.end_time_ms is not None
+    assert began_ms - 1000 < timed.end_time_ms < time.time() * 1000 + 1000
+    found = get_task(timed.task_id)
+    assert found is not None
+    assert not isinstance(found, list)
+    assert found.node_id == timed.node_id
+
+
+def test_a_task_that_runs_elsewhere_is_running(cluster: Cluster) -> None:
+    @poolray.remote(resources={"second": 0.1}, name="slow")
+    def slow() -> None:
+        time.sleep(60)
+
+    ref = slow.remote()
+    wait_until(
+        lambda: [t.state for t in list_tasks(filters=[("name", "=", "slow")])] == ["RUNNING"],
+        "the task to run",
+    )
+    (row,) = list_tasks(filters=[("name", "=", "slow")], detail=True)
+    assert row.node_id == second(cluster)
+    assert row.worker_pid is not None
+    poolray.cancel(ref, force=True)
+
+
+def test_a_task_that_failed_elsewhere_says_why(cluster: Cluster) -> None:
+    @poolray.remote(resources={"second": 0.1}, name="bad", max_retries=0)
+    def bad() -> None:
+        raise KeyError("no such thing")
+
+    with pytest.raises(KeyError):
+        poolray.get(bad.remote(), timeout=30)
+    (row,) = list_tasks(filters=[("name", "=", "bad")], detail=True)
+    assert (row.state, row.error_type) == ("FAILED", "TASK_EXECUTION_EXCEPTION")
+    assert "no such thing" in (row.error_message or "")
+    assert row.node_id == second(cluster)
+
+
+def test_an_actor_is_listed_once_where_it_lives(cluster: Cluster) -> None:
+    @poolray.remote(resources={"second": 0.1})
+    class Keeper:
+        def pid(self) -> int:
+            return os.getpid()
+
+    keeper = Keeper.options(name="far keeper").remote()
+    pid = poolray.get(keeper.pid.remote(), timeout=30)
+    (row,) = list_actors(filters=[("name", "=", "far keeper")])
+    assert (row.state, row.pid, row.node_id) == ("ALIVE", pid, second(cluster))
+    assert summarize_actors()["cluster"]["summary"]["Keeper"]["state_counts"] == {"ALIVE": 1}
+    assert pid in {worker.pid for worker in list_workers(filters=[("is_alive", "=", True)])}
+    poolray.kill(keeper)
+    wait_until(
+        lambda: [a.state for a in list_actors(filters=[("name", "=", "far keeper")])] == ["DEAD"],
+        "the actor's end",
+    )
+
+
+def test_workers_and_objects_are_those_of_all_nodes(cluster: Cluster) -> None:
+    large = poolray.get(there.remote(np.ones(300_000)), timeout=30)
+    assert large.sum() == 300_000
+    poolray.get(here.remote(1), timeout=30)
+    nodes = {worker.node_id for worker in list_workers()}
+    assert nodes == {node["NodeID"] for node in poolray.nodes()}
+    assert {worker.ip for worker in list_workers()} == {
+        node["NodeManagerAddress"] for node in poolray.nodes()
+    }
+    ref = there.remote(np.ones(300_000))
+    poolray.wait([ref], timeout=30)
+    assert [row.task_status for row in list_objects(filters=[("object_id", "=", ref.hex())])]
+
+
+def test_numbers_count_each_task_once(cluster: Cluster) -> None:
+    before = summarize_tasks()["cluster"]["summary"].get("there", {"state_counts": {}})
+    poolray.get([there.remote(n) for n in range(7)], timeout=30)
+    after = summarize_tasks()["cluster"]["summary"]["there"]["state_counts"]
+    assert after["FINISHED"] - before["state_counts"].get("FINISHED", 0) == 7
+
+
+def test_the_timeline_has_a_row_for_each_node(cluster: Cluster) -> None:
+    poolray.get([there.options(name="line").remote(1), here.options(name="line").remote(1)])
+    events = poolray.timeline() or []
+    numbers = {event["pid"] for event in events if event["name"] == "line"}
+    assert len(numbers) == 2
+    names = {e["pid"] for e in events if e["name"] == "process_name"}
+    assert numbers <= names
+
+
+def test_a_worker_sees_the_same(cluster: Cluster) -> None:
+    poolray.get([there.options(name="seen by all").remote(n) for n in range(200)], timeout=30)
+
+    @poolray.remote(num_cpus=0.1)
+    def look() -> int:
+        return len(list_tasks(filters=[("name", "=", "seen by all")], limit=1000))
+
+    assert poolray.get([look.remote(), look.options(resources={"second": 0.1}).remote()]) == [
+        200,
+        200,
+    ]
+
+
+def test_a_node_that_does_not_answer_is_named(cluster: Cluster) -> None:
+    third: ClusterNode = cluster.add_node(num_cpus=1, resources={"third": 1})
+    wait_until(
+        lambda: any("third" in node["Resources"] for node in poolray.nodes()), "the third node"
+    )
+    (node_id,) = [n["NodeID"] for n in poolray.nodes() if "third" in n["Resources"]]
+    daemon = psutil.Process(third.pid)
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        began_s = time.monotonic()
+        with pytest.raises(StateApiError, match=node_id):
+            list_tasks(timeout=1)
+        assert time.monotonic() - began_s < 20
+        with pytest.warns(UserWarning, match=node_id):
+            rows = list_workers(timeout=1, raise_on_missing_output=False)
+        assert second(cluster) in {row.node_id for row in rows}
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+    cluster.remove_node(third, allow_graceful=False)
+    wait_until(
+        lambda: not any(n["Alive"] and "third" in n["Resources"] for n in poolray.nodes()),
+        "the third node's end",
+    )
+    list_tasks(timeout=10)  # nobody waits for it any more
