@@ -45,6 +45,7 @@ from poolray.local import process_state
 from poolray.local.actor_worker import ActorExit, has_coroutines
 from poolray.objects.object_ref import ObjectRef
 from poolray.objects.serialization import note_reference
+from poolray.plain_values import plain_options, plain_string
 from poolray.protocol.actors import ActorSetup
 from poolray.protocol.streams import StreamMode
 from poolray.protocol.values import CallKind, TaskClass
@@ -173,6 +174,7 @@ class ActorMethod:
             )
         check_method_options(options)
         check_generates(self._face.method.generates, options.get("num_returns"))
+        options = plain_options(options)
         made = CallOptions(
             name=options.get("name") or "",
             num_returns=options.get("num_returns"),
@@ -305,7 +307,7 @@ class ActorClass(Generic[C]):
                 "that remote with poolray.remote(...)."
             )
         self._class = actor_class
-        self._options = options
+        self._options = plain_options(options)
         self.__doc__ = actor_class.__doc__
         self.__name__ = actor_class.__name__
         self.__qualname__ = actor_class.__qualname__
@@ -551,7 +553,7 @@ def _rebuild_class(actor_class: type[C], options: dict[str, Any]) -> ActorClass[
 def _namespace(given: str | None) -> str:
     """A namespace, by default that of the job."""
     if given is not None:
-        return given
+        return plain_string(given)
     find_client()
     setup = process_state.setup()
     return setup.namespace if setup is not None else namespace_of_driver()
@@ -593,7 +595,7 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle[Any]:
         raise TypeError("namespace must be None or a string.")
     if namespace == "":
         raise ValueError('"" is not a valid namespace. Pass None to not specify a namespace.')
-    found = actor_calls.look_up_actor(find_client(), _namespace(namespace), name)
+    found = actor_calls.look_up_actor(find_client(), _namespace(namespace), plain_string(name))
     if found is None:
         raise ValueError(
             f"Failed to look up actor with name '{name}'. This could because 1. You are trying to "

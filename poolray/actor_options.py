@@ -14,6 +14,7 @@ from typing import Any, TypeVar, overload
 
 from poolray.exceptions import NotSupportedError
 from poolray.generators import check_generates
+from poolray.plain_values import plain_options
 from poolray.remote_function import check_options
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -238,7 +239,7 @@ def method(*args: Any, **options: Any) -> Any:
 
     def annotate(function: Any) -> Any:
         check_generates(generates(function), options.get("num_returns"))
-        setattr(function, OPTIONS_ATTRIBUTE, options)
+        setattr(function, OPTIONS_ATTRIBUTE, plain_options(options))
         return function
 
     return annotate

@@ -259,12 +259,15 @@ def get(object_refs: Any, *, timeout: float | None = None, writable: bool = Fals
 
 def _check_get_timeout(timeout: Any) -> float | None:
     if not isinstance(timeout, (int, float)):
-        raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
+        from numbers import Real  # numpy's are
+
+        if not isinstance(timeout, Real):
+            raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
     if timeout == -1:
         return None  # as in the reference
     if timeout < 0:
         raise ValueError(f"The 'timeout' argument must be nonnegative. Received {timeout}")
-    return timeout
+    return float(timeout)
 
 
 def put(value: T) -> ObjectRef[T]:

@@ -29,6 +29,7 @@ from poolray.generators import (
 )
 from poolray.ids import ClassId, FunctionId, PlacementGroupId
 from poolray.objects.object_ref import ObjectRef
+from poolray.plain_values import plain_options
 from poolray.protocol.streams import StreamMode
 from poolray.protocol.values import CallKind, Delivery, TaskClass
 from poolray.remote_placement import (
@@ -208,7 +209,7 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
         if options.get("num_gpus") and options.get("max_calls") is None:
             # What its libraries hold of a device goes with the process.
             options = {**options, "max_calls": 1}
-        self._options = options
+        self._options = plain_options(options)
         self._find_client = find_client
         generates = inspect.isgeneratorfunction(function)
         count = options.get("num_returns")

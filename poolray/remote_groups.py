@@ -18,6 +18,7 @@ from poolray.exceptions import NotSupportedError, TaskPlacementGroupRemoved
 from poolray.ids import PLACEMENT_GROUP_ID_BYTES, NodeId, PlacementGroupId
 from poolray.local import process_state
 from poolray.objects.object_ref import ObjectRef
+from poolray.plain_values import plain, plain_string
 from poolray.protocol.placement import (
     AwaitPlacementGroup,
     CreatePlacementGroup,
@@ -231,6 +232,7 @@ def placement_group(
     49
     >>> remove_placement_group(group)
     """
+    bundles, bundle_label_selector = plain(bundles), plain(bundle_label_selector)
     fixed = _check_bundles(bundles)
     chosen = _check_strategy(strategy, _soft_target_node_id)
     if not isinstance(name, str):
@@ -256,7 +258,7 @@ def placement_group(
         group_id=PlacementGroupId(unique + job_id),
         bundles=fixed,
         strategy=chosen,
-        name=name,
+        name=plain_string(name),
         namespace=_namespace(),
         detached=lifetime == "detached",
         job_id=job_id,
@@ -386,7 +388,7 @@ def get_placement_group(placement_group_name: str) -> PlacementGroup:
     """
     if not placement_group_name:
         raise ValueError("Please supply a non-empty value to get_placement_group")
-    rows = _describe(name=placement_group_name, namespace=_namespace())
+    rows = _describe(name=plain(placement_group_name), namespace=_namespace())
     if not rows:
         raise ValueError(f"Failed to look up placement group with name: {placement_group_name}")
     spec = rows[0].spec

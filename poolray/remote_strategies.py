@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias, final
 
 from poolray.exceptions import NotSupportedError
+from poolray.plain_values import plain_string
 
 __all__ = [
     "DoesNotExist",
@@ -96,7 +97,7 @@ class NodeAffinitySchedulingStrategy:
             )
         if not isinstance(node_id, str):
             node_id = node_id.hex()
-        self.node_id = node_id
+        self.node_id = plain_string(node_id)
         self.soft = soft
         try:
             is_valid = len(bytes.fromhex(node_id)) * 2 == len(node_id) == _NODE_ID_DIGITS
@@ -125,7 +126,7 @@ class _Values:
                     f"Type of value in position {index} for the {operator} operator must be str "
                     f'(e.g. {operator}("value1", "value2")) but got {value} of type {type(value)}.'
                 )
-        self.values = list(values)
+        self.values = [plain_string(value) for value in values]
 
 
 @final
@@ -156,7 +157,7 @@ class _LabelMatchExpression:
     """A condition on one label."""
 
     def __init__(self, key: str, operator: In | NotIn | Exists | DoesNotExist) -> None:
-        self.key = key
+        self.key = plain_string(key)
         self.operator = operator
 
 

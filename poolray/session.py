@@ -23,6 +23,7 @@ from poolray.local import runtime as local_runtime
 from poolray.local.fork_server import WorkerSetup
 from poolray.local.machine import NODE_ADDRESS, Wishes
 from poolray.objects.object_ref import ObjectRef
+from poolray.plain_values import plain
 from poolray.remote_placement import check_labels
 
 if TYPE_CHECKING:
@@ -185,11 +186,12 @@ def init(
     wishes = Wishes(
         num_gpus=int(num_gpus) if num_gpus is not None else None,
         memory_bytes=_memory,
-        resources=resources or {},
-        labels=check_labels(labels),
+        resources=plain(resources) or {},
+        labels=plain(check_labels(labels)),
     )
     if include_dashboard:
         raise NotSupportedError("include_dashboard=True: this version of poolray has no dashboard.")
+    namespace = plain(namespace)
     with process_state.lock:
         if is_initialized():
             if ignore_reinit_error:

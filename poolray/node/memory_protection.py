@@ -376,7 +376,7 @@ class MemoryProtection:
             used_bytes=kill.report.used_bytes,
             total_bytes=kill.report.total_bytes,
             threshold=self._state.config.memory_usage_threshold,
-            attempts=record.attempts,
+            attempts=max(1, record.attempts),  # (calls of actors are not counted)
             processes=tuple((p.pid, p.used_bytes, p.name) for p in kill.processes),
         )
 

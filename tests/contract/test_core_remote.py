@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import os
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -258,6 +260,66 @@ def test_max_calls_is_accepted_by_the_decorator(max_calls: int) -> None:
 @pytest.mark.parametrize("options", [{"max_retries": None}, {"max_calls": None}], ids=repr)
 def test_none_means_the_default(options: dict[str, None]) -> None:
     assert get(ray.remote(**options)(add).remote(1)) == 11
+
+
+class Text(str):
+    """A string of a class of its own, as numpy's are."""
+
+    __slots__ = ()
+
+
+class Word(str, enum.Enum):
+    STREAMING = "streaming"
+    TWO = "2"
+
+
+class Number(enum.IntEnum):
+    TWO = 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": Text("named")},
+        {"name": Word.TWO},
+        {"resources": {Text("CPUs"): 0}},
+        {"scheduling_strategy": Text("SPREAD")},
+        {"label_selector": {Text("missing"): Text("!a")}},
+        {"num_cpus": Number.TWO},
+        {"max_retries": Number.TWO},
+    ],
+    ids=repr,
+)
+def test_options_may_be_of_classes_of_their_own(options: dict[str, Any]) -> None:
+    assert get(remote_add.options(**options).remote(1)) == 11
+
+
+def test_numbers_of_returns_may_be_of_classes_of_their_own() -> None:
+    pair = ray.remote(num_returns=Number.TWO)(lambda: (1, 2))
+    assert get(pair.remote()) == [1, 2]
+
+    @ray.remote(num_returns=Word.STREAMING)
+    def items() -> Iterator[int]:
+        yield 1
+
+    assert [get(ref) for ref in items.remote()] == [1]
+
+
+def test_names_of_actors_and_groups_may_be_of_classes_of_their_own() -> None:
+    @ray.remote(concurrency_groups={Text("io"): Number.TWO})
+    class Named:
+        @ray.method(concurrency_group=Text("io"))
+        def ping(self) -> str:
+            return "here"
+
+    named = Named.options(name=Text("of its own"), namespace=Text("space"), max_restarts=True)
+    named = named.remote()
+    assert get(named.ping.options(name=Text("call")).remote()) == "here"
+    assert ray.get_actor(Text("of its own"), namespace=Text("space")) == named
+    group = ray.util.placement_group([{Text("CPU"): Number.TWO}], name=Text("group"))
+    assert group.wait(DEADLINE_S)
+    assert ray.util.get_placement_group(Text("group")) == group
+    ray.util.remove_placement_group(group)
 
 
 def test_options_change_one_use_and_not_the_function() -> None:

@@ -62,6 +62,7 @@ FLOORS = (
             "remote_strategies",
             "session",
             "init_checks",
+            "plain_values",
             "wait_lists",
         ),
         open_plan=True,
