@@ -79,7 +79,15 @@ class _Id(bytes):
 
 @final
 class JobID(_Id):
-    """The id of a job: what one driver started."""
+    """The id of a job: what one driver started.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> context = poolray.init(ignore_reinit_error=True)
+    >>> poolray.JobID.from_hex(poolray.get_runtime_context().get_job_id()).size()
+    4
+    """
 
     __slots__ = ()
     _SIZE = JOB_ID_BYTES
@@ -87,7 +95,14 @@ class JobID(_Id):
 
 @final
 class NodeID(_Id):
-    """The id of a node."""
+    """The id of a node.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> poolray.NodeID.nil().is_nil(), poolray.NodeID.from_random().is_nil()
+    (True, False)
+    """
 
     __slots__ = ()
     _SIZE = NODE_ID_BYTES
@@ -95,7 +110,15 @@ class NodeID(_Id):
 
 @final
 class WorkerID(_Id):
-    """The id of a worker, or of a driver among the workers."""
+    """The id of a worker, or of a driver among the workers.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> context = poolray.init(ignore_reinit_error=True)
+    >>> poolray.WorkerID.from_hex(poolray.get_runtime_context().get_worker_id()).is_nil()
+    False
+    """
 
     __slots__ = ()
     _SIZE = WORKER_ID_BYTES
@@ -120,7 +143,19 @@ class TaskID(_Id):
 
 @final
 class ActorID(_Id):
-    """The id of an actor; it keeps it when it is restarted."""
+    """The id of an actor; it keeps it when it is restarted.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> @poolray.remote
+    ... class Named:
+    ...     def who(self) -> str:
+    ...         return poolray.get_runtime_context().get_actor_id()
+    >>> digits = poolray.get(Named.remote().who.remote())
+    >>> poolray.ActorID.from_hex(digits).hex() == digits
+    True
+    """
 
     __slots__ = ()
     _SIZE = ACTOR_ID_BYTES
@@ -128,7 +163,17 @@ class ActorID(_Id):
 
 @final
 class PlacementGroupID(_Id):
-    """The id of a placement group."""
+    """The id of a placement group.
+
+    Examples
+    --------
+    >>> import poolray
+    >>> from poolray.util.placement_group import placement_group, remove_placement_group
+    >>> group = placement_group([{"CPU": 1}])
+    >>> isinstance(group.id, poolray.PlacementGroupID)
+    True
+    >>> remove_placement_group(group)
+    """
 
     __slots__ = ()
     _SIZE = PLACEMENT_GROUP_ID_BYTES

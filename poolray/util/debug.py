@@ -54,12 +54,26 @@ def log_once(key: str) -> bool:
 
 
 def disable_log_once_globally() -> None:
-    """`log_once` is False from now on, in this process."""
+    """`log_once` is False from now on, in this process.
+
+    Examples
+    --------
+    >>> from poolray.util import disable_log_once_globally, log_once
+    >>> disable_log_once_globally()  # doctest: +SKIP
+    >>> log_once("a new key")  # doctest: +SKIP
+    False
+    """
     global _is_disabled
     _is_disabled = True
 
 
 def enable_periodic_logging() -> None:
-    """`log_once` forgets what it was asked when nothing new was said for a minute."""
+    """`log_once` forgets what it was asked when nothing new was said for a minute.
+
+    Examples
+    --------
+    >>> from poolray.util import enable_periodic_logging
+    >>> enable_periodic_logging()
+    """
     global _is_periodic
     _is_periodic = True
