@@ -34,9 +34,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
+    from poolray import state_command
     from poolray.cluster.commands import add_commands
 
     add_commands(commands)
+    state_command.add_commands(commands)
     memory = commands.add_parser(
         "memory",
         help="objects of running drivers: sizes, places, and who holds them",

@@ -42,6 +42,9 @@ class Functions:
         function_id = definition.function_id
         if function_id not in self._state.functions:
             self._state.functions[function_id] = definition
+            for queue in self._state.classes.values():  # of a peer's tasks classes come first
+                if queue.task_class.function_id == function_id:
+                    queue.function_name = definition.name
             if not isinstance(definition.blob, bytes):
                 self.objects.hold(definition.blob.object_id)
         if function_id not in client.functions:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import psutil
 import pytest
 
 import poolray
+from poolray.__main__ import main
 from poolray.cluster_utils import Cluster, ClusterNode
 from poolray.exceptions import StateApiError
 from poolray.util.state import (
@@ -197,3 +200,42 @@ def test_a_node_that_does_not_answer_is_named(cluster: Cluster) -> None:
         "the third node's end",
     )
     list_tasks(timeout=10)  # nobody waits for it any more
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command prints, in a process that has no runtime yet; it must succeed."""
+    poolray.shutdown()
+    capsys.readouterr()
+    code = main(arguments)
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+def test_the_same_from_a_shell(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    poolray.get([there.options(name="by shell").remote(n) for n in range(3)], timeout=30)
+    node_id, address = second(cluster), f"--address={cluster.address}"
+    wanted = ("--filter", "name=by shell", "-f", "state!=RUNNING")
+    table = said(capsys, "list", "tasks", address, *wanted, "--detail").splitlines()
+    assert table[0] == "tasks: 3"
+    assert all("FINISHED" in line and node_id in line for line in table[2:])
+    rows = json.loads(said(capsys, "list", "tasks", address, *wanted, "--format=json"))
+    assert [row["name"] for row in rows] == ["by shell"] * 3
+    (one,) = json.loads(said(capsys, "get", "tasks", rows[0]["task_id"], address))
+    assert one["node_id"] == node_id
+    counts = json.loads(said(capsys, "summary", "tasks", address))["summary"]["there"]
+    assert counts["state_counts"]["FINISHED"] >= 3
+    assert "ALIVE" in said(capsys, "list", "nodes", address)
+    assert said(capsys, "list", "objects", address, "--limit=0") == "objects: 0\n"
+    trace = tmp_path / "trace.json"
+    said(capsys, "timeline", address, "-o", str(trace))
+    assert "by shell" in {event["name"] for event in json.loads(trace.read_text())}
+    poolray.shutdown()
+    assert main(["list", "tasks", address, "--filter", "nonsense"]) == 1
+    assert "KEY=VALUE" in capsys.readouterr().err
+    assert main(["list", "tasks", address, "--filter", "nonsense=1"]) == 1
+    assert "nonsense" in capsys.readouterr().err
+    assert main(["get", "actors", "00" * 16, address]) == 1
+    assert "nothing is known" in capsys.readouterr().err

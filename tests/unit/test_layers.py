@@ -81,7 +81,7 @@ FLOORS = (
         open_plan=True,
     ),
     Floor(("dashboard", "launcher")),
-    Floor((PACKAGE, "__main__"), open_plan=True),
+    Floor((PACKAGE, "__main__", "state_command"), open_plan=True),
 )
 HEIGHT_BY_ROOM = {room: height for height, floor in enumerate(FLOORS) for room in floor.rooms}
 
