@@ -37,7 +37,6 @@ from poolray.protocol.cluster import (
     Answer,
     AskDrain,
     AskWho,
-    DrainStarted,
     Nodes,
     Question,
     Who,
@@ -186,7 +185,7 @@ class HeadDaemon:
                 session_folder=self._options.session_folder,
             )
         if isinstance(question, AskDrain):
-            refusal, effects = self._head.drain(
+            started, effects = self._head.drain(
                 question.node_id,
                 question.reason,
                 question.patience_s,
@@ -194,7 +193,7 @@ class HeadDaemon:
                 time.monotonic(),
             )
             self._carry_out(effects)
-            return DrainStarted(refusal=refusal)
+            return started
         return Nodes(
             nodes=self._head.nodes(),
             jobs=self._head.statistics().jobs,

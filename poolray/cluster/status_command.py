@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 from poolray.cluster import launch
 from poolray.cluster.asking import ask
+from poolray.cluster.auth import Credentials
 from poolray.cluster.speaking import fail, say
-from poolray.exceptions import PoolrayError
+from poolray.exceptions import ClusterConnectionError, PoolrayError
 from poolray.ids import NODE_ID_BYTES, NodeId
 from poolray.protocol.cluster import AskDrain, AskNodes, DrainStarted, Nodes
 from poolray.protocol.directory import NodeRow, NodeStatus
@@ -28,6 +30,9 @@ from poolray.scheduling.resources import from_fixed
 _RULE = "-" * 63
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _IDLE, _PREEMPTION = "DRAIN_NODE_REASON_IDLE_TERMINATION", "DRAIN_NODE_REASON_PREEMPTION"
+#: A node says within this long whether it is idle; how often the head is asked what it has said.
+_DRAIN_ANSWERS_S = 10.0
+_AGAIN_S = 0.02
 #: Dead nodes that are shown, the last.
 _FAILURES_MAX = 20
 
@@ -210,13 +215,35 @@ def _drain(options: argparse.Namespace) -> int:
             patience_s=float(patience_s or 0),
             only_if_idle=options.reason == _IDLE,
         )
-        refusal = ask(address, question, DrainStarted, credentials).refusal
+        refusal = _ask_to_leave(address, question, credentials)
     except (PoolrayError, ValueError) as error:
         return fail(str(error))
     if refusal:
         return fail(f"The drain request is not accepted: node {node_id.hex()}: {refusal}.")
     say(f"Node {node_id.hex()} has been told to leave.")
     return 0
+
+
+def _ask_to_leave(address: str, question: AskDrain, credentials: Credentials | None) -> str:
+    """Gives why a node does not leave; empty: it does.
+
+    Raises
+    ------
+    ClusterConnectionError
+        The head cannot be reached, or the node does not answer it.
+    """
+    started = ask(address, question, DrainStarted, credentials)
+    was_pending = started.is_pending
+    deadline_s = time.monotonic() + _DRAIN_ANSWERS_S
+    while started.is_pending:  # the head has asked the node
+        if time.monotonic() > deadline_s:
+            raise ClusterConnectionError(
+                f"Node {question.node_id.hex()} does not say within {_DRAIN_ANSWERS_S:g} s whether "
+                "it is idle."
+            )
+        time.sleep(_AGAIN_S)
+        started = ask(address, question, DrainStarted, credentials)
+    return "" if was_pending and started.has_left else started.refusal
 
 
 def _node_id(text: str) -> NodeId:

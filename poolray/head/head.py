@@ -28,8 +28,10 @@ from poolray.head.members import Members
 from poolray.head.placement import PlacementGroups
 from poolray.head.state import Change, HeadState, SendNode
 from poolray.ids import FunctionId, NodeId
+from poolray.protocol.cluster import DrainStarted
 from poolray.protocol.directory import (
     ActorChanged,
+    DrainAnswer,
     DrainNode,
     FindActor,
     KillActorEntry,
@@ -214,6 +216,8 @@ class Head:
                 self._placement.on_heartbeat(node_id)
             case DrainNode():
                 self._members.on_drain(node_id, message)
+            case DrainAnswer():
+                self._members.on_drain_answer(node_id, message.is_idle)
             case LeaveCluster():
                 self._members.on_leave(node_id, message.reason)
             case ListNodes():
@@ -326,21 +330,21 @@ class Head:
 
     def drain(
         self, node_id: NodeId, reason: str, patience_s: float, only_if_idle: bool, now: float
-    ) -> tuple[str, list[SendNode]]:
+    ) -> tuple[DrainStarted, list[SendNode]]:
         """Begin to take a node out politely.
 
         Returns
         -------
-        refusal : str
-            Why not; empty: it has been told to leave.
+        started : DrainStarted
+            What has become of that.
         effects : list of SendNode
             Messages for nodes, in order.
         """
         state = self._state
         state.now = now
-        refusal = self._members.drain(node_id, reason, patience_s, only_if_idle)
+        started = self._members.drain(node_id, reason, patience_s, only_if_idle)
         effects, state.effects = state.effects, []
-        return refusal, effects
+        return started, effects
 
     # ---- looking in ------------------------------------------------------------------------------
 

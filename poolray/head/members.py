@@ -23,6 +23,7 @@ import msgspec
 from poolray.head.state import HeadState
 from poolray.ids import NodeId
 from poolray.protocol import PROTOCOL_VERSION
+from poolray.protocol.cluster import DrainStarted
 from poolray.protocol.directory import (
     Demand,
     Drain,
@@ -54,7 +55,7 @@ _decode_row = msgspec.msgpack.Decoder(NodeRow).decode
 class Member:
     """A node that lives, as far as the head knows."""
 
-    __slots__ = ("deadline_s", "demands", "is_alone", "view")
+    __slots__ = ("deadline_s", "demands", "is_alone", "is_asked", "is_busy", "view")
 
     def __init__(self, view: NodeView, deadline_s: float, is_alone: bool) -> None:
         self.view = view
@@ -62,6 +63,10 @@ class Member:
         self.demands: list[Demand] = []
         #: It lives in one process with the head, and sends no heartbeats.
         self.is_alone = is_alone
+        #: It is to leave if it is idle, and has not said whether it is …
+        self.is_asked = False
+        #: … or has, and whoever wants to know has not asked again.
+        self.is_busy: bool | None = None
         #: It is dead if it has not been heard of until then.
         self.deadline_s = deadline_s
 
@@ -234,37 +239,59 @@ class Members:
 
     def on_drain(self, sender: NodeId, message: DrainNode) -> None:
         """A member wants a node to end politely."""
-        done = not self.drain(message.node_id, message.reason, message.patience_s)
+        done = not self.drain(message.node_id, message.reason, message.patience_s).refusal
         self._state.send(sender, HeadReply(request_id=message.request_id, done=done))
 
     def drain(
         self, node_id: NodeId, reason: str, patience_s: float, only_if_idle: bool = False
-    ) -> str:
-        """Begin to take a node out politely; gives why not, or an empty text.
+    ) -> DrainStarted:
+        """Begin to take a node out politely; gives what has become of that.
 
         Parameters
         ----------
         patience_s : float
             Seconds that what it runs may take to end; 0: as long as it wants.
         only_if_idle : bool
-            Leave a node alone that runs something, or on which something waits.
+            Leave a node alone that runs something, or on which something waits. It is asked: what
+            it has begun since its last heartbeat nobody else knows.
         """
         state = self._state
         member = state.members.get(node_id)
         if member is None:
             known = self.dead.get(node_id)
-            return f"it {known.reason}" if known is not None else "the cluster has no such node"
+            if known is None:
+                return DrainStarted(refusal="the cluster has no such node")
+            return DrainStarted(refusal=f"it {known.reason}", has_left=True)
         view = member.view
         if view.status is not NodeStatus.ALIVE:
-            return ""  # it has been told
-        if only_if_idle and (view.available != view.total or view.queued_tasks):
-            return "it is not idle"
-        member.view = msgspec.structs.replace(view, status=NodeStatus.DRAINING)
-        self._changed[node_id] = None
+            return DrainStarted()  # it has been told
+        drain = Drain(reason=reason, patience_s=patience_s, only_if_idle=only_if_idle)
+        if not only_if_idle:
+            self._begin_drain(member)
+            state.send(node_id, drain)
+            return DrainStarted()
+        is_busy, member.is_busy = member.is_busy, None
+        if is_busy or view.available != view.total or view.queued_tasks:
+            return DrainStarted(refusal="it is not idle")
+        if not member.is_asked:  # (an answer cannot get lost: links repeat, and lives end it)
+            member.is_asked = True
+            state.send(node_id, drain)
+        return DrainStarted(is_pending=True)
+
+    def on_drain_answer(self, node_id: NodeId, is_idle: bool) -> None:
+        """A node that was to leave if it was idle knows whether it is."""
+        member = self._state.members[node_id]
+        member.is_asked = False
+        if is_idle:
+            self._begin_drain(member)
+        else:
+            member.is_busy = True
+
+    def _begin_drain(self, member: Member) -> None:
+        member.view = msgspec.structs.replace(member.view, status=NodeStatus.DRAINING)
+        self._changed[member.view.node_id] = None
         self._store(member.view)
-        state.send(node_id, Drain(reason=reason, patience_s=patience_s))
         self.send_views()
-        return ""
 
     def on_leave(self, node_id: NodeId, reason: str) -> None:
         """A member has ended what it had, and goes."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, final
 from poolray.actors.lifecycle import DEAD
 from poolray.node.effects import SendHead, SendPeer
 from poolray.node.state import NodeState
-from poolray.protocol.directory import Drain, LeaveCluster
+from poolray.protocol.directory import Drain, DrainAnswer, LeaveCluster
 from poolray.protocol.node import TakeObjects
 from poolray.tasks.lifecycle import DELAYED, QUEUED, WAITING, TaskRecord
 
@@ -60,6 +60,12 @@ class Draining:
 
     def on_drain(self, message: Drain) -> None:
         """The head wants us to leave."""
+        if message.only_if_idle:
+            is_idle = self.is_draining or self._is_idle()
+            answer = DrainAnswer(node_id=self._state.node_id, is_idle=is_idle)
+            self._state.effects.append(SendHead(answer))
+            if not is_idle:
+                return
         if self.is_draining:
             return
         self.is_draining = True
@@ -78,6 +84,15 @@ class Draining:
                 self._tasks.return_unbegun(record)
         for node_id, names in self.peers.borrowing.kept_for_peers().items():
             self._state.effects.append(SendPeer(node_id, TakeObjects(object_ids=names)))
+
+    def _is_idle(self) -> bool:
+        """Whether nothing runs here or waits for it, and nobody needs what lies here."""
+        resources = self._state.resources
+        return (
+            resources.available == resources.total
+            and not any(queue.queued_calls for queue in self._state.classes.values())
+            and not self._has_work_of_others()
+        )
 
     def look(self) -> None:
         """Something has happened, or time has passed: maybe nothing is left to wait for."""

@@ -190,6 +190,10 @@ class DrainStarted(msgspec.Struct, frozen=True, array_like=True, tag=554, kw_onl
     """The node has been told to leave, or why not."""
 
     refusal: str = ""
+    #: It has been asked whether it is idle, and has not answered: ask again.
+    is_pending: bool = False
+    #: It has left already.
+    has_left: bool = False
 
 
 class NotUnderstood(msgspec.Struct, frozen=True, array_like=True, tag=553, kw_only=True):

@@ -78,6 +78,15 @@ class Drain(msgspec.Struct, frozen=True, array_like=True, tag=361, kw_only=True)
 
     reason: str
     patience_s: float = 0.0
+    #: Only if you have nothing to do; answered by `DrainAnswer`: what the head knows of you is old.
+    only_if_idle: bool = False
+
+
+class DrainAnswer(msgspec.Struct, frozen=True, array_like=True, tag=336, kw_only=True):
+    """Whether a node that was to leave if it was idle does so."""
+
+    node_id: NodeId
+    is_idle: bool
 
 
 class LeaveCluster(msgspec.Struct, frozen=True, array_like=True, tag=317, kw_only=True):

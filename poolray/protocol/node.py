@@ -34,6 +34,7 @@ from poolray.protocol.directory import (
     AskCreation,
     Demand,
     Drain,
+    DrainAnswer,
     DrainNode,
     DropActor,
     FindActor,
@@ -601,6 +602,7 @@ HeadRequest: TypeAlias = (
     | ListNames
     | ListNodes
     | DrainNode
+    | DrainAnswer
     | LeaveCluster
     | ListJobs
     | RegisterActor

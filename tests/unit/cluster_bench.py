@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from poolray.config import Config
 from poolray.head.head import Head
+from poolray.head.state import SendNode
 from poolray.ids import ActorId, NodeId, TaskId, WorkerId
 from poolray.node.effects import SendChunk, SendCreation, SendHead, SendPeer
 from poolray.protocol.directory import StoreCreation
@@ -69,6 +70,10 @@ class MiniCluster:
                 rows.pop(change.key, None)
             else:
                 rows[change.key] = change.value
+        self.deliver(sent)
+
+    def deliver(self, sent: list[SendNode]) -> None:
+        """What the head says arrives."""
         for effect in sent:
             if effect.node_id in self.nodes:
                 self.nodes[effect.node_id].tell(effect.message, b"")

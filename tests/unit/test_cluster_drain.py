@@ -7,6 +7,7 @@ import pytest
 from poolray.ids import WorkerId
 from poolray.node.effects import SendHead
 from poolray.protocol.client import AllocateRange
+from poolray.protocol.cluster import DrainStarted
 from poolray.protocol.directory import DrainNode, LeaveCluster
 from poolray.protocol.inquiry import AskHead
 from poolray.protocol.node import ClusterView, NodeView
@@ -49,6 +50,35 @@ def run_large(cluster: MiniCluster, worker_id: WorkerId) -> None:
 def test_an_idle_node_leaves_at_once(cluster: MiniCluster) -> None:
     drain(cluster)
     assert has_left(cluster)
+
+
+def ask_if_idle(cluster: MiniCluster) -> DrainStarted:
+    """Somebody wants B to leave if it is idle."""
+    started, effects = cluster.head.drain(B, "test", 0.0, True, cluster.now)
+    cluster.deliver(effects)
+    return started
+
+
+def test_only_the_node_itself_knows_whether_it_is_idle() -> None:
+    cluster = MiniCluster(0, 1)
+    a, b = cluster.nodes[A], cluster.nodes[B]
+    cluster.refresh()
+    a.submit_many(a.task_class(), 1)
+    cluster.carry()
+    b.start_all()
+    (worker_id,) = b.busy()
+    packet = b.read(worker_id)
+    # The head has not heard of it: there was no heartbeat since.
+    assert ask_if_idle(cluster).is_pending
+    assert ask_if_idle(cluster).is_pending
+    cluster.carry()
+    assert ask_if_idle(cluster) == DrainStarted(refusal="it is not idle")
+    assert not has_left(cluster)
+    b.finish(worker_id, packet)
+    cluster.carry()
+    assert ask_if_idle(cluster).is_pending
+    cluster.carry()
+    assert ask_if_idle(cluster).has_left
 
 
 def test_what_runs_ends_first_and_what_waits_goes_elsewhere(cluster: MiniCluster) -> None:
