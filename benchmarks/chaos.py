@@ -256,7 +256,10 @@ def run(
         threads = [threading.Thread(target=guard, args=item) for item in programs.items()]
         for thread in threads:
             thread.start()
-        chaos.run(until_s, lambda: bool(errors))
+        try:
+            chaos.run(until_s, lambda: bool(errors))
+        except Exception:  # its reason may be that of what a program has met first: both are told
+            errors.append(f"kills: {traceback.format_exc()}")
         for thread in threads:
             thread.join()
         if errors:
