@@ -88,9 +88,11 @@ class _Outbound:
 class _Peer:
     """A node that we have sent something to, or have asked for something."""
 
-    __slots__ = ("expected", "inbound", "outbound", "retry_s")
+    __slots__ = ("expected", "given_up", "inbound", "outbound", "retry_s")
 
     def __init__(self) -> None:
+        #: The last connection to receive by that we took for never opened.
+        self.given_up = b""
         self.inbound: _Inbound | None = None
         self.outbound: _Outbound | None = None
         #: number -> where it belongs; also known to the connection that it may come by.
@@ -223,11 +225,35 @@ class Bulk:
         if isinstance(message, BulkPort):
             self._connect(node_id, message)
             return []
-        owner = self._owners.get(message.connection_id)
+        connection_id = message.connection_id
+        if message.is_dropped:
+            self._on_dropped(node_id, connection_id)
+        owner = self._owners.get(connection_id)
         if owner is None or owner[0] != node_id:
             return []
-        owner[1].close(message.connection_id)
-        return self._on_end(node_id, message.connection_id, "the other end has ended it")
+        if self._sends_by(node_id, connection_id):
+            # (It may have given up what it does not know to be open.)
+            self._tell(node_id, CloseBulk(connection_id=connection_id, is_dropped=True))
+        owner[1].close(connection_id)
+        return self._on_end(node_id, connection_id, "the other end has ended it")
+
+    def _on_dropped(self, node_id: NodeId, connection_id: bytes) -> None:
+        """A source had begun to send by a connection that has ended. Our end may not know that it
+        was ever open: it was given up while the last proof was on its way, or what its thread has
+        to tell of it has not been heard yet.
+        """
+        peer = self._peers.get(node_id)
+        if peer is None:
+            return
+        if connection_id == peer.given_up:
+            self._lost[node_id] = None
+        elif peer.inbound is not None and peer.inbound.connection_id == connection_id:
+            peer.inbound.is_open = True
+
+    def _sends_by(self, node_id: NodeId, connection_id: bytes) -> bool:
+        """Whether chunks for a peer were given to a connection."""
+        outbound = self._peers[node_id].outbound
+        return outbound is not None and outbound.connection_id == connection_id and outbound.is_open
 
     def _invite(self, node_id: NodeId, message: OpenBulk) -> list[SendChunk]:
         """A peer will connect: get ready for it."""
@@ -237,7 +263,13 @@ class Bulk:
         peer = self._peer(node_id)
         # (If there is one it has made another one, and knows best.)
         instead = [] if peer.outbound is None else self._forget_outbound(peer.outbound)
-        loop = self._sending_loop()
+        peer.outbound = None
+        try:
+            loop = self._sending_loop()
+        except (OSError, RuntimeError) as error:
+            _logger.error("no connection for values can be served: %s", error)
+            self._tell(node_id, CloseBulk(connection_id=connection_id))
+            return instead
         peer.outbound = _Outbound(connection_id, time.monotonic() + OPENING_S)
         self._opening[connection_id] = node_id
         self._owners[connection_id] = node_id, loop
@@ -273,10 +305,15 @@ class Bulk:
             local = is_local(machine, machine, own, other)
             return Handshake(connection_id, key, is_local=local)
 
-        receiving = Receiving(connection_id, (host, message.port), shake)
+        try:
+            loop = self._loop(self._receivers, "poolray-receive")
+            receiving = Receiving(connection_id, (host, message.port), shake)
+        except (OSError, RuntimeError) as error:  # no descriptors are left, or no threads
+            self._tell(node_id, CloseBulk(connection_id=connection_id))
+            self._on_end(node_id, connection_id, str(error))
+            return
         receiving.expected.update(self._peer(node_id).expected)
         inbound.receiving = receiving
-        loop = self._loop(self._receivers, "poolray-receive")
         self._owners[connection_id] = node_id, loop
         loop.add(receiving)
 
@@ -321,8 +358,11 @@ class Bulk:
             elif isinstance(news, Opened):
                 self._on_opened(owner[0], news.connection_id)
             else:
-                self._tell(owner[0], CloseBulk(connection_id=news.connection_id))
-                instead += self._on_end(owner[0], news.connection_id, news.reason)
+                node_id, connection_id = owner[0], news.connection_id
+                is_dropped = self._sends_by(node_id, connection_id)
+                message = CloseBulk(connection_id=connection_id, is_dropped=is_dropped)
+                self._tell(node_id, message)
+                instead += self._on_end(node_id, connection_id, news.reason)
         for node_id in self._lost:
             peer = self._peers.get(node_id)
             if peer is not None and peer.expected:
@@ -374,6 +414,7 @@ class Bulk:
                 _logger.info("node=%s values' connection ends: %s", _short(node_id), reason)
                 self._lost[node_id] = None
             else:
+                peer.given_up = connection_id
                 peer.retry_s = time.monotonic() + RETRY_S
                 self._warn(node_id, inbound, reason)
         return []

@@ -63,6 +63,10 @@ STALL_S = 20.0
 _STRANGERS_MAX = 64
 _LOOK_AT_CLOCK_S = 0.5
 _READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
+#: Waits for nothing but the clock (0 ends no wait: it leaves all as it is).
+_NOTHING = select.EPOLLERR
+#: No descriptors or no memory are left, which may pass.
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _GONE = select.EPOLLHUP | select.EPOLLERR
 
 
@@ -128,10 +132,17 @@ class Connection(abc.ABC):
         channel.setblocking(False)
         channel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # What the system has taken to send, and cannot, ends it as soon as what waits here does: it
+        # would try for a quarter of an hour. A receiver has nothing to send, and asks.
+        channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALL_S * 1000))
+        channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+        channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
         #: When to give up at the latest; inf: not at all.
         self.deadline_s = time.monotonic() + HANDSHAKE_S
         #: What epoll waits for.
         self.events = 0
+        #: When to wait for what `start` says again; inf: no pause was made.
+        self.resume_s = float("inf")
 
     @abc.abstractmethod
     def start(self) -> int:
@@ -524,9 +535,13 @@ class Door(Connection):
             channel, _ = self.channel.accept()
         except BlockingIOError:
             return _READ
-        except OSError as error:  # it has left already; or no descriptors are left
-            _logger.warning("a connection for values cannot be taken: %s", error)
-            return _READ
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                # The listener stays readable: without a pause this thread would do nothing else.
+                _logger.error("a connection for values cannot be taken: %s", error)
+                self.resume_s = time.monotonic() + _LOOK_AT_CLOCK_S
+                return _NOTHING
+            return _READ  # it has left already
         self._strangers = {s: None for s in self._strangers if s.channel.fileno() >= 0}
         while len(self._strangers) >= _STRANGERS_MAX:
             loop.end(next(iter(self._strangers)), "too many do not say who they are")
@@ -606,7 +621,7 @@ class Loop:
         try:
             connection.events = connection.start()
             self._poller.register(connection.channel, connection.events)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # (a name that can be no host's is a ValueError)
             connection.channel.close()
             self._tell_end(connection, str(error))
             return
@@ -671,18 +686,29 @@ class Loop:
                 if connection is not None:
                     self._step(connection, events)
             while self._orders and not self._stopped:
-                self._orders.popleft()()
+                self._obey(self._orders.popleft())
             now = time.monotonic()
             if now >= look_s:
                 look_s = now + _LOOK_AT_CLOCK_S
                 for connection in list(self._by_descriptor.values()):
                     if connection.deadline_s <= now:
                         self.end(connection, "the other end is silent")
+                    elif connection.resume_s <= now:
+                        connection.resume_s = float("inf")
+                        self._wait_for(connection, _READ)
+
+    def _obey(self, order: Callable[[], Any]) -> None:
+        try:
+            order()
+        except Exception:  # a bug of ours: what it concerns is noticed as silent, the rest goes on
+            _logger.exception("an order about a connection for values fails")
 
     def _timeout(self) -> float | None:
         if self._orders:
             return 0.0
-        some = any(c.deadline_s != float("inf") for c in self._by_descriptor.values())
+        some = any(
+            min(c.deadline_s, c.resume_s) != float("inf") for c in self._by_descriptor.values()
+        )
         return _LOOK_AT_CLOCK_S if some else None
 
     def _step(self, connection: Connection, events: int) -> None:

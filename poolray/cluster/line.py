@@ -155,12 +155,14 @@ def sign_on(name: str, hello: Hello) -> tuple[socket.socket, Welcome, int]:
             raise ClusterConnectionError(f"The node's daemon refuses: {welcome.reason}.")
         channel.settimeout(None)
         return channel, welcome, descriptors[0]
-    except (OSError, IndexError, msgspec.MsgspecError) as error:
-        raise ClusterConnectionError(
-            f"The node's daemon does not take this driver in: {error}."
-        ) from error
-    except BaseException:
+    except BaseException as error:
         for descriptor in descriptors:
             os.close(descriptor)
         channel.close()
-        raise
+        if isinstance(error, ClusterConnectionError) or not isinstance(
+            error, (OSError, IndexError, msgspec.MsgspecError)
+        ):
+            raise
+        raise ClusterConnectionError(
+            f"The node's daemon does not take this driver in: {error}."
+        ) from error

@@ -34,6 +34,7 @@ from poolray.cluster.jobs import Job, Jobs, groups_in
 from poolray.cluster.options import NodeOptions, Ready
 from poolray.cluster.remote_sessions import RemoteReception
 from poolray.cluster.sessions import DriverSession, Reception, Session
+from poolray.cluster.storage_threads import StorageThreads
 from poolray.cluster.switch import OUTSIDE, Switch, split_address
 from poolray.cluster.transfer import ChunkStore
 from poolray.cluster.value_traffic import ValueTraffic
@@ -107,6 +108,8 @@ _DAEMON = ClientId(b"daemon")
 _HEAD_SILENCE_MAX_S = 60.0
 #: A drained node waits so long for others to have what it told them.
 _FAREWELL_S = 5.0
+#: Threads that speak with storage elsewhere for peers and drivers, at the most.
+_STORAGE_THREADS_MAX = 8
 #: A driver's or worker's channel that was full is tried again after this long.
 _FLUSH_AGAIN_S = 0.001
 
@@ -187,7 +190,10 @@ class NodeDaemon(NodeShell):
         self._switch.on_refused = self._on_refused
         self._switch.on_socket = self._watch_socket
         self._switch.on_socket_closed = self._unwatch_socket
-        self._outside = RemoteReception(self, self._switch, config.client_reconnect_grace_period_s)
+        self._storage = StorageThreads(_STORAGE_THREADS_MAX, self.reactor.wake)
+        self._outside = RemoteReception(
+            self, self._switch, config.client_reconnect_grace_period_s, self._storage
+        )
         self._channels: dict[int, _Channel] = {}
         port = self._switch.listen(options.host, options.port)
         self.address = f"{options.host}:{port}"
@@ -208,6 +214,7 @@ class NodeDaemon(NodeShell):
             send_peer=self.send_peer,
             send_head=self._send_head,
             in_thread=self._spill_threads.start,
+            storage=self._storage,
         )
         self._act.update(self._traffic.acts)
         self._reception = Reception(
@@ -251,7 +258,7 @@ class NodeDaemon(NodeShell):
         self._reception.close()
         for session in list(self._sessions.values()):
             session.dismiss(reason)
-        self._outside.close()
+        self._storage.stop()
         self._end_groups()
         self._closed = True
         self.reactor.stop()
@@ -334,7 +341,11 @@ class NodeDaemon(NodeShell):
     def is_unsettled(self) -> bool:
         """Whether something waits to be read or handed over."""
         return bool(
-            self.is_switch_due or self._deliveries or self._bulk.has_news or self._spill_news
+            self.is_switch_due
+            or self._deliveries
+            or self._bulk.has_news
+            or self._spill_news
+            or self._storage.has_news
         )
 
     def settle(self) -> None:
@@ -348,6 +359,7 @@ class NodeDaemon(NodeShell):
             self.is_switch_due = more or self.is_switch_due
         if self._spill_news or self._bulk.has_news:
             self._take_threads_news()
+        self._storage.settle()
         if self._outside.flush():
             self.is_switch_due = True
         while self._deliveries:
@@ -503,14 +515,17 @@ class NodeDaemon(NodeShell):
             for session in list(self._sessions.values()):
                 session.send(notice)
         elif kind is UnhandledError:
-            value = item.value
-            data: bytes | memoryview | None = value if isinstance(value, bytes) else None
-            if not isinstance(value, bytes):
-                data = self._chunks.read(value, 0, value.size_bytes)
-            if data is not None:
-                error = UserError(value=bytes(data))
-                for session in list(self._sessions.values()):
-                    session.send(error)
+            if isinstance(item.value, bytes):
+                self._tell_error(item.value)
+            else:
+                self._traffic.read(item.value, 0, item.value.size_bytes, self._tell_error)
+
+    def _tell_error(self, data: bytes | memoryview | None) -> None:
+        """Nobody has asked for the value of what failed: drivers are shown it."""
+        if data is not None:
+            error = UserError(value=bytes(data))
+            for session in list(self._sessions.values()):
+                session.send(error)
 
     # ---- drivers ---------------------------------------------------------------------------------
 
@@ -521,10 +536,6 @@ class NodeDaemon(NodeShell):
     def serve_switch(self) -> None:
         """The switch was given something to send."""
         self.is_switch_due = True
-
-    def wake(self) -> None:
-        """From any thread: have `settle` called soon."""
-        self.reactor.wake()
 
     def arena_descriptor(self) -> int:
         """What drivers map."""

@@ -46,6 +46,12 @@ class Outlet:
             moved = True
         return moved
 
+    def end(self, body: bytes) -> None:
+        """Send a last message at once, in place of what has waited: nobody will look after it."""
+        self._bodies.clear()
+        self.waiting_bytes = 0
+        self._switch.send(self._peer_id, body)
+
     @property
     def is_empty(self) -> bool:
         """Whether all was given to the link, and has arrived."""

@@ -16,17 +16,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, final
 
 import msgspec
 
 from poolray.cluster.outlet import Outlet
 from poolray.cluster.sessions import Session
+from poolray.cluster.storage_threads import StorageThreads
 from poolray.cluster.switch import OUTSIDE, Switch
-from poolray.exceptions import PoolrayError
 from poolray.ids import WORKER_ID_BYTES, ClientId, ObjectId
 from poolray.objects import spill_urls
 from poolray.objects.serialization import Serialized
@@ -37,6 +35,7 @@ from poolray.protocol.client import (
     AllocateRange,
     CancelRequest,
     ClientRequest,
+    PutObject,
     RangeGranted,
     ReturnRange,
 )
@@ -56,8 +55,6 @@ _LOOK_S = 0.25
 _SIGN_ON_S = 60.0
 #: The largest piece that is read in one go.
 _PIECE_BYTES_MAX = 4 << 20
-#: Threads that speak with storage elsewhere, at the most.
-_THREADS_MAX = 8
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(
@@ -85,16 +82,14 @@ class Host(Protocol):
     def serve_switch(self) -> None:
         """The switch was given something to send."""
 
-    def wake(self) -> None:
-        """From any thread: have `flush` called soon."""
-
 
 @final
 class RemoteReception:
     """All drivers outside of the cluster that this node serves."""
 
-    def __init__(self, host: Host, switch: Switch, grace_s: float) -> None:
+    def __init__(self, host: Host, switch: Switch, grace_s: float, storage: StorageThreads) -> None:
         self._host = host
+        self._storage = storage
         self._switch = switch
         self._grace_s = grace_s
         self._sessions: dict[bytes, RemoteSession] = {}
@@ -103,9 +98,6 @@ class RemoteReception:
         #: … and such that have greeted us and not signed on.
         self._strangers: dict[bytes, float] = {}
         self._next_look_s = 0.0
-        self._threads: ThreadPoolExecutor | None = None
-        #: What these threads have for drivers.
-        self._done: deque[tuple[RemoteSession, Any]] = deque()
         switch.refuses = self._refuse
 
     def _refuse(self, peer_id: bytes) -> str:
@@ -142,10 +134,6 @@ class RemoteReception:
     def flush(self) -> bool:
         """After the switch was served: send what there is room for now; True: it is due again."""
         moved = False
-        while self._done:
-            session, message = self._done.popleft()
-            session.send(message)
-            moved = True
         for session in list(self._sessions.values()):
             moved = session.flush() or moved
         return moved
@@ -184,19 +172,7 @@ class RemoteReception:
 
     def send_later(self, session: RemoteSession, make: Callable[[], Any]) -> None:
         """Send a driver what a thread makes meanwhile."""
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(_THREADS_MAX, "poolray-storage")
-
-        def work() -> None:
-            self._done.append((session, make()))
-            self._host.wake()
-
-        self._threads.submit(work)
-
-    def close(self) -> None:
-        """The daemon ends."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        self._storage.start(make, session.send)
 
     def on_closed(self, peer_id: bytes) -> None:
         """A session is over."""
@@ -255,9 +231,10 @@ class RemoteSession:
             self._look_at(message)
             try:
                 self._host.on_request(self, message)
-            except PoolrayError as error:
-                _logger.warning("a driver is dismissed: %s", error)
-                self.dismiss(f"it was not understood: {error}")
+            except Exception as error:
+                # Whatever a driver says, it costs nobody else anything.
+                _logger.warning("a driver is dismissed: %s", error, exc_info=True)
+                self.dismiss(f"it was not understood: {error!r}")
 
     def _look_at(self, message: Any) -> None:
         """What concerns places for values."""
@@ -266,7 +243,8 @@ class RemoteSession:
             self._asked[message.request_id] = (message.object_id, message.size_bytes)
         elif kind is CancelRequest:
             self._asked.pop(message.request_id, None)
-        elif kind is ReturnRange:
+        elif kind is ReturnRange or kind is PutObject:
+            # (Written or given up: from here on the place is the object's, or anybody's.)
             self._close_file(self._granted.pop(message.object_id, None))
 
     # ---- values ----------------------------------------------------------------------------------
@@ -310,6 +288,9 @@ class RemoteSession:
                 self._write_file(grant, data, offset)
         except OSError as error:
             grant.error = error
+        except MemoryError:
+            reason = f"no memory for a value of {grant.size_bytes} bytes"
+            grant.error = OSError(errno.ENOMEM, reason)
 
     def _write_file(self, grant: _Grant, data: bytes, offset: int) -> None:
         if spill_urls.is_url(grant.path):
@@ -375,7 +356,8 @@ class RemoteSession:
     def dismiss(self, reason: str) -> None:
         """End the conversation, and say why."""
         if not self._closed:
-            self.send(Farewell(reason=reason))
+            self._outlet.end(_encode(Farewell(reason=reason)))
+            self._host.serve_switch()
             self.close()
 
     def close(self) -> None:
@@ -403,7 +385,8 @@ def _piece_of_file(place: InFile, message: ReadPiece) -> Piece:
     failure = ""
     try:
         data = _read_file(place.path, place.offset + message.offset, message.size_bytes)
-    except OSError as error:
+    except (OSError, ValueError, OverflowError, MemoryError) as error:
+        # (Places are as the driver names them: numbers may be any.)
         data, failure = b"", f"its file {place.path} cannot be read: {error}"
     return Piece(request_id=message.request_id, offset=message.offset, data=data, failure=failure)
 

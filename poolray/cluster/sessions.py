@@ -160,6 +160,10 @@ class DriverSession:
         except (msgspec.MsgspecError, PoolrayError) as error:
             _logger.warning("a driver is dismissed: %s", error)
             self.dismiss(f"it was not understood: {error}")
+        except Exception as error:
+            # Whatever a driver says, it costs nobody else anything.
+            _logger.exception("a driver is dismissed")
+            self.dismiss(f"it was not understood: {error!r}")
 
     def _sign_on(self, hello: Hello) -> None:
         if hello.protocol_version != PROTOCOL_VERSION:

@@ -21,6 +21,7 @@ from poolray.cluster.options import HeadOptions, NodeOptions
 from poolray.cluster.speaking import fail, say
 from poolray.cluster.switch import split_address
 from poolray.exceptions import AuthenticationError, PoolrayError
+from poolray.objects.spill_urls import is_url
 from poolray.protocol.cluster import AskWho, Who
 
 #: The port of the head, as in the reference.
@@ -276,7 +277,7 @@ def _node_options(
         memory_bytes=options.memory,
         resources=options.resources,
         labels=labels,
-        spill_directories=[os.path.abspath(spill)] if spill else [],
+        spill_directories=[spill if is_url(spill) else os.path.abspath(spill)] if spill else [],
         config=config,
     )
 

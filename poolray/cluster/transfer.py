@@ -14,9 +14,11 @@ from collections.abc import Callable
 from typing import final
 
 from poolray.ids import ObjectId
+from poolray.objects import spill_urls
 from poolray.objects.checksums import checksum_of_parts
 from poolray.objects.shared_memory import Arena
 from poolray.objects.spill_files import SpillFileError, read_object
+from poolray.objects.spill_urls import is_url
 from poolray.protocol.node import FileSealed
 from poolray.protocol.values import InArena, InFile
 
@@ -44,22 +46,32 @@ class ChunkStore:
         self._paths: dict[int, str] = {}
 
     def read(self, place: InArena | InFile, offset: int, size_bytes: int) -> memoryview | None:
-        """Some bytes of a value; None when they cannot be read."""
+        """Some bytes of a value; None when they cannot be read.
+
+        Of a place behind a URL on any thread: it may take as long as it wants.
+        """
         if isinstance(place, InArena):
             return self._arena.write(place.offset + offset, size_bytes)
         try:
-            if "://" in place.path:
-                whole = memoryview(bytearray(place.size_bytes))
-                read_object(place.path, place.offset, place.checksum, whole)
-                return whole[offset : offset + size_bytes]
+            if is_url(place.path):
+                return self._read_elsewhere(place, offset, size_bytes)
             descriptor = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 data = os.pread(descriptor, size_bytes, place.offset + offset)
             finally:
                 os.close(descriptor)
-        except (OSError, SpillFileError) as error:
+        except (OSError, MemoryError, SpillFileError) as error:
             _logger.warning("object=%s cannot be read: %s", place.object_id.hex()[:12], error)
             return None
+        return memoryview(data) if len(data) == size_bytes else None
+
+    def _read_elsewhere(self, place: InFile, offset: int, size_bytes: int) -> memoryview | None:
+        if size_bytes == place.size_bytes:
+            whole = memoryview(bytearray(size_bytes))
+            read_object(place.path, place.offset, place.checksum, whole)
+            return whole
+        # (Who wants all of it in chunks would have all of it read once for each else.)
+        data = spill_urls.read(place.path, place.offset + offset, size_bytes)
         return memoryview(data) if len(data) == size_bytes else None
 
     def write(self, offset: int, file_number: int, data: bytes | memoryview) -> None:
@@ -77,7 +89,10 @@ class ChunkStore:
                 return
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                os.pwrite(descriptor, data, offset)
+                view = memoryview(data)
+                while view:  # a disk that is almost full takes a part, and says no more than that
+                    count = os.pwrite(descriptor, view, offset)
+                    view, offset = view[count:], offset + count
             finally:
                 os.close(descriptor)
         except OSError as error:

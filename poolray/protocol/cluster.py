@@ -135,6 +135,8 @@ class CloseBulk(msgspec.Struct, frozen=True, array_like=True, tag=563, kw_only=T
     """That connection is no more: nothing comes by it, or is to be sent by it."""
 
     connection_id: bytes
+    #: Whoever tells this had begun to send by it: what has not come by now never will.
+    is_dropped: bool = False
 
 
 BulkMessage: TypeAlias = OpenBulk | BulkPort | CloseBulk

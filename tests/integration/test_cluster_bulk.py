@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import socket
@@ -28,6 +29,7 @@ from poolray.objects.shared_memory import Arena, create_arena_file
 from poolray.protocol.cluster import BulkMessage, BulkPort, CloseBulk, OpenBulk
 from poolray.protocol.node import ChunkArrived, ChunkMissing, ChunksLost
 from poolray.protocol.values import InArena, InFile
+from tests.integration.support import wait_until
 
 ARENA_BYTES = 16 << 20
 CHUNK = 2 << 20
@@ -73,6 +75,10 @@ class End:
 
     def read(self, offset: int, size: int) -> bytes:
         return bytes(self.arena.write(offset, size))
+
+    def expect_back(self, other: End, number: int) -> None:
+        """A chunk goes the other way round."""
+        self.bulk.expect(ExpectChunk(other.node_id, number, 0, 0, CHUNK))
 
     def arrived(self) -> list[int]:
         return [message.number for message in self.told if isinstance(message, ChunkArrived)]
@@ -438,6 +444,108 @@ def test_chunks_of_a_connection_that_breaks_are_lost_and_come_by_the_next_one(pa
     assert lost.numbers == [1, 2]
     pair.run(lambda: pair.source.bulk._peers[pair.target.node_id].outbound is None)
     pair.transfer(3)
+
+
+def open_at_the_source_alone(pair: Pair) -> None:
+    """The source has a job for a connection that is open; the target's daemon has not heard yet
+    that it is, for it does not listen to its threads.
+    """
+    pair.expect(1, 0)
+    pair.send(1, 0)
+    outbound = pair.source.bulk._peers[pair.target.node_id].outbound
+    assert outbound is not None
+    wait_until(lambda: pair.source.turn(pair.target) or outbound.is_open, "the last proof")
+
+
+def test_what_a_source_drops_is_asked_for_again_if_nobody_has_heard_that_it_was_open(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ConnectionError("the other end has closed it")
+
+    monkeypatch.setattr(bulk_loop.Sending, "_begin", fail)
+    open_at_the_source_alone(pair)
+    peer = pair.source.bulk._peers[pair.target.node_id]
+    wait_until(lambda: pair.source.turn(pair.target) or peer.outbound is None, "its end")
+    pair.run(lambda: bool(pair.target.told))
+    assert pair.target.told == [ChunksLost(numbers=[1])]
+    monkeypatch.undo()
+    pair.transfer(2)  # by another connection, at once
+    assert pair.source.by_link == []
+
+
+def test_what_goes_by_a_connection_that_the_other_end_has_given_up_is_asked_for_again(
+    pair: Pair,
+) -> None:
+    open_at_the_source_alone(pair)
+    pair.target.bulk.tick(time.monotonic() + 2 * bulk_module.OPENING_S)
+    pair.run(lambda: bool(pair.target.told))
+    assert pair.target.told == [ChunksLost(numbers=[1])]
+
+
+def test_where_no_descriptors_are_left_the_control_link_takes_over(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk_module, "Receiving", fail)
+        pair.expect(1, 0)
+        pair.send(1, 0)
+        pair.run(lambda: bool(pair.source.by_link))
+        patch.setattr(bulk_module, "Loop", fail)
+        pair.source.expect_back(pair.target, 2)
+        pair.run(lambda: pair.source.bulk._peers[pair.target.node_id].inbound is None)
+    assert [effect.number for effect in pair.source.by_link] == [1]
+
+
+def test_a_door_that_cannot_take_anybody_in_rests_a_while(pair: Pair) -> None:
+    class Exhausted:
+        """A listener for which there are no descriptors, twice."""
+
+        def __init__(self, real: socket.socket) -> None:
+            self.real = real
+            self.tried_s: list[float] = []
+            self.fileno, self.close = real.fileno, real.close
+
+        def accept(self) -> Any:
+            if len(self.tried_s) < 2:
+                self.tried_s.append(time.monotonic())
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return self.real.accept()
+
+    door = pair.source.bulk._door
+    door.channel = exhausted = Exhausted(door.channel)  # type: ignore[assignment]
+    pair.transfer(0)
+    first_s, second_s = exhausted.tried_s
+    assert second_s - first_s > bulk_loop._LOOK_AT_CLOCK_S / 2
+
+
+def test_an_order_that_fails_costs_the_others_nothing(pair: Pair) -> None:
+    pair.transfer(0)
+    for loop in (*pair.source.bulk._senders, *pair.target.bulk._receivers):
+        loop._order(lambda: 1 / 0)
+    pair.transfer(1)
+
+
+def test_what_the_system_cannot_send_ends_a_connection_in_time(pair: Pair) -> None:
+    pair.transfer(0)
+    loops = (*pair.source.bulk._senders, *pair.target.bulk._receivers)
+    for connection in (c for loop in loops for c in loop._by_id.values()):
+        limit_ms = connection.channel.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        assert limit_ms == 1000 * bulk_loop.STALL_S
+
+
+def test_a_disk_that_takes_a_part_of_a_chunk_is_given_the_rest(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[: CHUNK // 3], at))
+    pair.expect(1, 0, file_number=9)
+    pair.send(1, 0)
+    pair.run(lambda: bool(pair.target.arrived()))
+    assert Path(pair.target.path_of(9)).read_bytes() == pair.data[:CHUNK]
 
 
 def test_who_takes_nothing_is_given_up(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
