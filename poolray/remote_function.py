@@ -31,7 +31,7 @@ from poolray.ids import ClassId, FunctionId, PlacementGroupId
 from poolray.objects.object_ref import ObjectRef
 from poolray.plain_values import plain_options
 from poolray.protocol.streams import StreamMode
-from poolray.protocol.values import CallKind, Delivery, TaskClass
+from poolray.protocol.values import NUM_RETURNS_MAX, CallKind, Delivery, TaskClass
 from poolray.remote_placement import (
     check_group,
     check_strategy,
@@ -180,6 +180,11 @@ def _check_num_returns(value: int | str) -> None:
             "Default None. When None is passed, The default value is 1 for a task. The keyword "
             "'num_returns' only accepts None, a non-negative integer, 'streaming' (for "
             "generators), or 'dynamic'."
+        )
+    if value > NUM_RETURNS_MAX:
+        raise ValueError(
+            f"'num_returns' may be {NUM_RETURNS_MAX} at most, not {value}: return one list, or "
+            "generate."
         )
 
 

@@ -747,6 +747,9 @@ class NodeDaemon(NodeShell):
                 self.feed(peer, message)
         except InternalError as error:
             _logger.warning("%s of %s: %s", type(message).__name__, peer.hex()[:12], error)
+        except Exception:
+            # A message that makes no sense, or a bug of ours: all others go on.
+            _logger.exception("%s of %s cannot be taken", type(message).__name__, peer.hex()[:12])
 
     def _answer_question(self, question: Question) -> Answer:
         if isinstance(question, AskWho):

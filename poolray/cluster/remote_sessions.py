@@ -228,8 +228,8 @@ class RemoteSession:
         elif kind is EndWriting:
             self._end_writing(message)
         else:
-            self._look_at(message)
             try:
+                self._look_at(message)
                 self._host.on_request(self, message)
             except Exception as error:
                 # Whatever a driver says, it costs nobody else anything.
@@ -239,6 +239,10 @@ class RemoteSession:
     def _look_at(self, message: Any) -> None:
         """What concerns places for values."""
         kind = type(message)
+        place = message.value if kind is PutObject else None
+        if type(place) is InFile and not self._host.holds_file(place.path):
+            # (Once nobody needs the object the node would delete it, whatever it is.)
+            raise PermissionError(f"{place.path} is no place for a value")
         if kind is AllocateRange:
             self._asked[message.request_id] = (message.object_id, message.size_bytes)
         elif kind is CancelRequest:

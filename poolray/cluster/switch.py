@@ -554,6 +554,10 @@ class Switch:
         except msgspec.MsgspecError as error:
             self.dropped += 1
             _logger.warning("a message of %s cannot be read: %s", peer.peer_id.hex()[:12], error)
+        except Exception:
+            # It can be read and makes no sense, or it has met a bug of ours: all others go on.
+            self.dropped += 1
+            _logger.exception("a message of %s cannot be taken", peer.peer_id.hex()[:12])
 
     # ---- time ------------------------------------------------------------------------------------
 

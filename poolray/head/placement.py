@@ -21,7 +21,7 @@ from typing import final
 import msgspec
 
 from poolray.head.state import HeadState
-from poolray.ids import NodeId, PlacementGroupId
+from poolray.ids import PLACEMENT_GROUP_ID_BYTES, NodeId, PlacementGroupId
 from poolray.protocol.directory import NodeStatus
 from poolray.protocol.node import NodeView, RegisterNode
 from poolray.protocol.placement import (
@@ -219,6 +219,9 @@ class PlacementGroups:
     def _register(self, node_id: NodeId, spec: GroupSpec) -> str:
         """A new group; gives why it is refused, or nothing."""
         key = (spec.namespace, spec.name)
+        flaw = _flaw_of(spec)
+        if flaw:  # (clients look too: this one has not)
+            return f"a placement group {flaw}"
         if spec.group_id in self._groups or spec.group_id in self._removed:
             self._watch(node_id, spec.group_id)
             return ""  # the request came twice
@@ -562,3 +565,18 @@ def _alike(one: Wish, other: Wish) -> bool:
         and not one.placed
         and not other.placed
     )
+
+
+def _flaw_of(spec: GroupSpec) -> str:
+    """What makes no group of this; empty: nothing does."""
+    if len(spec.group_id) != PLACEMENT_GROUP_ID_BYTES:
+        return f"has an id of {PLACEMENT_GROUP_ID_BYTES} bytes"
+    if not 0 <= spec.strategy < len(Strategy):
+        return f"has no strategy {spec.strategy}"
+    if not spec.bundles or not all(spec.bundles):
+        return "has bundles, each with some resource"
+    if any(amount <= 0 for bundle in spec.bundles for amount in bundle.values()):
+        return "has more than nothing of each resource in a bundle"
+    if spec.labels and len(spec.labels) != len(spec.bundles):
+        return "has as many conditions on labels as bundles"
+    return ""

@@ -100,7 +100,8 @@ class SpillThreads:
                 remove_file(job.path)
             else:
                 self._folders.delete(file_name(job.file_number))
-        except OSError as error:  # storage out of reach: the folder goes with the runtime
+        except (OSError, ValueError) as error:  # (no path at all is a ValueError)
+            # Storage out of reach: the folder goes with the runtime.
             _log.warning("a file of values cannot be deleted now: %s", error)
         return None
 

@@ -12,7 +12,7 @@ and lists of these, so that they cannot be part of a cycle.
 from __future__ import annotations
 
 import enum
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
 
@@ -116,6 +116,10 @@ class Placement(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     captures: bool = False  #: tasks that the calls submit run in the group too
 
 
+#: A node makes a record of each return of a call at once: what is more would hold up all others.
+NUM_RETURNS_MAX = 1_000_000
+
+
 class TaskClass(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=True):
     """What all calls of one function with the same options have in common: a scheduling class."""
 
@@ -124,7 +128,7 @@ class TaskClass(msgspec.Struct, frozen=True, array_like=True, tag=4, kw_only=Tru
     name: str
     kind: CallKind = CallKind.CALL
     delivery: Delivery = Delivery.OBJECTS
-    num_returns: int = 1
+    num_returns: Annotated[int, msgspec.Meta(ge=0, le=NUM_RETURNS_MAX)] = 1
     #: Resource name -> demand of one running call, in units of 1/10,000.
     resources: dict[str, int] = {}
     group_id: GroupId = GroupId(0)

@@ -14,6 +14,7 @@ import pytest
 
 from poolray.cluster.remote_sessions import RemoteReception
 from poolray.cluster.remote_values import PIECE_BYTES, Downloads, pieces_of
+from poolray.cluster.storage_threads import StorageThreads
 from poolray.cluster.switch import OUTSIDE
 from poolray.exceptions import ObjectLostError
 from poolray.ids import ObjectId
@@ -23,6 +24,7 @@ from poolray.protocol import PROTOCOL_VERSION
 from poolray.protocol.client import (
     AllocateRange,
     ObjectValues,
+    PutObject,
     RangeGranted,
     ReturnRange,
     UnpinObjects,
@@ -102,9 +104,6 @@ class FakeDaemon:
     def serve_switch(self) -> None:
         """Nothing: all has been carried."""
 
-    def wake(self) -> None:
-        """Nothing: the test looks by itself."""
-
 
 class Scene:
     """A driver that has signed on."""
@@ -112,7 +111,8 @@ class Scene:
     def __init__(self, folder: Path, grace_s: float = 10.0) -> None:
         self.switch = FakeSwitch()
         self.daemon = FakeDaemon(folder)
-        self.reception = RemoteReception(self.daemon, self.switch, grace_s)  # type: ignore[arg-type]
+        self.storage = StorageThreads(2, lambda: None)
+        self.reception = RemoteReception(self.daemon, self.switch, grace_s, self.storage)  # type: ignore[arg-type]
         self.say(Hello(protocol_version=PROTOCOL_VERSION, pid=1, namespace="", is_remote=True))
         assert isinstance(self.heard(), Welcome)
         (self.session,) = self.daemon.sessions
@@ -145,6 +145,42 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 # ---- the daemon's side ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("offset", [-1, 1 << 62, (1 << 64) - 1])
+def test_places_that_nobody_has_are_failures_in_words(scene: Scene, offset: int) -> None:
+    place = InFile(object_id=A, path=f"{scene.daemon.folder}/x", size_bytes=99, offset=offset)
+    Path(place.path).write_bytes(b"x" * 50)
+    scene.say(ReadPiece(request_id=3, place=place, offset=0, size_bytes=10))
+    assert "cannot be read" in scene.heard().failure
+
+
+def test_a_file_that_is_not_the_nodes_never_becomes_a_value(scene: Scene) -> None:
+    place = InFile(object_id=A, path="/etc/passwd", size_bytes=10)
+    scene.say(PutObject(object_id=A, value=place))
+    said = scene.heard()
+    assert isinstance(said, Farewell)
+    assert "/etc/passwd is no place" in said.reason
+    assert scene.daemon.requests == []
+
+
+def test_a_value_that_memory_does_not_hold_costs_its_driver_the_value_alone(scene: Scene) -> None:
+    scene.grant(A, 1 << 62, offset=-1, path="file:///nowhere/value")
+    scene.say(WritePiece(object_id=A, offset=0, data=b"x"))
+    assert "memory" in scene.end_writing(A)
+
+
+def test_what_a_driver_says_that_nobody_can_take_ends_its_session_with_words(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scene.daemon, "on_request", lambda *_: 1 / 0)
+    scene.switch.is_full = True  # much is under way to it: the last word goes out all the same
+    scene.session.send(Written(request_id=1))
+    scene.say(ReturnRange(object_id=A))
+    said = scene.heard()
+    assert isinstance(said, Farewell)
+    assert "ZeroDivisionError" in said.reason
+    assert scene.daemon.left == [scene.session]
+
+
 def test_what_is_written_to_a_granted_place_is_read_back(scene: Scene, tmp_path: Path) -> None:
     data = os.urandom(3 * PIECE_BYTES + 17)
     path = str(tmp_path / "value")
@@ -171,6 +207,9 @@ def test_a_driver_writes_nowhere_else(scene: Scene) -> None:
         scene.grant(A, 100, offset=0)
         scene.say(WritePiece(object_id=A, offset=offset, data=b"x" * 20))
         assert "outside" in scene.end_writing(A)
+    scene.grant(A, 100, offset=0)
+    scene.say(PutObject(object_id=A, value=InArena(object_id=A, offset=0, size_bytes=100)))
+    scene.say(WritePiece(object_id=A, offset=0, data=b"stored already"))
     scene.grant(A, 100, offset=0)
     scene.say(ReturnRange(object_id=A))
     scene.say(WritePiece(object_id=A, offset=0, data=b"given back"))
