@@ -28,7 +28,7 @@ from poolray.node.inquiries import Inquiries
 from poolray.node.memory import memory_table
 from poolray.node.parts import make_parts
 from poolray.node.state import NodeState
-from poolray.node.statistics import NodeStatistics, demands_of, statistics_of
+from poolray.node.statistics import NodeStatistics, heartbeat_of, statistics_of
 from poolray.node.survey import Survey
 from poolray.objects.allocator import RangeAllocator
 from poolray.protocol.actors import (
@@ -100,7 +100,6 @@ from poolray.protocol.node import (
     HeadBack,
     HeadMessage,
     HeadReply,
-    Heartbeat,
     HostedEnded,
     MemoryReport,
     NamesFound,
@@ -689,20 +688,12 @@ class Node:
         self._timeouts.on_tick()
         self._survey.on_tick()
         self._peers.ahead.on_tick()
+        if self._peers.placing.on_tick():
+            self._dispatch_all()
         state = self.state
         if self._has_head and state.now >= self._next_heartbeat_s:
             self._next_heartbeat_s = state.now + state.config.heartbeat_interval_s
-            queued = sum(queue.queued_calls for queue in state.classes.values())
-            state.effects.append(
-                SendHead(
-                    Heartbeat(
-                        node_id=state.node_id,
-                        available=dict(state.resources.available),
-                        queued_tasks=queued,
-                        demands=demands_of(state),
-                    )
-                )
-            )
+            state.effects.append(SendHead(heartbeat_of(state)))
 
     # ---- looking in ------------------------------------------------------------------------------
 

@@ -105,6 +105,7 @@ def make_parts(
     dispatcher.is_hopeless = peers.placing.never
     dispatcher.peers = peers.views
     peers.ahead.dispatcher = dispatcher
+    peers.placing.watch_time = dispatcher.watch_time
     observer.actors = actors
     tasks.cancellation = cancellation = Cancellation(state, tasks)
     tasks.retries = retries = Retries(state, tasks)

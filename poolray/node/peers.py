@@ -261,6 +261,7 @@ class Peers:
             fresh = self.borrowing.adopt(node_id, item.lent)
             freed = self.ahead.on_back(item.task_id, node_id, has_run=not item.returned)
             record = self._state.tasks.get(item.task_id)
+            is_free = {} if freed is None else freed.demand
             if record is None or record.state is not FORWARDED or record.node_id != node_id:
                 if not isinstance(item.result, bytes):
                     for value in item.result.values:
@@ -273,10 +274,11 @@ class Peers:
                     self._tasks.losses.on_returned(record)
                 else:
                     self._tasks.finish(record, item.result, writer)
-                    if queue.task_class.kind is CallKind.CREATE:
-                        freed = None  # an actor keeps what it has
-            if freed is not None:  # (Afterwards, for the same reason.)
-                self.placing.discharge(node_id, freed.demand)
+                    if queue.task_class.kind is CallKind.CREATE and type(item.result) is bytes:
+                        kept = queue.task_class.resources  # (often less than it was placed with)
+                        is_free = {n: q - kept.get(n, 0) for n, q in is_free.items()}
+            if is_free:  # (Afterwards, for the same reason.)
+                self.placing.discharge(node_id, is_free)
             self._objects.release_all(fresh)  # the values hold them now
         return may_have_room
 

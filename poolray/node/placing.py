@@ -16,7 +16,7 @@ a peer that a task asks for by its id is waited for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias, final
 
 import msgspec
@@ -40,6 +40,8 @@ _INDEXES_MAX = 64
 _GROUPS_MAX = 10_000
 #: Nodes with more room that are looked at one by one; with more, all are searched again.
 _GAINED_MAX = 8
+#: So many heartbeats after something was given to a node, the head has told of it, or will not.
+_CHARGE_HEARTBEATS = 4
 _ANY: Sequence[LabelMatch] = ()
 
 
@@ -55,6 +57,7 @@ class Placing:
 
     __slots__ = (
         "_changed",
+        "_charged_s",
         "_charges",
         "_gained",
         "_groups",
@@ -64,6 +67,7 @@ class Placing:
         "_version",
         "_views",
         "is_informed",
+        "watch_time",
     )
 
     def __init__(self, state: NodeState, views: dict[NodeId, NodeView]) -> None:
@@ -77,6 +81,10 @@ class Placing:
         self._gained: dict[NodeId, None] = {}
         #: Node -> what was given to it since its last view.
         self._charges: dict[NodeId, dict[str, int]] = {}
+        #: Node -> when it was given something last, of those.
+        self._charged_s: dict[NodeId, float] = {}
+        #: Makes the node tick at that time at the latest.
+        self.watch_time: Callable[[float], None]
         #: Node -> how many views of it there were.
         self._reports: dict[NodeId, int] = {}
         #: Nodes whose views the indexes do not know.
@@ -92,6 +100,7 @@ class Placing:
         """A view is another one than it was, or gone."""
         self._changed[node_id] = None
         self._charges.pop(node_id, None)
+        self._charged_s.pop(node_id, None)
         if node_id in self._views:
             self._reports[node_id] = self._reports.get(node_id, 0) + 1
         else:
@@ -127,6 +136,9 @@ class Placing:
     def charge(self, node_id: NodeId, demand: Mapping[str, int]) -> None:
         """A node was given a task: one report of its room is not spent twice."""
         charges = self._charges.setdefault(node_id, {})
+        if not charges:
+            self.watch_time(self._state.now + self._charge_s())
+        self._charged_s[node_id] = self._state.now
         for name, amount in demand.items():
             charges[name] = charges.get(name, 0) + amount
         self._add(node_id, demand, -1)
@@ -140,6 +152,31 @@ class Placing:
         self._gained[node_id] = None
         if len(self._gained) > _GAINED_MAX:
             self._have_gained()
+
+    def _charge_s(self) -> float:
+        return _CHARGE_HEARTBEATS * self._state.config.heartbeat_interval_s
+
+    def on_tick(self) -> bool:
+        """Charges that the head would have told of by now, if they were still in use, are void.
+
+        It tells of a node when that has more or less free than it last said: what was taken and
+        given back in between is no news, nor is what a task took just when another gave as much.
+
+        Returns
+        -------
+        bool
+            There may be more room.
+        """
+        now, found = self._state.now, False
+        for node_id in list(self._charges):
+            due_s = self._charged_s[node_id] + self._charge_s()
+            if due_s > now:
+                self.watch_time(due_s)
+                continue
+            self._add(node_id, self._charges[node_id], 1)
+            self.note(node_id)
+            found = True
+        return found
 
     def _add(self, node_id: NodeId, demand: Mapping[str, int], sign: int) -> None:
         view = self._views[node_id]

@@ -15,6 +15,7 @@ from poolray.node.state import NodeState
 from poolray.node.store_records import StoreStatistics
 from poolray.objects.allocator import AllocatorStatistics
 from poolray.protocol.directory import Demand
+from poolray.protocol.node import Heartbeat
 from poolray.scheduling.resources import from_fixed
 
 #: Shapes in one heartbeat: those of which most calls wait.
@@ -78,3 +79,13 @@ def demands_of(state: NodeState) -> list[Demand]:
     found = [Demand(resources=dict(shape), count=count) for shape, count in counts.items()]
     found.sort(key=lambda demand: -demand.count)
     return found[:_DEMANDS_MAX]
+
+
+def heartbeat_of(state: NodeState) -> Heartbeat:
+    """What a node says of itself now and then."""
+    return Heartbeat(
+        node_id=state.node_id,
+        available=dict(state.resources.available),
+        queued_tasks=sum(queue.queued_calls for queue in state.classes.values()),
+        demands=demands_of(state),
+    )

@@ -140,6 +140,20 @@ def test_no_more_is_forwarded_than_the_last_view_has_room_for() -> None:
     assert pair.a.state(tasks[3]) == "FORWARDED"
 
 
+def test_what_was_given_counts_until_the_head_would_have_told_of_it() -> None:
+    """A view comes only when a node has other amounts free than it last said: what was taken and
+    given back between two heartbeats must not count for ever.
+    """
+    pair = Pair()
+    tasks = pair.a.submit_many(pair.kind, 3)
+    assert pair.a.state(tasks[2]) == "QUEUED"
+    interval_s = pair.a.node.state.config.heartbeat_interval_s
+    pair.a.after(3 * interval_s)
+    assert pair.a.state(tasks[2]) == "QUEUED"
+    pair.a.after(2 * interval_s)
+    assert pair.a.state(tasks[2]) == "FORWARDED"
+
+
 def test_what_fits_here_stays_here() -> None:
     pair = Pair()
     bench = Bench(cpus=2)
