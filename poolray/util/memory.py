@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from poolray import cluster_connection
 from poolray.exceptions import NotSupportedError, PoolrayError
 from poolray.local import process_state
 from poolray.local import runtime as local_runtime
@@ -83,7 +84,8 @@ def memory_summary(
     PoolrayError
         There is no runtime in this process.
     NotSupportedError
-        Called in a task: ask the driver.
+        Called in a task: ask the driver. Called by a driver of a cluster: its objects are on many
+        nodes, and `poolray.util.state.list_objects` or `poolray list objects` tells of all of them.
 
     Notes
     -----
@@ -103,6 +105,11 @@ def memory_summary(
         raise NotSupportedError(
             "memory_summary() in a task: the table is the driver's, ask there, or run "
             "`poolray memory` beside it."
+        )
+    if cluster_connection.runtime() is not None:
+        raise NotSupportedError(
+            "memory_summary() tells of one machine without a cluster; here "
+            "poolray.util.state.list_objects() and `poolray list objects` tell of all nodes."
         )
     runtime = local_runtime.current()
     if runtime is None:

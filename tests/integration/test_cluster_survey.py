@@ -18,7 +18,8 @@ import pytest
 import poolray
 from poolray.__main__ import main
 from poolray.cluster_utils import Cluster, ClusterNode
-from poolray.exceptions import StateApiError
+from poolray.exceptions import NotSupportedError, StateApiError
+from poolray.util import memory_summary
 from poolray.util.state import (
     get_task,
     list_actors,
@@ -145,6 +146,11 @@ def test_workers_and_objects_are_those_of_all_nodes(cluster: Cluster) -> None:
     ref = there.remote(np.ones(300_000))
     poolray.wait([ref], timeout=30)
     assert [row.task_status for row in list_objects(filters=[("object_id", "=", ref.hex())])]
+
+
+def test_the_memory_of_one_machine_is_refused_by_name(cluster: Cluster) -> None:
+    with pytest.raises(NotSupportedError, match="list_objects"):
+        memory_summary()
 
 
 def test_numbers_count_each_task_once(cluster: Cluster) -> None:
