@@ -61,6 +61,7 @@ class Actor:
         "lane",
         "lanes",
         "life",
+        "lived_at",
         "message",
         "owner",
         "packets",
@@ -88,6 +89,8 @@ class Actor:
         self.pid = 0
         #: The other node that it lives on (ALIVE), for which we keep what it was made with.
         self.host: NodeId | None = None
+        #: The other node that it has lived on last; None: it was this one.
+        self.lived_at: NodeId | None = None
         #: The other node that keeps it; None: we do.
         self.hosted_for: NodeId | None = None
         #: What it says of itself, where its class defines that.
@@ -189,7 +192,7 @@ def row_of(actor: Actor) -> ActorRow:
         death_cause=actor.cause[:_CAUSE_CHARS_MAX],
         repr_name=actor.repr_name,
         group_id=actor.group_id,
-        node_id=actor.host or NodeId(b""),
+        node_id=actor.lived_at or NodeId(b""),
     )
 
 

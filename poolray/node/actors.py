@@ -302,7 +302,7 @@ class Actors:
             worker.lease, worker.keeps = worker.runs, None
         worker.move(_ACTOR)
         actor.worker = worker
-        actor.pid = worker.pid
+        actor.pid, actor.lived_at = worker.pid, None
         self._observer.on_actor_made(record, worker)
         self.by_worker[worker.worker_id] = actor
         self.end_creation(record)

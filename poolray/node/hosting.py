@@ -229,7 +229,7 @@ class Hosting:
         actor = self._local.by_creation[record.task_id]
         if isinstance(result, bytes):
             assert record.node_id is not None
-            actor.host = record.node_id
+            actor.host = actor.lived_at = record.node_id
             actor.pid = int(result or b"0")
             record.node_id = None
             self._local.end_creation(record)

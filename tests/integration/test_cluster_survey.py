@@ -132,6 +132,8 @@ def test_an_actor_is_listed_once_where_it_lives(cluster: Cluster) -> None:
         lambda: [a.state for a in list_actors(filters=[("name", "=", "far keeper")])] == ["DEAD"],
         "the actor's end",
     )
+    (row,) = list_actors(filters=[("name", "=", "far keeper")])
+    assert row.node_id == second(cluster)
 
 
 def test_workers_and_objects_are_those_of_all_nodes(cluster: Cluster) -> None:
