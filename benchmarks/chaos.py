@@ -93,7 +93,8 @@ class Chaos:
 
     def _kill(self, kind: str) -> None:
         nodes = self.cluster.list_all_nodes()
-        # The driver speaks with the first node's daemon, so that one is spared.
+        # The driver's node owns what the driver makes: what becomes of that node is the driver's
+        # fate too, as in the reference. So the first one is spared.
         victim = self._draw.choice(nodes[1:])
         if kind == "head":
             self.kills[kind] += 1

@@ -188,6 +188,7 @@ class NodeDaemon(NodeShell):
         self._switch.answer = self._answer_question
         self._switch.on_restarted = self._on_restarted
         self._switch.on_refused = self._on_refused
+        self._switch.on_given_up = self._on_given_up
         self._switch.on_socket = self._watch_socket
         self._switch.on_socket_closed = self._unwatch_socket
         self._storage = StorageThreads(_STORAGE_THREADS_MAX, self.reactor.wake)
@@ -689,6 +690,21 @@ class NodeDaemon(NodeShell):
         _logger.error("peer=%s refuses us: %s", peer.hex()[:12], reason)
         if peer == HEAD_ID:
             self.stop()
+
+    def _on_given_up(self, peer: bytes) -> None:
+        """The head sees a node that we do not reach, and our memory is not to fill up with what
+        waits for it. Which of us is at fault nobody can tell; whoever takes us for dead tries again
+        elsewhere, and does nothing twice.
+        """
+        if peer == HEAD_ID or peer.startswith(OUTSIDE):
+            return  # these are given up by the clock
+        _logger.error(
+            "node=%s has not been reached for so long that too much waits for it: this node ends, "
+            "and joins again as a new one. Look at the network between them.",
+            peer.hex()[:12],
+        )
+        self.is_rejoining = True
+        self.stop()
 
     def register_job(self, message: RegisterJob) -> None:
         """Tell the head of a job that it may have forgotten."""

@@ -103,6 +103,7 @@ class _Peer:
         "ack_due_s",
         "dealer",
         "heard_s",
+        "is_given_up",
         "link",
         "outbox",
         "parts",
@@ -129,6 +130,8 @@ class _Peer:
         self.ack_due_s = 0.0
         #: When it said something last.
         self.heard_s = float("-inf")
+        #: Too much waited for it, and whoever wants to know has been told.
+        self.is_given_up = False
 
 
 @final
@@ -168,6 +171,9 @@ class Switch:
         self.on_restarted: Callable[[bytes, list[bytes]], None] = _ignore
         #: Called with the id of a peer that will not speak with us, and why.
         self.on_refused: Callable[[bytes, str], None] = _ignore
+        #: Called once with the id of a peer for which so much waited that its link was given up:
+        #: what was under way is lost, and nothing will ever reach it again.
+        self.on_given_up: Callable[[bytes], None] = _ignore
         #: Asked about a peer that goes on with a conversation that nobody here knows of (any more):
         #: why not, in words; empty: it may, and numbers begin anew.
         self.refuses: Callable[[bytes], str] = _refuse_nobody
@@ -267,11 +273,6 @@ class Switch:
         peer = self._peers.get(peer_id)
         return peer is not None and (peer.dealer is not None or peer.route is not None)
 
-    def is_given_up(self, peer_id: bytes) -> bool:
-        """Whether so much waited for a peer that it counts as out of reach."""
-        peer = self._peers.get(peer_id)
-        return peer is not None and peer.link.state is LinkState.BROKEN
-
     def outside(self) -> list[bytes]:
         """Ids of drivers outside of the cluster that have spoken and were not forgotten."""
         return [peer_id for peer_id in self._peers if peer_id.startswith(OUTSIDE)]
@@ -366,6 +367,9 @@ class Switch:
                 body = _SEVERAL + self._encode(several) if len(several) > 1 else _WHOLE + payload
                 self._carry(peer, peer.link.send(body, now))
             self._timed[peer_id] = None
+            if peer.link.state is LinkState.BROKEN and not peer.is_given_up:
+                peer.is_given_up = True
+                self.on_given_up(peer_id)
 
     def _send_parts(self, peer: _Peer, payload: bytes, now: float) -> None:
         view = memoryview(payload)

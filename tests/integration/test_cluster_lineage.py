@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +25,7 @@ from poolray.exceptions import (
 )
 from poolray.util import placement_group
 from poolray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from tests.integration.support import Gate, wait_until
+from tests.integration.support import Gate, is_alive, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons need Linux")
 
@@ -236,3 +239,50 @@ def test_a_placement_group_finds_another_node_and_what_runs_in_it_goes_on(
     found = where.options(scheduling_strategy=strategy).remote()
     assert poolray.get(found, timeout=40) == spare.node_id
     assert os.path.exists(tmp_path / "made")
+
+
+# ---- detached actors -----------------------------------------------------------------------------
+
+_MAKER = """
+import numpy as np
+import poolray
+poolray.init(address={address!r}, namespace="n")
+
+class Sums:
+    def __init__(self, nested, direct):
+        self.sums = [int(poolray.get(nested[0]).sum()), int(direct.sum())]
+    def read(self):
+        import os
+        return os.getpid(), self.sums
+
+refs = [poolray.put(np.ones({count})), poolray.put(np.arange({count}))]
+kind = poolray.remote(Sums).options(name="sums", lifetime="detached", max_restarts=-1)
+print(poolray.get(kind.remote([refs[0]], refs[1]).read.remote())[1])
+"""
+
+
+def test_what_a_detached_actor_was_given_is_there_when_it_is_made_again_without_its_driver(
+    cluster: Cluster,
+) -> None:
+    """(In the reference it is gone with the driver, and so is the actor.)"""
+    code = _MAKER.format(address=cluster.address, count=NUMBERS)
+    token = {"POOLRAY_AUTH_TOKEN_PATH": cluster.auth_token_path}
+    subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **token}, check=True, timeout=60
+    )
+    actor = poolray.get_actor("sums", namespace="n")
+    pid, sums = poolray.get(actor.read.remote(), timeout=30)
+    assert sums == [NUMBERS, NUMBERS * (NUMBERS - 1) // 2]
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(pid), "the death of the actor's process")
+    again: list[Any] = []
+
+    def is_back() -> bool:
+        with contextlib.suppress(poolray.exceptions.ActorUnavailableError):
+            again[:] = poolray.get(actor.read.remote(), timeout=30)
+        return bool(again)
+
+    wait_until(is_back, "the actor")
+    assert again[0] != pid
+    assert again[1] == sums
+    poolray.kill(actor)

@@ -21,6 +21,7 @@ from poolray.cluster.asking import ask
 from poolray.cluster.auth import Credentials
 from poolray.cluster.switch import PART_BYTES, Switch, pack, split_address, unpack
 from poolray.exceptions import AuthenticationError, ClusterConnectionError
+from poolray.node import peer_link
 from poolray.protocol import PROTOCOL_VERSION
 from poolray.protocol.cluster import AskWho, FrameKind, Who
 from poolray.protocol.link import LinkFrame
@@ -211,6 +212,27 @@ def test_a_port_that_is_taken_is_named() -> None:
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ValueError, match="HOST:PORT"):
         split_address(address)
+
+
+def test_a_peer_for_which_too_much_waits_is_given_up_and_told_of_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(peer_link, "_BACKLOG_MAX", 50)
+    given_up: list[bytes] = []
+    end = End(b"client")
+    end.switch.on_given_up = given_up.append
+    try:
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))
+            end.switch.connect(b"server", "127.0.0.1", nobody.getsockname()[1])
+            for number in range(60):
+                assert bool(given_up) == (number > 50)
+                end.switch.send(b"server", b"x")
+                end.turn()
+        assert given_up == [b"server"]
+        assert end.switch.waiting(b"server") == 0, "nothing is kept for it"
+    finally:
+        end.switch.close()
 
 
 # ---- what makes no sense -------------------------------------------------------------------------

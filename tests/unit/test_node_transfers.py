@@ -42,15 +42,20 @@ def put_large(bench: Bench, object_id: ObjectId, size: int = LARGE) -> None:
     bench.put(object_id, InArena(object_id=object_id, offset=offset, size_bytes=size))
 
 
-def lend(cluster: MiniCluster, object_id: ObjectId, to: NodeId) -> TaskId:
-    """A gives a node a task with a ref inside its arguments, which the node's driver keeps."""
-    a, node = cluster.nodes[A], cluster.nodes[to]
+def show_room(cluster: MiniCluster, at: NodeId) -> None:
+    """A sees that one node has room, and no other."""
     views = [
-        NodeView(node_id=n, total={}, available={"CPU": 2 * CPU * (n == to)}, queued_tasks=0)
+        NodeView(node_id=n, total={}, available={"CPU": 2 * CPU * (n == at)}, queued_tasks=0)
         for n in cluster.nodes
         if n != A
     ]
-    a.tell(ClusterView(nodes=views))
+    cluster.nodes[A].tell(ClusterView(nodes=views))
+
+
+def lend(cluster: MiniCluster, object_id: ObjectId, to: NodeId) -> TaskId:
+    """A gives a node a task with a ref inside its arguments, which the node's driver keeps."""
+    a, node = cluster.nodes[A], cluster.nodes[to]
+    show_room(cluster, to)
     kind = a.task_class("keeps", cpus=2)
     task = a.submit(kind, borrows=[object_id])
     cluster.carry()
@@ -450,6 +455,66 @@ def test_a_source_that_dies_is_replaced() -> None:
     c.take(SendPeer)
     c.tell(NodeDied(node_id=B))
     assert peer_messages(c, AskSource, A)
+
+
+def test_a_pull_whose_only_source_dies_begins_anew_and_mixes_no_two_makings() -> None:
+    cluster = broadcast()
+    c = cluster.nodes[C]
+    request = c.get(VALUE)
+    c.tell(UseSource(object_id=VALUE, node_id=B, name=VALUE), A)
+    asked = asked_of(c, B)
+    c.tell(ChunkArrived(number=asked[0].number))
+    c.take(SendPeer)
+    c.tell(NodeDied(node_id=B))
+    (forgotten,) = c.take(ForgetChunks)
+    assert forgotten.numbers == [pull.number for pull in asked[1:]]
+    c.tell(UseSource(object_id=VALUE, node_id=A, name=VALUE), A)
+    again = asked_of(c, A)
+    # (A value that was made again may have other bytes: what came of the first is not used.)
+    assert sorted(pull.offset for pull in again) == list(range(0, LARGE, CHUNK))
+    c.tell(ChunkArrived(number=asked[1].number))
+    for pull in again:
+        assert c.values() == {}
+        c.tell(ChunkArrived(number=pull.number))
+    assert c.values()[request].errors == []
+
+
+def make_large(cluster: MiniCluster, node_id: NodeId, name: ObjectId) -> bool:
+    """A worker of a node makes a large value, if it has been told to."""
+    bench = cluster.nodes[node_id]
+    bench.start_all()
+    for worker_id in bench.busy():
+        packet = bench.read(worker_id)
+        bench.say(worker_id, AllocateRange(request_id=1, object_id=name, size_bytes=LARGE))
+        offset = bench.node.state.clients[ClientId(worker_id)].ranges[name]
+        place = InArena(object_id=name, offset=offset, size_bytes=LARGE)
+        bench.finish(worker_id, packet, [Outcome(values=[place])])
+        cluster.carry()
+        return True
+    return False
+
+
+def test_a_pull_whose_source_dies_ends_well_when_the_value_was_made_again() -> None:
+    cluster = MiniCluster(0, 2, 2, 2, transfer_chunk_bytes=CHUNK)
+    a, c = cluster.nodes[A], cluster.nodes[C]
+    show_room(cluster, B)
+    task = a.submit(a.task_class(max_retries=1))
+    name = result_of(task)
+    cluster.carry()
+    assert make_large(cluster, B, name)
+    lend(cluster, name, C)
+    request = c.get(name)
+    c.tell(UseSource(object_id=name, node_id=B, name=name), A)
+    first = asked_of(c, B)
+    c.tell(ChunkArrived(number=first[0].number))
+    show_room(cluster, D)
+    cluster.kill(B)  # the only one that has it, while it comes
+    cluster.carry()
+    assert c.values() == {}
+    assert make_large(cluster, D, name)
+    (value,) = c.values()[request].values
+    assert isinstance(value, InArena)
+    assert not value.node_id
 
 
 def test_a_copy_elsewhere_saves_making_it_again() -> None:
