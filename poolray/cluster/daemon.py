@@ -120,12 +120,26 @@ def wait_readable(descriptors: list[int], timeout_s: float | None) -> list[int]:
     return [descriptor for descriptor, _ in poller.poll(timeout_ms)]
 
 
+def owner_pidfd(pid: int, stop: Callable[[], None]) -> int:
+    """As `pidfd`, of whoever started this daemon; calls `stop` if that one has ended already, for
+    nothing would ever tell of it.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        _logger.info("whoever started this daemon is gone already: it ends")
+        stop()
+    except (AttributeError, OSError):
+        pass  # where there are none, `poolray stop` ends it
+    return -1
+
+
 @final
 class Owner:
     """Whoever started this daemon, and whose end is its end."""
 
     def __init__(self, pid: int, reactor: Reactor, stop: Callable[[], None]) -> None:
-        self._descriptor = pidfd(pid)
+        self._descriptor = owner_pidfd(pid, stop)
         self._reactor = reactor
         self._stop = stop
         if self._descriptor >= 0:

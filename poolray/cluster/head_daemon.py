@@ -94,7 +94,8 @@ class HeadDaemon:
         """Serve until stopped."""
         _logger.info("the head listens at %s", self.address)
         poller = select.poll()
-        owner = daemon.pidfd(self._options.owner_pid) if self._options.owner_pid else -1
+        owner_pid = self._options.owner_pid
+        owner = daemon.owner_pidfd(owner_pid, self.stop) if owner_pid else -1
         for descriptor in (*self._switch.descriptors(), self._bell.descriptor, owner):
             if descriptor >= 0:
                 poller.register(descriptor, select.POLLIN)

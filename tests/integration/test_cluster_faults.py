@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
 
 import poolray
+from poolray.cluster import launch
 from poolray.cluster_utils import Cluster
 from poolray.exceptions import ActorDiedError, ObjectLostError
 from tests.integration.support import wait_until
@@ -197,3 +200,16 @@ def test_work_goes_on_while_workers_and_nodes_are_killed(cluster: Cluster) -> No
         cluster.remove_node(node, allow_graceful=False)
         cluster.add_node(num_cpus=1)
     assert poolray.get(refs, timeout=40) == [number * number for number in range(150)]
+
+
+def test_a_daemon_whose_starter_is_gone_before_it_is_up_ends(cluster: Cluster) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    assert cluster._head_options is not None
+    head = msgspec.structs.replace(cluster._head_options, port=0, owner_pid=gone.pid, storage="")
+    node = msgspec.structs.replace(
+        cluster._node_options(False, {"num_cpus": 1}), owner_pid=gone.pid
+    )
+    for options in (head, node):
+        daemon = launch.start(options)
+        wait_until(lambda daemon=daemon: not daemon.is_alive(), "its end")  # type: ignore[misc]
