@@ -190,3 +190,38 @@ def test_the_token_is_printed_when_there_is_one(folder: Path, poolray_command: R
     made = run("get-auth-token", "--generate")
     assert re.fullmatch(r"[0-9a-f]{64}\n", made.stdout)
     assert run("get-auth-token").stdout == made.stdout
+
+
+def test_output_of_another_machine_names_its_address(poolray_command: Run, folder: Path) -> None:
+    address = start_head(poolray_command)
+    joined = poolray_command(
+        "start",
+        f"--address={address}",
+        "--node-ip-address=127.0.0.2",
+        "--num-cpus=1",
+        '--resources={"far": 1}',
+    )
+    assert joined.returncode == 0, joined.stderr
+    program = folder / "speaks.py"
+    program.write_text(
+        "import poolray\n"
+        "poolray.init(address='auto')\n"
+        "@poolray.remote(num_cpus=0.1)\n"
+        "def speaks(word):\n"
+        "    print('it says', word)\n"
+        "far = speaks.options(resources={'far': 0.1})\n"
+        "poolray.get([speaks.remote('near'), far.remote('distance')], timeout=30)\n"
+        "poolray.shutdown()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env={**os.environ, "HOME": str(folder), "POOLRAY_TMPDIR": str(folder / "runs")},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\(speaks pid=\d+\).* it says near", done.stdout), done.stdout
+    assert re.search(r"\(speaks pid=\d+, ip=127\.0\.0\.2\).* it says distance", done.stdout)
