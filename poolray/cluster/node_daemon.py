@@ -410,6 +410,7 @@ class NodeDaemon(NodeShell):
         for effect in self._bulk.tick(now):
             self._traffic.send_by_link(effect)
         self._outside.tick(now)
+        self._reception.tick()
         self.is_switch_due = self._looks_everywhere = True
         super().tick()
         heard = self._switch.heard_s(HEAD_ID)

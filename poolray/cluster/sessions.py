@@ -12,6 +12,7 @@ a driver sends, only its own session ends for it.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -31,6 +32,8 @@ _logger = logging.getLogger(__name__)
 
 #: What may wait for a driver that does not read: then it counts as gone.
 _WAITING_BYTES_MAX = 4 << 30
+#: No descriptors or no memory are left, which may pass.
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 #: Connections taken in one go.
 _TURN = 32
 
@@ -91,6 +94,7 @@ class Reception:
         self._host = host
         self.name = name
         self._listener = places.listen(name)
+        self._rests = False
         host.watch(self._listener, self)
 
     def answer(self) -> None:
@@ -98,7 +102,12 @@ class Reception:
         for _ in range(_TURN):
             try:
                 channel, _ = self._listener.accept()
-            except OSError:
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    # It stays readable: without a pause the daemon would do nothing else.
+                    _logger.error("a driver cannot be taken in: %s", error)
+                    self._rests = True
+                    self._host.unwatch(self._listener)
                 return
             if places.check_peer(channel):
                 DriverSession(self._host, channel)
@@ -106,9 +115,17 @@ class Reception:
                 _logger.warning("a process of another user was turned away")
                 channel.close()
 
+    def tick(self) -> None:
+        """Some time has passed: there may be room again."""
+        if self._rests:
+            self._rests = False
+            self._host.watch(self._listener, self)
+
     def close(self) -> None:
         """Nobody comes in any more."""
-        self._host.unwatch(self._listener)
+        if not self._rests:
+            self._host.unwatch(self._listener)
+        self._rests = False
         self._listener.close()
 
 
