@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from poolray.ids import ObjectId
 from poolray.protocol.actors import CallActor
 from poolray.protocol.client import ObjectValues, RangeGranted, SubmitTasks
-from poolray.protocol.state import StateKind, StateRows
 
 
 class Link(Protocol):
@@ -48,18 +47,6 @@ class Link(Protocol):
         ------
         KeyboardInterrupt
             Ctrl-C while it waited, in the main thread: nothing has been granted.
-        """
-
-    def query(
-        self,
-        kind: StateKind,
-        *,
-        everywhere: bool = False,
-        timeout_s: float = 30.0,
-        limit: int = 0,
-    ) -> StateRows:
-        """What the node tells of its tasks, workers, objects, actors or itself; or what all nodes
-        do, that answer in time: `limit` rows each at the most, unless that is 0.
         """
 
     def when_ready(

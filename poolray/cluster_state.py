@@ -17,7 +17,7 @@ from poolray.local.machine import NODE_ADDRESS
 from poolray.protocol.state import NodeRow, StateKind, StateRow, TaskRow
 from poolray.scheduling.resources import from_fixed
 from poolray.session import find_client, ids_of_process
-from poolray.survey import task_rows
+from poolray.survey import query, task_rows
 
 #: How long `timeline` waits for other nodes.
 _TIMELINE_TIMEOUT_S = 30.0
@@ -27,7 +27,7 @@ __all__ = ["available_resources", "cluster_resources", "get_gpu_ids", "nodes", "
 
 def ask(kind: StateKind) -> list[StateRow]:
     """What the node tells; starts the runtime if there is none."""
-    return find_client().link.query(kind).rows
+    return query(kind)[0]
 
 
 def _nodes() -> list[NodeRow]:

@@ -15,13 +15,48 @@ from typing import TypeAlias, TypeVar, cast
 import msgspec
 
 from poolray.exceptions import StateApiError
-from poolray.protocol.state import ActorRow, ObjectRow, StateKind, StateRow, TaskRow, WorkerRow
+from poolray.ids import NodeId
+from poolray.protocol.state import (
+    ActorRow,
+    ObjectRow,
+    QueryState,
+    StateKind,
+    StateRow,
+    StateRows,
+    TaskRow,
+    WorkerRow,
+)
 from poolray.session import find_client
 
 T = TypeVar("T", TaskRow, ActorRow)
 Merge: TypeAlias = Callable[[T, T], T]
 #: A task's states from the last to the first, as far as they show that a node knows more.
 _ENDED = ("FINISHED", "FAILED")
+
+
+def query(
+    kind: StateKind, *, everywhere: bool = False, timeout_s: float = 30.0, limit: int = 0
+) -> tuple[list[StateRow], list[NodeId]]:
+    """What this process's node tells, or all nodes do that answer in time: `limit` rows each at
+    the most, unless that is 0. Starts the runtime if there is none.
+
+    Returns
+    -------
+    rows : list
+    missing : list of NodeId
+        Nodes that were asked and have not answered, or died.
+    """
+    found = find_client().link.ask(
+        lambda request_id: QueryState(
+            request_id=request_id,
+            kind=kind,
+            everywhere=everywhere,
+            timeout_s=timeout_s,
+            limit=limit,
+        )
+    )
+    parts: list[StateRows] = found if isinstance(found, list) else [found]
+    return [row for part in parts for row in part.rows], parts[-1].missing
 
 
 def _ask_all(
@@ -35,9 +70,9 @@ def _ask_all(
         A node did not answer in time, or died, and `strict` is true; else a warning
         names it.
     """
-    reply = find_client().link.query(kind, everywhere=True, timeout_s=timeout_s, limit=limit)
-    if reply.missing:
-        names = ", ".join(node_id.hex() for node_id in reply.missing)
+    rows, missing = query(kind, everywhere=True, timeout_s=timeout_s, limit=limit)
+    if missing:
+        names = ", ".join(node_id.hex() for node_id in missing)
         text = (
             f"What nodes know is not complete: no answer came from {names} within {timeout_s:g} s, "
             "or they have died. Ask again, give them more time (timeout=), or take what there is "
@@ -46,7 +81,7 @@ def _ask_all(
         if strict:
             raise StateApiError(text)
         warnings.warn(text, stacklevel=4)
-    return reply.rows
+    return rows
 
 
 def task_rows(timeout_s: float, *, limit: int = 0, strict: bool = True) -> list[TaskRow]:

@@ -55,7 +55,7 @@ from poolray.protocol.client import (
 from poolray.protocol.cluster import Farewell, News, Output, UserError, UserNotice
 from poolray.protocol.inquiry import HeadAnswer
 from poolray.protocol.remote import EndWriting, Piece, WritePiece, Written
-from poolray.protocol.state import QueryState, StateKind, StateRows
+from poolray.protocol.state import StateRows
 from poolray.protocol.values import InArena, InFile
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -451,26 +451,6 @@ class DriverRuntime:
         """Send the request that `make` makes of its number; gives the answer."""
         request, request_id = self._open()
         return self._ask(request, request_id, make(request_id), None)
-
-    def query(
-        self,
-        kind: StateKind,
-        *,
-        everywhere: bool = False,
-        timeout_s: float = 30.0,
-        limit: int = 0,
-    ) -> StateRows:
-        """What nodes tell (`Link`)."""
-        reply: StateRows = self.ask(
-            lambda request_id: QueryState(
-                request_id=request_id,
-                kind=kind,
-                everywhere=everywhere,
-                timeout_s=timeout_s,
-                limit=limit,
-            )
-        )
-        return reply
 
     def when_ready(
         self, object_id: ObjectId, call: Callable[[ObjectValues], None]

@@ -66,7 +66,6 @@ from poolray.protocol.client import (
     WaitReply,
 )
 from poolray.protocol.memory import HolderKind, MemoryTable, ObjectEntry, ObjectHolder
-from poolray.protocol.state import QueryState, StateKind, StateRows
 from poolray.protocol.values import InArena, InFile, Outcome, TaskClass, TaskSpec
 from poolray.protocol.worker import WorkerNews, WorkerOutput
 
@@ -484,26 +483,6 @@ class LocalRuntime(NodeShell):
             self.feed(_LOCAL, make(request_id))
         self.reactor.ensure_background()
         return request.reply
-
-    def query(
-        self,
-        kind: StateKind,
-        *,
-        everywhere: bool = False,
-        timeout_s: float = 30.0,
-        limit: int = 0,
-    ) -> StateRows:
-        """What nodes tell (`Link`)."""
-        reply: StateRows = self.ask(
-            lambda request_id: QueryState(
-                request_id=request_id,
-                kind=kind,
-                everywhere=everywhere,
-                timeout_s=timeout_s,
-                limit=limit,
-            )
-        )
-        return reply
 
     def release(self, object_ids: list[ObjectId]) -> None:
         """This process no longer looks at these objects."""

@@ -27,7 +27,7 @@ import msgspec
 from poolray.client import Client
 from poolray.client_values import deadline_of
 from poolray.exceptions import PoolrayError
-from poolray.ids import NodeId, ObjectId, TaskId, TaskIdSource, WorkerId
+from poolray.ids import ObjectId, TaskId, TaskIdSource, WorkerId
 from poolray.local import process_state
 from poolray.local.channel import SpinningReader
 from poolray.local.reactor import Doorbell
@@ -46,7 +46,7 @@ from poolray.protocol.client import (
 )
 from poolray.protocol.inquiry import HeadAnswer
 from poolray.protocol.placement import PlacementGroupReply
-from poolray.protocol.state import QueryState, StateKind, StateRow, StateRows
+from poolray.protocol.state import StateRows
 from poolray.protocol.streams import AwaitRoom, RoomGranted, StreamReply
 from poolray.protocol.values import Delivery, InArena, InFile
 from poolray.protocol.worker import (
@@ -219,7 +219,7 @@ class WorkerLink:
         finally:
             self._close(request_id)
         assert parts is not None
-        return parts if isinstance(parts[0], HeadAnswer) else parts[0]
+        return parts if isinstance(parts[0], (HeadAnswer, StateRows)) else parts[0]
 
     def await_room(self, task_id: TaskId, produced: int) -> RoomGranted:
         """Wait until a generator may go on; the task may be interrupted meanwhile."""
@@ -232,36 +232,6 @@ class WorkerLink:
         assert parts is not None
         assert isinstance(parts[0], RoomGranted)
         return parts[0]
-
-    def query(
-        self,
-        kind: StateKind,
-        *,
-        everywhere: bool = False,
-        timeout_s: float = 30.0,
-        limit: int = 0,
-    ) -> StateRows:
-        """What nodes tell (`Link`)."""
-        request_id = self._open()
-        question = QueryState(
-            request_id=request_id,
-            kind=kind,
-            everywhere=everywhere,
-            timeout_s=timeout_s,
-            limit=limit,
-        )
-        try:
-            self.send(question)
-            parts = self._await(request_id, None, tell=False)
-        finally:
-            self._close(request_id)
-        rows: list[StateRow] = []
-        missing: list[NodeId] = []
-        for part in parts or ():
-            assert isinstance(part, StateRows)
-            rows.extend(part.rows)
-            missing.extend(part.missing)
-        return StateRows(request_id=request_id, rows=rows, missing=missing)
 
     def when_ready(
         self, object_id: ObjectId, call: Callable[[ObjectValues], None]
