@@ -9,7 +9,7 @@ Invariants: the order of rows is that of their first mention, this process's own
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeAlias, TypeVar, cast
 
 import msgspec
@@ -18,6 +18,7 @@ from poolray.exceptions import StateApiError
 from poolray.ids import NodeId
 from poolray.protocol.state import (
     ActorRow,
+    Condition,
     ObjectRow,
     QueryState,
     StateKind,
@@ -35,10 +36,16 @@ _ENDED = ("FINISHED", "FAILED")
 
 
 def query(
-    kind: StateKind, *, everywhere: bool = False, timeout_s: float = 30.0, limit: int = 0
+    kind: StateKind,
+    *,
+    everywhere: bool = False,
+    timeout_s: float = 30.0,
+    limit: int = 0,
+    where: Sequence[Condition] = (),
 ) -> tuple[list[StateRow], list[NodeId]]:
     """What this process's node tells, or all nodes do that answer in time: `limit` rows each at
-    the most, unless that is 0. Starts the runtime if there is none.
+    the most, unless that is 0, and those only that meet the conditions. Starts the runtime if
+    there is none.
 
     Returns
     -------
@@ -53,6 +60,7 @@ def query(
             everywhere=everywhere,
             timeout_s=timeout_s,
             limit=limit,
+            where=list(where),
         )
     )
     parts: list[StateRows] = found if isinstance(found, list) else [found]
@@ -60,7 +68,12 @@ def query(
 
 
 def _ask_all(
-    kind: StateKind, timeout_s: float = 30.0, *, limit: int = 0, strict: bool = True
+    kind: StateKind,
+    timeout_s: float,
+    *,
+    limit: int,
+    where: Sequence[Condition],
+    strict: bool,
 ) -> list[StateRow]:
     """What all nodes tell.
 
@@ -70,7 +83,7 @@ def _ask_all(
         A node did not answer in time, or died, and `strict` is true; else a warning
         names it.
     """
-    rows, missing = query(kind, everywhere=True, timeout_s=timeout_s, limit=limit)
+    rows, missing = query(kind, everywhere=True, timeout_s=timeout_s, limit=limit, where=where)
     if missing:
         names = ", ".join(node_id.hex() for node_id in missing)
         text = (
@@ -84,11 +97,13 @@ def _ask_all(
     return rows
 
 
-def task_rows(timeout_s: float, *, limit: int = 0, strict: bool = True) -> list[TaskRow]:
+def task_rows(
+    timeout_s: float, *, limit: int = 0, where: Sequence[Condition] = (), strict: bool = True
+) -> list[TaskRow]:
     """Attempts of tasks: those that have not ended, then the ended ones, newest first."""
     rows = cast(
         "list[TaskRow]",
-        _ask_all(StateKind.TASKS, timeout_s, limit=limit, strict=strict),
+        _ask_all(StateKind.TASKS, timeout_s, limit=limit, where=where, strict=strict),
     )
     merged = _merged(rows, [(row.task_id, row.attempt) for row in rows], _of_task)
     if all(not row.node_id for row in rows):
@@ -97,25 +112,31 @@ def task_rows(timeout_s: float, *, limit: int = 0, strict: bool = True) -> list[
     return sorted(merged, key=lambda row: (row.ended_s > 0, -row.ended_s))
 
 
-def actor_rows(timeout_s: float, *, limit: int = 0, strict: bool = True) -> list[ActorRow]:
+def actor_rows(
+    timeout_s: float, *, limit: int = 0, where: Sequence[Condition] = (), strict: bool = True
+) -> list[ActorRow]:
     """Actors: those that are not dead, then the dead ones."""
     rows = cast(
         "list[ActorRow]",
-        _ask_all(StateKind.ACTORS, timeout_s, limit=limit, strict=strict),
+        _ask_all(StateKind.ACTORS, timeout_s, limit=limit, where=where, strict=strict),
     )
     merged = _merged(rows, [row.actor_id for row in rows], _of_actor)
     return sorted(merged, key=lambda row: row.state == "DEAD")
 
 
-def worker_rows(timeout_s: float, *, limit: int = 0, strict: bool = True) -> list[WorkerRow]:
+def worker_rows(
+    timeout_s: float, *, limit: int = 0, where: Sequence[Condition] = (), strict: bool = True
+) -> list[WorkerRow]:
     """Workers of all nodes."""
-    rows = _ask_all(StateKind.WORKERS, timeout_s, limit=limit, strict=strict)
+    rows = _ask_all(StateKind.WORKERS, timeout_s, limit=limit, where=where, strict=strict)
     return cast("list[WorkerRow]", rows)
 
 
-def object_rows(timeout_s: float, *, limit: int = 0, strict: bool = True) -> list[ObjectRow]:
+def object_rows(
+    timeout_s: float, *, limit: int = 0, where: Sequence[Condition] = (), strict: bool = True
+) -> list[ObjectRow]:
     """Objects of all nodes: of one that several nodes hold, a row of each."""
-    rows = _ask_all(StateKind.OBJECTS, timeout_s, limit=limit, strict=strict)
+    rows = _ask_all(StateKind.OBJECTS, timeout_s, limit=limit, where=where, strict=strict)
     return cast("list[ObjectRow]", rows)
 
 

@@ -34,6 +34,7 @@ from poolray.objects.directory import READY, ObjectRecord
 from poolray.protocol.node import WorkerLost
 from poolray.protocol.state import (
     ActorRow,
+    Condition,
     NodeRow,
     ObjectRow,
     StateKind,
@@ -212,9 +213,10 @@ class Observer:
 
     # ---- answers ---------------------------------------------------------------------------------
 
-    def rows(self, kind: StateKind, limit: int = 0) -> list[StateRow]:
-        """What there is to tell; `limit` rows at the most, unless that is 0."""
-        return list(islice(self._rows(kind), limit or None))
+    def rows(self, kind: StateKind, limit: int, where: list[Condition]) -> list[StateRow]:
+        """What there is to tell by these conditions; `limit` rows at the most, unless that is 0."""
+        found = (row for row in self._rows(kind) if _meets(row, where))
+        return list(islice(found, limit or None))
 
     def reply(
         self,
@@ -362,6 +364,15 @@ class Observer:
                 in_store=record.state is READY and not isinstance(record.value, bytes),
                 call_site=self.call_sites.get(object_id, ""),
             )
+
+
+def _meets(row: StateRow, where: list[Condition]) -> bool:
+    return all((_text_of(row, each.field) == each.value.lower()) is each.equal for each in where)
+
+
+def _text_of(row: StateRow, field: str) -> str:
+    found = getattr(row, field, "")
+    return found.hex() if isinstance(found, bytes) else str(found).lower()
 
 
 def in_parts(rows: list[StateRow]) -> Iterator[tuple[list[StateRow], bool]]:

@@ -68,7 +68,7 @@ class Survey:
 
     def on_query(self, client_id: ClientId, message: QueryState) -> None:
         """A client asks: this node alone, or all of them."""
-        rows = self._observer.rows(message.kind, message.limit)
+        rows = self._observer.rows(message.kind, message.limit, message.where)
         peers: dict[NodeId, None] = {}
         if message.everywhere and message.kind not in _KNOWN_EVERYWHERE:
             views = self._observer.peers.views.values()
@@ -81,13 +81,16 @@ class Survey:
         self._open[number] = _Open(
             client_id, message.request_id, now, now + max(0.0, message.timeout_s), dict(peers)
         )
-        question = PeerQuery(request_id=number, kind=message.kind, limit=message.limit)
+        question = PeerQuery(
+            request_id=number, kind=message.kind, limit=message.limit, where=message.where
+        )
         self._state.effects.extend(SendPeer(node_id, question) for node_id in peers)
 
     def on_peer_query(self, node_id: NodeId, message: PeerQuery) -> None:
         """A peer asks on behalf of one of its clients."""
         now, number = self._state.now, message.request_id
-        for part, more in in_parts(self._observer.rows(message.kind, message.limit)):
+        rows = self._observer.rows(message.kind, message.limit, message.where)
+        for part, more in in_parts(rows):
             answer = PeerRows(request_id=number, now_s=now, rows=part, more=more)
             self._state.effects.append(SendPeer(node_id, answer))
 

@@ -56,7 +56,15 @@ from poolray.protocol.directory import (
     WatchActor,
 )
 from poolray.protocol.placement import KeptBundles, PlacementHeadMessage, PlacementHeadRequest
-from poolray.protocol.state import ActorRow, NodeRow, ObjectRow, StateKind, TaskRow, WorkerRow
+from poolray.protocol.state import (
+    ActorRow,
+    Condition,
+    NodeRow,
+    ObjectRow,
+    StateKind,
+    TaskRow,
+    WorkerRow,
+)
 from poolray.protocol.streams import Yielded
 from poolray.protocol.values import (
     FunctionDefinition,
@@ -438,6 +446,7 @@ class PeerQuery(msgspec.Struct, frozen=True, array_like=True, tag=217, kw_only=T
     request_id: int
     kind: StateKind
     limit: int = 0  #: rows at the most; 0: all
+    where: list[Condition] = []
 
 
 class PeerRows(msgspec.Struct, frozen=True, array_like=True, tag=218, kw_only=True):

@@ -28,6 +28,14 @@ class StateKind(enum.IntEnum):
     ACTORS = 8
 
 
+class Condition(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """What a row is asked for by: an id in hexadecimal digits, or a text, in any case."""
+
+    field: str
+    equal: bool  #: whether it is to be that value, or another
+    value: str
+
+
 class QueryState(msgspec.Struct, frozen=True, array_like=True, tag=118, kw_only=True):
     """Client to node: tell of these. Answered with one or more `StateRows`."""
 
@@ -37,6 +45,7 @@ class QueryState(msgspec.Struct, frozen=True, array_like=True, tag=118, kw_only=
     everywhere: bool = False
     timeout_s: float = 30.0  #: of who is asked through this one
     limit: int = 0  #: rows of each node at the most; 0: all
+    where: list[Condition] = []  #: all of them hold for the rows that are told
 
 
 class TaskRow(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True):

@@ -23,7 +23,15 @@ from poolray.local.machine import NODE_ADDRESS
 from poolray.protocol.directory import JobRow, JobsFound, ListJobs
 from poolray.protocol.inquiry import AskHead, read_answer
 from poolray.protocol.placement import GroupRow
-from poolray.protocol.state import ActorRow, NodeRow, ObjectRow, StateKind, TaskRow, WorkerRow
+from poolray.protocol.state import (
+    ActorRow,
+    Condition,
+    NodeRow,
+    ObjectRow,
+    StateKind,
+    TaskRow,
+    WorkerRow,
+)
 from poolray.protocol.values import CallKind
 from poolray.remote_groups import group_rows, table_of
 from poolray.scheduling.labels import describe_match
@@ -143,6 +151,13 @@ _NOT_FILTERABLE = frozenset(
 )
 _TASK_TYPES = {CallKind.CREATE: "ACTOR_CREATION_TASK", CallKind.METHOD: "ACTOR_TASK"}
 _NORMAL = "NORMAL_TASK"
+#: Columns that nodes have under the same name, and of which all that know a row say the same.
+_AT_NODES = {
+    StateKind.TASKS: ("task_id", "name"),
+    StateKind.ACTORS: ("actor_id", "class_name", "name"),
+    StateKind.WORKERS: ("worker_id",),
+    StateKind.OBJECTS: ("object_id",),
+}
 R = TypeVar("R", bound=Row)
 
 
@@ -189,7 +204,9 @@ def list_tasks(
     ['FINISHED']
     """
     _check(address, limit)
-    rows = task_rows(timeout, limit=_at_node(limit, filters), strict=raise_on_missing_output)
+    rows = task_rows(
+        timeout, **_at_nodes(StateKind.TASKS, limit, filters), strict=raise_on_missing_output
+    )
     node_id, job_id = ids_of_process()
     offset_s = wall_clock_offset_s()
     return _select(
@@ -256,7 +273,9 @@ def list_actors(
     ['ALIVE']
     """
     _check(address, limit)
-    rows = actor_rows(timeout, limit=_at_node(limit, filters), strict=raise_on_missing_output)
+    rows = actor_rows(
+        timeout, **_at_nodes(StateKind.ACTORS, limit, filters), strict=raise_on_missing_output
+    )
     node_id, job_id = ids_of_process()
     return _select(
         (_actor(row, node_id, job_id) for row in rows),
@@ -297,7 +316,9 @@ def list_workers(
 ) -> list[WorkerState]:
     """Workers, also those that have ended not long ago; see `list_tasks`."""
     _check(address, limit)
-    rows = worker_rows(timeout, limit=_at_node(limit, filters), strict=raise_on_missing_output)
+    rows = worker_rows(
+        timeout, **_at_nodes(StateKind.WORKERS, limit, filters), strict=raise_on_missing_output
+    )
     own = ids_of_process()[0]
     offset_s, hosts = wall_clock_offset_s(), _hosts()
     return _select(
@@ -345,7 +366,9 @@ def list_objects(
 ) -> list[ObjectState]:
     """Objects that somebody holds; see `list_tasks`."""
     _check(address, limit)
-    rows = object_rows(timeout, limit=_at_node(limit, filters), strict=raise_on_missing_output)
+    rows = object_rows(
+        timeout, **_at_nodes(StateKind.OBJECTS, limit, filters), strict=raise_on_missing_output
+    )
     return _select(_objects(rows), ObjectState, filters, limit, detail)
 
 
@@ -736,9 +759,14 @@ def _check(address: str | None, limit: int) -> None:
         raise ValueError(f"Given limit {limit} exceeds the supported limit {_LIMIT_MAX}.")
 
 
-def _at_node(limit: int, filters: Sequence[Filter] | None) -> int:
-    """How many rows of each node are enough: which ones filters take is known here alone."""
-    return 0 if filters else limit
+def _at_nodes(kind: StateKind, limit: int, filters: Sequence[Filter] | None) -> dict[str, Any]:
+    """What nodes can look at themselves: they tell less then. All is looked at here again."""
+    where = []
+    for name, predicate, value in filters or ():
+        if name in _AT_NODES.get(kind, ()) and isinstance(value, str):
+            where.append(Condition(field=name, equal=predicate == "=", value=value))
+    # (Rows that are sorted out here must not have taken the place of others.)
+    return {"limit": 0 if len(where) < len(filters or ()) else limit, "where": where}
 
 
 def _select(

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,6 +193,16 @@ def test_a_node_that_does_not_answer_is_named(cluster: Cluster) -> None:
     (node_id,) = [n["NodeID"] for n in poolray.nodes() if "third" in n["Resources"]]
     daemon = psutil.Process(third.pid)
     os.kill(daemon.pid, signal.SIGSTOP)
+    failures: list[str] = []
+
+    def ask_patiently() -> None:
+        try:
+            list_tasks()
+        except StateApiError as error:
+            failures.append(str(error))
+
+    patient = threading.Thread(target=ask_patiently)
+    patient.start()
     try:
         began_s = time.monotonic()
         with pytest.raises(StateApiError, match=node_id):
@@ -201,8 +212,11 @@ def test_a_node_that_does_not_answer_is_named(cluster: Cluster) -> None:
             rows = list_workers(timeout=1, raise_on_missing_output=False)
         assert second(cluster) in {row.node_id for row in rows}
     finally:
-        os.kill(daemon.pid, signal.SIGCONT)
-    cluster.remove_node(third, allow_graceful=False)
+        cluster.remove_node(third, allow_graceful=False)  # SIGKILL, while it is asked
+    patient.join(25)  # its time is up after 30 s: the node's death ends it
+    assert not patient.is_alive()
+    assert len(failures) == 1
+    assert node_id in failures[0]
     wait_until(
         lambda: not any(n["Alive"] and "third" in n["Resources"] for n in poolray.nodes()),
         "the third node's end",

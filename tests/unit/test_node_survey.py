@@ -13,7 +13,7 @@ from poolray.protocol.node import (
     PeerRows,
     Tick,
 )
-from poolray.protocol.state import QueryState, StateKind, StateRows, TaskRow
+from poolray.protocol.state import Condition, QueryState, StateKind, StateRows, TaskRow
 from tests.unit.node_harness import CPU, DRIVER, Bench
 
 B, C = NodeId(b"B" * 28), NodeId(b"C" * 28)
@@ -141,3 +141,27 @@ def test_a_peer_is_told_in_parts() -> None:
     (effect,) = [e for e in bench.effects if isinstance(e, SendPeer)]
     assert effect.node_id == B
     assert effect.message == PeerRows(request_id=3, now_s=bench.now, rows=[], more=False)
+
+
+def test_filters_hold_at_each_node_before_its_limit() -> None:
+    bench = bench_with(B)
+    for name in ("other", "Wanted"):
+        kind = bench.task_class(name=name)
+        for _ in range(5):
+            bench.submit(kind)
+    for equal, names in ((True, {"Wanted"}), (False, {"other"})):
+        where = [Condition(field="name", equal=equal, value="wanted")]
+        bench.effects.clear()
+        bench.tell(
+            QueryState(request_id=7, kind=StateKind.TASKS, everywhere=True, limit=3, where=where),
+            DRIVER,
+        )
+        assert asked(bench)[B].where == where
+        (own,) = replies(bench)
+        bench.effects.clear()
+        bench.tell(PeerQuery(request_id=1, kind=StateKind.TASKS, limit=3, where=where), B)
+        (told,) = [e.message for e in bench.effects if isinstance(e, SendPeer)]
+        assert isinstance(told, PeerRows)
+        for rows in (own.rows, told.rows):
+            assert len(rows) == 3
+            assert {row.name for row in rows if isinstance(row, TaskRow)} == names
