@@ -186,6 +186,7 @@ def test_a_worker_sees_the_same(cluster: Cluster) -> None:
 
 
 def test_a_node_that_does_not_answer_is_named(cluster: Cluster) -> None:
+    poolray.get(there.remote(1), timeout=30)  # the second node has a worker to tell of
     third: ClusterNode = cluster.add_node(num_cpus=1, resources={"third": 1})
     wait_until(
         lambda: any("third" in node["Resources"] for node in poolray.nodes()), "the third node"
