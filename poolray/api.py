@@ -345,7 +345,8 @@ def wait(
         return [], []
     # (A generator counts as a ref of its next item.)
     refs: Any = ray_waitables
-    ready = client_for(refs[0]).wait(refs, num_returns, timeout)[:num_returns]
+    client = client_for(refs[0])
+    ready = client.wait(refs, num_returns, timeout, bool(fetch_local))[:num_returns]
     return [ray_waitables[index] for index in ready], without(ray_waitables, ready)
 
 

@@ -627,7 +627,11 @@ class Client(References):
         return ready_to_raise(error)
 
     def wait(
-        self, refs: Sequence[ObjectRef[Any]], count: int, timeout_s: float | None
+        self,
+        refs: Sequence[ObjectRef[Any]],
+        count: int,
+        timeout_s: float | None,
+        fetch: bool = True,
     ) -> list[int]:
         """Indexes of ready refs, ascending; see `poolray.wait`."""
         ready_ids = self._ready
@@ -642,12 +646,12 @@ class Client(References):
             wanted = count - len(found)
             if wanted > size:
                 break
-            ready = self.link.wait(self._ids_of(refs[start : start + size]), wanted, 0.0)
+            ready = self.link.wait(self._ids_of(refs[start : start + size]), wanted, 0.0, fetch)
             found.extend(start + index for index in ready[:wanted])
             start, size = start + size, 2 * size
         if len(found) >= count:
             return found
-        return self.link.wait(self._ids_of(refs), count, timeout_s)
+        return self.link.wait(self._ids_of(refs), count, timeout_s, fetch)
 
     # ---- futures ---------------------------------------------------------------------------------
 

@@ -37,8 +37,12 @@ class Link(Protocol):
     def get(self, object_ids: list[ObjectId], timeout_s: float | None) -> ObjectValues | None:
         """Values once all are ready or one has failed; None when the time is up."""
 
-    def wait(self, object_ids: list[ObjectId], count: int, timeout_s: float | None) -> list[int]:
-        """Indexes of the ready ones, once there are `count` or the time is up."""
+    def wait(
+        self, object_ids: list[ObjectId], count: int, timeout_s: float | None, fetch: bool = False
+    ) -> list[int]:
+        """Indexes of the ready ones, once there are `count` or the time is up; with `fetch`, of
+        those that have been brought to this node.
+        """
 
     def allocate(self, object_id: ObjectId, size_bytes: int) -> RangeGranted:
         """Where to write an object; waits while the node makes room.

@@ -385,10 +385,14 @@ class DriverRuntime:
             raise
         return reply if reply is not None and reply.values else None
 
-    def wait(self, object_ids: list[ObjectId], count: int, timeout_s: float | None) -> list[int]:
+    def wait(
+        self, object_ids: list[ObjectId], count: int, timeout_s: float | None, fetch: bool = False
+    ) -> list[int]:
         """Indexes of the ready ones, once there are `count` or the time is up."""
         request, request_id = self._open()
-        message = WaitObjects(request_id=request_id, object_ids=object_ids, count=count)
+        message = WaitObjects(
+            request_id=request_id, object_ids=object_ids, count=count, fetch=fetch
+        )
         reply: WaitReply | None = self._ask(request, request_id, message, timeout_s)
         return reply.ready if reply is not None else []
 

@@ -377,7 +377,9 @@ class LocalRuntime(NodeShell):
             raise
         return reply
 
-    def wait(self, object_ids: list[ObjectId], count: int, timeout_s: float | None) -> list[int]:
+    def wait(
+        self, object_ids: list[ObjectId], count: int, timeout_s: float | None, fetch: bool = False
+    ) -> list[int]:
         """Indexes of the ready ones, once there are `count` or the time is up."""
         request = _Request()
         request_id = next(self._request_ids)

@@ -178,11 +178,16 @@ class WorkerLink:
         reply = _joined(parts)
         return reply if reply.values else None
 
-    def wait(self, object_ids: list[ObjectId], count: int, timeout_s: float | None) -> list[int]:
+    def wait(
+        self, object_ids: list[ObjectId], count: int, timeout_s: float | None, fetch: bool = False
+    ) -> list[int]:
         """Indexes of the ready ones, once there are `count` or the time is up."""
         request_id = self._open()
         try:
-            self.send(WaitObjects(request_id=request_id, object_ids=object_ids, count=count))
+            message = WaitObjects(
+                request_id=request_id, object_ids=object_ids, count=count, fetch=fetch
+            )
+            self.send(message)
             parts = self._await(request_id, deadline_of(timeout_s))
             if parts is None:
                 self.send(CancelRequest(request_id=request_id))

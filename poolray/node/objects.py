@@ -210,21 +210,28 @@ class Objects:
         """Answer with the ready ones once there are enough."""
         objects = self._state.objects
         pending: list[ObjectId] = []
+        elsewhere: list[ObjectId] = []
         found = 0
         for object_id in message.object_ids:
             record = objects.get(object_id)
             if record is not None and record.state is not READY:
                 pending.append(object_id)
                 continue
+            if message.fetch and record is not None and record.location() is not None:
+                pending.append(object_id)
+                elsewhere.append(object_id)
+                continue
             found += 1
             if found == message.count:
                 break  # a loop over thousands of refs finds its next one near the front
         request = Request(client_id, message.request_id, message.object_ids, message.count, False)
-        request.ahead = message.ahead
+        request.ahead, request.fetches = message.ahead, message.fetch
         if found >= message.count or not pending:
             self._answer_wait(request)
         else:
             self._await(request, pending, message.count - found)
+        for object_id in elsewhere:
+            self.pull(object_id)
 
     def on_cancel_request(self, client_id: ClientId, message: CancelRequest) -> None:
         """A client no longer waits; a `wait` is told what it would have got so far."""
@@ -370,7 +377,9 @@ class Objects:
         ready: list[int] = []
         for index, object_id in enumerate(request.object_ids):
             record = objects.get(object_id)
-            if record is None or record.state is READY:
+            if record is None or (
+                record.state is READY and not (request.fetches and record.location() is not None)
+            ):
                 ready.append(index)
                 if len(ready) == request.count:
                     break
@@ -447,7 +456,10 @@ class Objects:
                 self._store.adopt(object_id, value, writer)
         elif isinstance(value, InFile):
             self._store.adopt(object_id, value, writer)
-        self.wake(record)
+        if record.waiters is not None and record.location() is not None:
+            self._wake_elsewhere(object_id, record)
+        else:
+            self.wake(record)
         if self.sourced and object_id in self.sourced:
             self.on_sourced(object_id)
 
@@ -507,6 +519,16 @@ class Objects:
             record.dependents = None
             for task_id in dependents:
                 self._wake_task(TaskId(task_id))
+
+    def _wake_elsewhere(self, object_id: ObjectId, record: ObjectRecord) -> None:
+        """The object is ready, on another node: a `wait` that wants it here goes on waiting."""
+        waiters = record.waiters or {}
+        fetching = {request: times for request, times in waiters.items() if request.fetches}
+        record.waiters = {r: t for r, t in waiters.items() if r not in fetching} or None
+        self.wake(record)
+        if fetching and self._state.objects.get(object_id) is record:
+            record.waiters = {**fetching, **(record.waiters or {})}
+            self.pull(object_id)
 
     def _wake_request(self, request: Request) -> None:
         client = self._state.clients.get(request.client_id)

@@ -42,6 +42,7 @@ class Request:
         "ahead",
         "client_id",
         "count",
+        "fetches",
         "has_restored",
         "is_get",
         "is_peers",
@@ -68,6 +69,8 @@ class Request:
         #: How many behind those a `wait` wants looked at as well.
         self.ahead = 0
         self.is_get = is_get
+        #: A `wait` for which an object on another node is ready when it has been brought here.
+        self.fetches = False
         #: A peer waits, for one object: it is told by a message of its own.
         self.is_peers = False
         #: What was on disk has been asked for, once: what has gone back there meanwhile is read

@@ -74,6 +74,7 @@ class WaitObjects(msgspec.Struct, frozen=True, array_like=True, tag=107, kw_only
     object_ids: list[ObjectId]
     count: int
     ahead: int = 0  #: so many behind those that it is answered with are looked at too
+    fetch: bool = False  #: what is on another node is fetched, and ready when it is here
 
 
 class CancelRequest(msgspec.Struct, frozen=True, array_like=True, tag=108, kw_only=True):

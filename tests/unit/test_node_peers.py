@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from poolray.config import Config
 from poolray.ids import (
     ClassId,
@@ -11,9 +13,9 @@ from poolray.ids import (
     TaskId,
     WorkerId,
 )
-from poolray.node.effects import SendChunk, SendHead, SendPeer
+from poolray.node.effects import Reply, SendChunk, SendHead, SendPeer
 from poolray.node.node import Node, NodeInput
-from poolray.protocol.client import AllocateRange
+from poolray.protocol.client import AllocateRange, WaitObjects, WaitReply
 from poolray.protocol.node import (
     AwaitObject,
     ChunkData,
@@ -152,6 +154,36 @@ def test_what_was_given_counts_until_the_head_would_have_told_of_it() -> None:
     assert pair.a.state(tasks[2]) == "QUEUED"
     pair.a.after(2 * interval_s)
     assert pair.a.state(tasks[2]) == "FORWARDED"
+
+
+def wait_replies(pair: Pair) -> list[WaitReply]:
+    found = [effect.message for effect in pair.a.effects if isinstance(effect, Reply)]
+    return [message for message in found if isinstance(message, WaitReply)]
+
+
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_a_wait_that_fetches_ends_when_the_object_is_here(is_ready: bool) -> None:
+    pair = Pair()
+    name = result_of(pair.a.submit(pair.kind))
+    wait = WaitObjects(request_id=1, object_ids=[name], count=1, fetch=True)
+    if not is_ready:
+        pair.a.tell(wait, DRIVER)
+    pair.carry()
+    pair.run(large=True)
+    for effect in pair.b.take(SendPeer):
+        pair.a.tell(effect.message, B)
+    if is_ready:
+        pair.a.tell(wait, DRIVER)
+    pair.a.tell(WaitObjects(request_id=2, object_ids=[name], count=1), DRIVER)
+    assert [reply.request_id for reply in wait_replies(pair)] == [2]
+    pair.carry()
+    assert [reply.request_id for reply in wait_replies(pair)] == [2, 1]
+    record = pair.a.node.state.objects[name]
+    assert record.location() is None
+    pair.a.drop(name)
+    pair.carry()
+    pair.a.assert_empty()
+    pair.b.assert_empty()
 
 
 def test_what_fits_here_stays_here() -> None:
