@@ -31,8 +31,10 @@ from poolray.session import find_client
 
 T = TypeVar("T", TaskRow, ActorRow)
 Merge: TypeAlias = Callable[[T, T], T]
-#: A task's states from the last to the first, as far as they show that a node knows more.
+#: States of attempts that are over.
 _ENDED = ("FINISHED", "FAILED")
+#: Of a task that no worker has yet.
+_GIVEN_AWAY = "SUBMITTED_TO_WORKER"
 
 
 def query(
@@ -150,7 +152,9 @@ def _merged(rows: list[T], keys: Iterable[Hashable], of: Merge[T]) -> list[T]:
 
 def _of_task(one: TaskRow, other: TaskRow) -> TaskRow:
     """The same attempt, as the node that submitted it and the one that ran it know it."""
-    ran, made = (one, other) if one.worker_id else (other, one)
+    # (Where no worker has it yet, the one that submitted it says that another node has.)
+    is_first = bool(one.worker_id) or (not other.worker_id and other.state == _GIVEN_AWAY)
+    ran, made = (one, other) if is_first else (other, one)
     last = made if made.state in _ENDED else ran
     return msgspec.structs.replace(
         ran,

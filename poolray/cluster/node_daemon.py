@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import platform
 import socket
 import sys
 import time
@@ -25,12 +24,12 @@ from typing import Any, final
 
 import msgspec
 
-from poolray._version import __version__
 from poolray.cluster import daemon, places
 from poolray.cluster.auth import Credentials
 from poolray.cluster.bulk import Bulk
 from poolray.cluster.head_daemon import HEAD_ID
 from poolray.cluster.jobs import Job, Jobs, groups_in
+from poolray.cluster.node_answers import answer
 from poolray.cluster.options import NodeOptions, Ready
 from poolray.cluster.remote_sessions import RemoteReception
 from poolray.cluster.sessions import DriverSession, Reception, Session
@@ -59,29 +58,23 @@ from poolray.node.effects import (
 )
 from poolray.node.peers import absorb
 from poolray.node.workers import GroupState
-from poolray.protocol import PROTOCOL_VERSION
 from poolray.protocol.client import RangeGranted
 from poolray.protocol.cluster import (
     Answer,
-    AskDrain,
-    AskWho,
     BulkPort,
     CloseBulk,
     DaemonMessage,
     Hello,
     JobStarted,
     News,
-    Nodes,
-    NotUnderstood,
     OpenBulk,
     Output,
     Question,
     UserError,
     UserNotice,
     Welcome,
-    Who,
 )
-from poolray.protocol.directory import JobEnded, LeaveCluster, NodeRow
+from poolray.protocol.directory import JobEnded, LeaveCluster
 from poolray.protocol.node import (
     ClientLeft,
     ClusterView,
@@ -769,34 +762,7 @@ class NodeDaemon(NodeShell):
             _logger.exception("%s of %s cannot be taken", type(message).__name__, peer.hex()[:12])
 
     def _answer_question(self, question: Question) -> Answer:
-        if isinstance(question, AskWho):
-            return Who(
-                role="node",
-                pid=os.getpid(),
-                version=__version__,
-                python=platform.python_version(),
-                protocol_version=PROTOCOL_VERSION,
-                session_folder=self._options.session_folder,
-                node_id=self.node_id,
-            )
-        if isinstance(question, AskDrain):
-            return NotUnderstood(reason="the head is to be asked")
-        folder = self._options.session_folder
-        return Nodes(nodes=self._known_nodes(), jobs=0, session_folder=folder)
-
-    def _known_nodes(self) -> list[NodeRow]:
-        return [
-            NodeRow(
-                node_id=view.node_id,
-                status=view.status,
-                total=view.total,
-                available=view.available,
-                labels=view.labels,
-                address=view.address,
-                info=view.info,
-            )
-            for view in self._views.values()
-        ]
+        return answer(question, self.node_id, self._options.session_folder, self._views.values())
 
 
 def main() -> int:
