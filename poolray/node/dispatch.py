@@ -463,6 +463,12 @@ class Dispatcher:
             ) >= _STEAL_MIN_S and self._state.resources.fits_now(queue.demand):
                 self._state.effects.append(TakeBack(worker.worker_id))
                 return
+            # So little that it is soon done, if the worker is not at something long: look again,
+            # for its time may have passed while there was no idle worker to take anything.
+            if worker.deadline_s > self._state.now:
+                self.watch_time(worker.deadline_s)
+            else:
+                self.watch(worker, self._state.now + self._patience(queue, 1))
 
     def on_taken_back(self, message: PacketsTakenBack) -> None:
         """Packets that a worker had not read are ours again."""

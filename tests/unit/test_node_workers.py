@@ -336,6 +336,25 @@ def test_an_idle_worker_is_fed_from_packets_that_wait_behind_another() -> None:
     assert all(bench.value_of(result_of(task)) == b"result" for task in tasks)
 
 
+def test_what_waits_behind_a_long_call_is_found_when_a_worker_is_idle_later() -> None:
+    """Its time was up while nobody was idle, and when somebody was it seemed too short to move."""
+    bench = Bench(cpus=2)
+    bench.group(workers=2)
+    kind = bench.task_class()
+    bench.warm_up(kind, elapsed_s=1e-5)
+    bench.submit_many(kind, 4)
+    one, other = bench.busy()
+    packets = bench.packets(other)
+    assert len(packets) == 2
+    assert all(len(packet.tasks) == 1 for packet in packets)
+    bench.after(1.0)
+    for packet in bench.packets(one):
+        bench.finish(one, packet, elapsed_s=1e-5)
+    assert bench.take(TakeBack) == []
+    bench.after(1.0)
+    assert [effect.worker_id for effect in bench.take(TakeBack)] == [other]
+
+
 def test_nothing_is_taken_back_for_an_idle_worker_that_lacks_resources() -> None:
     bench = Bench(cpus=1)
     bench.group(workers=2)
