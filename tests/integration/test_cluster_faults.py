@@ -93,7 +93,7 @@ def test_a_lost_object_is_made_again_and_one_that_cannot_be_is_an_error(cluster:
         return np.ones(300_000)
 
     again, lost = make.remote(), make.options(max_retries=0).remote()
-    poolray.wait([again, lost], num_returns=2, timeout=20)
+    poolray.wait([again, lost], num_returns=2, timeout=20, fetch_local=False)
     cluster.add_node(num_cpus=1, resources={"spot": 1})
     cluster.remove_node(node, allow_graceful=False)
     assert poolray.get(again, timeout=30).sum() == 300_000

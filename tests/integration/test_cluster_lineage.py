@@ -124,7 +124,7 @@ def test_what_tasks_made_is_made_again_with_all_that_it_needs(
     once = grow.options(max_retries=0).remote(tmp_path, "once")
     after = grow.remote(tmp_path, "after", once)
     made = [last, first, small, third, argument, dynamic, after]
-    poolray.wait(made, num_returns=len(made), timeout=20)
+    poolray.wait(made, num_returns=len(made), timeout=20, fetch_local=False)
     of_dynamic = list(poolray.get(dynamic, timeout=20))
     del refs, made
     lose(cluster, node)
@@ -185,7 +185,7 @@ def test_results_of_actors_are_made_again_as_their_retries_and_restarts_allow(
     restarts = Maker.options(max_task_retries=0).remote(folders[1])
     retries = Maker.options(max_restarts=0, max_task_retries=3).remote(folders[2])
     arrays = [maker.array.remote(7) for maker in (both, restarts, retries)]
-    poolray.wait(arrays, num_returns=3, timeout=20)
+    poolray.wait(arrays, num_returns=3, timeout=20, fetch_local=False)
     lose(cluster, node)
     assert int(poolray.get(arrays[0], timeout=40)[0]) == 7
     with pytest.raises(ObjectLostError):
