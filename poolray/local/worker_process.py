@@ -36,6 +36,8 @@ _FAMILIES = ("multiprocessing", "multiprocess")
 
 #: Characters in a packet of forwarded text; four bytes each fit in any channel.
 _OUTPUT_PART = 16 * 1024
+#: Of a line that is not complete, so many characters are kept.
+_LINE_CHARS_MAX = 1 << 20
 
 
 def settle(setup: WorkerSetup, number: int, reports: socket.socket) -> None:
@@ -135,9 +137,11 @@ class _ForwardedStream(io.TextIOBase):
         self._encode = msgspec.msgpack.Encoder().encode
 
     def write(self, text: str) -> int:
-        """Keep text until its line is complete."""
+        """Keep text until its line is complete: `print` writes the end of a line by itself, and
+        what others print must not come between.
+        """
         self._pending += text
-        if "\n" in text or len(self._pending) > _OUTPUT_PART:
+        if "\n" in text or len(self._pending) > _LINE_CHARS_MAX:
             self.flush()
         return len(text)
 
