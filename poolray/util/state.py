@@ -8,12 +8,11 @@ Invariants: a row is a snapshot; columns that exist in a cluster only are None.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from poolray.cluster_state import ask, wall_clock_offset_s
 from poolray.ids import NodeId, job_of_group
@@ -25,7 +24,6 @@ from poolray.protocol.inquiry import AskHead, read_answer
 from poolray.protocol.placement import GroupRow
 from poolray.protocol.state import (
     ActorRow,
-    Condition,
     NodeRow,
     ObjectRow,
     StateKind,
@@ -46,12 +44,11 @@ from poolray.util.state_rows import (
     NodeState,
     ObjectState,
     PlacementGroupState,
-    Row,
     RuntimeEnvState,
     TaskState,
     WorkerState,
-    columns,
 )
+from poolray.util.state_select import Filter, at_nodes, select
 
 __all__ = [
     "ActorState",
@@ -89,76 +86,9 @@ __all__ = [
 _LIMIT = 100
 _LIMIT_MAX = 10_000
 
-#: (column, "=" or "!=", value)
-Filter: TypeAlias = tuple[str, str, str | bool | int | float | None]
-
-
-#: Columns that only `detail=True` fills.
-_DETAILS = frozenset(
-    {
-        "serialized_runtime_env",
-        "death_cause",
-        "is_detached",
-        "num_restarts",
-        "num_restarts_due_to_lineage_reconstruction",
-        "num_restarts_due_to_node_preemption",
-        "label_selector",
-        "repr_name",
-        "language",
-        "required_resources",
-        "placement_group_id",
-        "start_time_ms",
-        "end_time_ms",
-        "error_message",
-        "exit_detail",
-        "runtime_env_info",
-        "start_time",
-        "end_time",
-        "metadata",
-        "runtime_env",
-        "driver_node_id",
-        "custom_fields",
-        "bundles",
-        "stats",
-    }
-)
-#: But of these kinds of rows they are there always.
-_KEPT = {"RuntimeEnvState": frozenset({"runtime_env"})}
-#: Columns that cannot be compared with a value.
-_NOT_FILTERABLE = frozenset(
-    {
-        "serialized_runtime_env",
-        "death_cause",
-        "is_detached",
-        "num_restarts",
-        "num_restarts_due_to_lineage_reconstruction",
-        "num_restarts_due_to_node_preemption",
-        "label_selector",
-        "required_resources",
-        "error_message",
-        "exit_detail",
-        "resources_total",
-        "labels",
-        "runtime_env_info",
-        "driver_info",
-        "metadata",
-        "message",
-        "time",
-        "custom_fields",
-        "bundles",
-        "stats",
-    }
-)
 _TASK_TYPES = {CallKind.CREATE: "ACTOR_CREATION_TASK", CallKind.METHOD: "ACTOR_TASK"}
 _NORMAL = "NORMAL_TASK"
-#: Columns that nodes have under the same name, and of which all that know a row say the same.
-_AT_NODES = {
-    StateKind.TASKS: ("task_id", "name"),
-    StateKind.ACTORS: ("actor_id", "class_name", "name"),
-    StateKind.WORKERS: ("worker_id",),
-    StateKind.OBJECTS: ("object_id",),
-}
-R = TypeVar("R", bound=Row)
+T = TypeVar("T")
 
 
 def list_tasks(
@@ -205,11 +135,11 @@ def list_tasks(
     """
     _check(address, limit)
     rows = task_rows(
-        timeout, **_at_nodes(StateKind.TASKS, limit, filters), strict=raise_on_missing_output
+        timeout, **at_nodes(StateKind.TASKS, limit, filters), strict=raise_on_missing_output
     )
     node_id, job_id = ids_of_process()
     offset_s = wall_clock_offset_s()
-    return _select(
+    return select(
         (_task(row, node_id, job_id, offset_s) for row in rows),
         TaskState,
         filters,
@@ -274,10 +204,10 @@ def list_actors(
     """
     _check(address, limit)
     rows = actor_rows(
-        timeout, **_at_nodes(StateKind.ACTORS, limit, filters), strict=raise_on_missing_output
+        timeout, **at_nodes(StateKind.ACTORS, limit, filters), strict=raise_on_missing_output
     )
     node_id, job_id = ids_of_process()
-    return _select(
+    return select(
         (_actor(row, node_id, job_id) for row in rows),
         ActorState,
         filters,
@@ -317,11 +247,11 @@ def list_workers(
     """Workers, also those that have ended not long ago; see `list_tasks`."""
     _check(address, limit)
     rows = worker_rows(
-        timeout, **_at_nodes(StateKind.WORKERS, limit, filters), strict=raise_on_missing_output
+        timeout, **at_nodes(StateKind.WORKERS, limit, filters), strict=raise_on_missing_output
     )
     own = ids_of_process()[0]
     offset_s, hosts = wall_clock_offset_s(), _hosts()
-    return _select(
+    return select(
         (_worker(row, row.node_id or own, hosts, offset_s) for row in rows),
         WorkerState,
         filters,
@@ -367,9 +297,9 @@ def list_objects(
     """Objects that somebody holds; see `list_tasks`."""
     _check(address, limit)
     rows = object_rows(
-        timeout, **_at_nodes(StateKind.OBJECTS, limit, filters), strict=raise_on_missing_output
+        timeout, **at_nodes(StateKind.OBJECTS, limit, filters), strict=raise_on_missing_output
     )
-    return _select(_objects(rows), ObjectState, filters, limit, detail)
+    return select(_objects(rows), ObjectState, filters, limit, detail)
 
 
 def _objects(rows: Iterable[ObjectRow]) -> Iterator[ObjectState]:
@@ -402,7 +332,7 @@ def list_nodes(
     """Machines; see `list_tasks`."""
     _check(address, limit)
     rows = cast("list[NodeRow]", ask(StateKind.NODES))
-    return _select((_node(row) for row in rows), NodeState, filters, limit, detail)
+    return select((_node(row) for row in rows), NodeState, filters, limit, detail)
 
 
 def _host_of(row: NodeRow) -> str:
@@ -455,7 +385,7 @@ def list_jobs(
             own.job_id: own,
             **{job_id: rows[job_id] for job_id in rows if job_id != own.job_id},
         }
-    return _select(rows.values(), JobState, filters, limit, detail)
+    return select(rows.values(), JobState, filters, limit, detail)
 
 
 def _other_job(row: JobRow) -> JobState:
@@ -506,7 +436,7 @@ def list_runtime_envs(
     """Runtime environments that were made: none, in this version; see `list_tasks`."""
     _check(address, limit)
     find_client()
-    return _select([], RuntimeEnvState, filters, limit, detail)
+    return select([], RuntimeEnvState, filters, limit, detail)
 
 
 def list_cluster_events(
@@ -522,7 +452,7 @@ def list_cluster_events(
     offset_s = wall_clock_offset_s()
     rows = worker_rows(timeout, strict=raise_on_missing_output)
     events = (_event(row, offset_s) for row in rows if not row.is_alive and not row.was_told)
-    return _select(events, ClusterEventState, filters, limit, detail)
+    return select(events, ClusterEventState, filters, limit, detail)
 
 
 def _event(row: WorkerRow, offset_s: float) -> ClusterEventState:
@@ -562,7 +492,7 @@ def list_placement_groups(
     >>> remove_placement_group(group)
     """
     _check(address, limit)
-    return _select(map(_group, group_rows()), PlacementGroupState, filters, limit, detail)
+    return select(map(_group, group_rows()), PlacementGroupState, filters, limit, detail)
 
 
 def _group(row: GroupRow) -> PlacementGroupState:
@@ -759,60 +689,7 @@ def _check(address: str | None, limit: int) -> None:
         raise ValueError(f"Given limit {limit} exceeds the supported limit {_LIMIT_MAX}.")
 
 
-def _at_nodes(kind: StateKind, limit: int, filters: Sequence[Filter] | None) -> dict[str, Any]:
-    """What nodes can look at themselves: they tell less then. All is looked at here again."""
-    where = []
-    for name, predicate, value in filters or ():
-        if name in _AT_NODES.get(kind, ()) and isinstance(value, str):
-            where.append(Condition(field=name, equal=predicate == "=", value=value))
-    # (Rows that are sorted out here must not have taken the place of others.)
-    return {"limit": 0 if len(where) < len(filters or ()) else limit, "where": where}
-
-
-def _select(
-    rows: Iterable[R], kind: type[R], filters: Sequence[Filter] | None, limit: int, detail: bool
-) -> list[R]:
-    checked = [_checked(kind, each) for each in filters or ()]
-    chosen: list[R] = []
-    for row in rows:
-        if len(chosen) >= limit:
-            break
-        if all(_holds(row, name, equal, value) for name, equal, value in checked):
-            chosen.append(row if detail else _brief(row))
-    return chosen
-
-
-def _checked(kind: type[Row], given: Filter) -> tuple[str, bool, Any]:
-    name, predicate, value = given
-    if predicate not in ("=", "!="):
-        raise ValueError(
-            f"Unsupported filter predicate {predicate} is given. Available predicates: =, !=."
-        )
-    names = {field.name for field in columns(kind)} - _NOT_FILTERABLE
-    if name not in names:
-        raise ValueError(
-            f"The given filter key {name} is not supported for filtering. Supported filter keys: "
-            f"{sorted(names)}."
-        )
-    return name, predicate == "=", value
-
-
-def _holds(row: Row, name: str, equal: bool, value: Any) -> bool:
-    found = getattr(row, name)
-    if isinstance(value, str):
-        matches = found is not None and str(found).lower() == value.lower()
-    else:
-        matches = bool(found == value)
-    return matches is equal
-
-
-def _brief(row: R) -> R:
-    hidden = _DETAILS - _KEPT.get(type(row).__name__, frozenset())
-    details = {field.name: None for field in columns(type(row)) if field.name in hidden}
-    return cast("R", dataclasses.replace(cast("Any", row), **details)) if details else row
-
-
-def _first(rows: list[R]) -> R | None:
+def _first(rows: list[T]) -> T | None:
     return rows[0] if rows else None
 
 
