@@ -110,10 +110,14 @@ def named_actors(client: Client, namespace: str | None) -> list[tuple[str, str]]
 
 def count_calls(client: Client, actor_id: ActorId) -> int:
     """Calls of this process that the actor has not ended."""
+    if client.direct is not None:
+        client.direct.turn_off(actor_id)  # the node counts
     reply: CallCount = client.link.ask(lambda n: CountCalls(request_id=n, actor_id=actor_id))
     return reply.count
 
 
 def kill_actor(client: Client, actor_id: ActorId, no_restart: bool) -> None:
     """End an actor by force."""
+    if client.direct is not None:
+        client.direct.on_kill(actor_id)
     client.link.send(KillActor(actor_id=actor_id, no_restart=no_restart))

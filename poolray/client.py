@@ -27,6 +27,8 @@ from poolray.client_link import Link
 from poolray.client_references import References
 from poolray.client_values import load_from_disk, named, ready_to_raise
 from poolray.config import Config
+from poolray.direct.calls import DirectCalls
+from poolray.direct.route import Route
 from poolray.exceptions import (
     GetTimeoutError,
     InternalError,
@@ -82,6 +84,7 @@ _REF = ObjectRef
 #: Refs that a `wait` looks at before it looks at all.
 _WAIT_BLOCK = 64
 _NO_TASK = TaskId(b"")
+_NO_OBJECT = ObjectId(b"")
 #: Most tasks name no objects; these lists are shared and never changed.
 _NO_IDS: list[ObjectId] = []
 _NO_SLOTS: list[int | str] = []
@@ -134,7 +137,7 @@ class Client(References):
 
     def own(self, object_id: ObjectId) -> ObjectRef[Any]:
         """A handle to an object that the node counts us for from its making on."""
-        self._counts[object_id] = 1  # (without the lock: nobody else knows the id yet)
+        self.counts[object_id] = 1  # (without the lock: nobody else knows the id yet)
         return make_ref(object_id, self)
 
     def adopt(self, object_id: ObjectId) -> ObjectRef[Any]:
@@ -186,6 +189,17 @@ class Client(References):
             self.link.send(ReleaseReferences(object_ids=released))
         if unviewed:
             self.link.send(UnpinObjects(object_ids=unviewed))
+        if self.direct is not None and self.direct.gone:
+            self.direct.forget_gone()
+
+    def _tell_node(self, object_ids: Iterable[ObjectId]) -> None:
+        """The node is to know of these, that are named to somebody."""
+        if self.direct is not None and self.direct.unknown:
+            self.link.enter()
+            try:
+                self.direct.tell_node(object_ids)
+            finally:
+                self.link.leave()
 
     def sync_streams(self) -> None:
         """Tell the node of generators' handles that died."""
@@ -211,6 +225,7 @@ class Client(References):
             )
         import warnings
 
+        self._tell_node([ref._id])
         self._pinned[ref._id] = self.adopt(ref._id)
         warnings.warn(
             f"{ref!r} was pickled outside of poolray, so its object can never be freed: pass refs "
@@ -250,8 +265,9 @@ class Client(References):
             with self._lock:
                 self._count_adopted()
             for object_id in inner:
-                if object_id not in self._counts:
+                if object_id not in self.counts:
                     raise _stale(object_id, "inside the value belongs to another runtime")
+        self._tell_node(inner)
         return inner
 
     def submit(
@@ -276,6 +292,13 @@ class Client(References):
         # (What was let go of can be told later: in a `get`, while the task runs already.)
         if self._adopted or self._fresh or len(self.dropped) > _DROPS_MAX:
             self.sync_references()
+        direct = self.direct
+        if direct is not None and actor_id is not None:
+            route = direct.routes.get(actor_id)
+            if route is not None and direct.takes(route, task_class):
+                ref = self._call_directly(direct, route, task_class, args, kwargs)
+                if ref is not None:
+                    return [ref]
         dependencies, slots = _NO_IDS, _NO_SLOTS
         for value in args:
             if type(value) is _REF:
@@ -293,8 +316,12 @@ class Client(References):
         if type(data) is not bytes or len(data) > self.config.function_warn_bytes:
             self.definitions.check_captured(task_class.name, data, args, kwargs, self._serializer)
         link = self.link
+        if dependencies:
+            self._tell_node(dependencies)
         link.enter()
         try:
+            if direct is not None and actor_id is not None:
+                direct.before_other_call(actor_id)
             payload: bytes | InArena | InFile
             if type(data) is bytes and len(data) <= self.config.inline_max_bytes:
                 payload, borrows, temporary = data, _NO_IDS, None
@@ -322,6 +349,8 @@ class Client(References):
                 if actor_id is None
                 else CallActor(actor_id=actor_id, task=spec)
             )
+            if direct is not None and actor_id is not None:
+                direct.after_other_call(actor_id, refs[-1]._id if refs else _NO_OBJECT)
             if self.config.record_ref_creation_sites:
                 self._note_call_site([ref._id for ref in refs], "(task call)")
                 if temporary is not None:
@@ -331,6 +360,26 @@ class Client(References):
         finally:
             link.leave()
         return refs
+
+    def _call_directly(
+        self,
+        direct: DirectCalls,
+        route: Route,
+        task_class: TaskClass,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> ObjectRef[Any] | None:
+        """Call past the node, if nothing among the arguments is its business."""
+        for value in args:
+            if type(value) is _REF:
+                return None
+        if kwargs and any(type(value) is _REF for value in kwargs.values()):
+            return None
+        try:
+            data = self._serializer.dumps_call(args, kwargs)
+        except _PICKLING_ERRORS:
+            return None  # told in full the other way
+        return direct.call(route, task_class, data) if type(data) is bytes else None
 
     def _take_refs(
         self, args: tuple[Any, ...], dependencies: list[ObjectId], slots: list[int | str]
@@ -421,7 +470,8 @@ class Client(References):
         message = CancelTask(task_id=task_of(ref._id), force=force, recursive=recursive)
         self.link.enter()
         try:
-            self.link.send(message)
+            if self.direct is None or not self.direct.cancel(ref._id):
+                self.link.send(message)
         finally:
             self.link.leave()
 
@@ -578,11 +628,18 @@ class Client(References):
             values = [self.prefetched.get(ref._id) for ref in refs]
             if None not in values:  # nothing to wait for; what was dropped is told at a later call
                 return [deserialize(value, writable) for value in values if value is not None]
-        self.sync_references()
         object_ids = self._ids_of(refs)
+        direct = self.direct
+        if direct is not None and direct.unknown:
+            own = self._direct_values(direct, object_ids, timeout_s)
+            if own is not None:
+                return [deserialize(value, writable) for value in own]
+        self.sync_references()
         found: Sequence[bytes | InArena | InFile] | None = self.link.peek(object_ids)
         if found is None:
             found = self._await_values(object_ids, refs, timeout_s)
+        if direct is not None and direct.lasts:
+            direct.note_values(object_ids)
         pairs = zip(found, refs, strict=True)
         try:
             return [
@@ -599,6 +656,23 @@ class Client(References):
                 f"System error: a value could not be loaded: {type(error).__name__}: {error}\n"
                 f"traceback: {traceback.format_exc()}"
             ) from error
+
+    def _direct_values(
+        self, direct: DirectCalls, object_ids: list[ObjectId], timeout_s: float | None
+    ) -> list[bytes] | None:
+        """Values that this process alone has, or will have; None: the node knows of some."""
+        known = sum(map(direct.unknown.__contains__, object_ids))
+        if known < len(object_ids):
+            if known:  # all are waited for together, and an error among them ends that at once
+                self._tell_node(object_ids)
+            return None
+        try:
+            values = direct.values(object_ids, timeout_s)
+        except TimeoutError:
+            raise GetTimeoutError("Get timed out: some object(s) not ready.") from None
+        if type(values) is bytes:
+            raise self.load_error(values)
+        return values  # type: ignore[return-value]
 
     def _await_values(
         self, object_ids: list[ObjectId], refs: Sequence[ObjectRef[Any]], timeout_s: float | None
@@ -634,6 +708,14 @@ class Client(References):
         fetch: bool = True,
     ) -> list[int]:
         """Indexes of ready refs, ascending; see `poolray.wait`."""
+        direct = self.direct
+        if direct is not None and direct.unknown:
+            object_ids = self._ids_of(refs)
+            known = sum(map(direct.unknown.__contains__, object_ids))
+            if known == len(object_ids):
+                return direct.ready(object_ids, count, timeout_s)
+            if known:
+                self._tell_node(object_ids)
         ready_ids = self._ready
         if ready_ids and all(ref._id in ready_ids for ref in itertools.islice(refs, count)):
             return list(range(count))  # what was dropped is told at a later call
@@ -659,6 +741,7 @@ class Client(References):
         """A future of an object's value."""
         if self.ended:
             raise stale_ref_error(ref)
+        self._tell_node([ref._id])
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
 
@@ -713,6 +796,7 @@ class Client(References):
             except RuntimeError:  # the loop was closed: nobody waits any more
                 self._let_go([(reply.values[0], ref)])
 
+        self._tell_node([ref._id])
         self.sync_references()
         forget = self.link.when_ready(ref._id, tell_loop)
         try:

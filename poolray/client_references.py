@@ -18,7 +18,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
-from poolray.ids import ObjectId, actor_of_handle
+from poolray.direct.calls import DirectCalls
+from poolray.ids import ObjectId, actor_of_handle, is_handle
 
 
 class References:
@@ -38,7 +39,7 @@ class References:
         #: Guards the maps and lists below, not the deques (handles are made and die on any thread).
         self._lock = threading.Lock()
         #: object id -> handles and views in this process.
-        self._counts: dict[ObjectId, int] = {}
+        self.counts: dict[ObjectId, int] = {}
         #: object id -> how many of these are views; behind by `_dropped_views`.
         self._views: dict[ObjectId, int] = {}
         self._dropped_views: deque[ObjectId] = deque()
@@ -55,12 +56,14 @@ class References:
         self._postponed: list[ObjectId] = []
         #: object id -> views of what tasks have brought that the node has not been told of.
         self._fresh_views: dict[ObjectId, int] = {}
+        #: Calls of actors past the node; None: this process makes none.
+        self.direct: DirectCalls | None = None
         #: Held from the taking of changes to their sending: the node hears of them in their order.
         self._syncing = threading.Lock()
 
     def _count_adopted(self) -> None:
         """Count handles that were made while unpickling; the caller holds the lock."""
-        adopted, counts, fresh = self._adopted, self._counts, self._fresh
+        adopted, counts, fresh = self._adopted, self.counts, self._fresh
         while True:
             try:
                 object_id = adopted.popleft()
@@ -76,8 +79,8 @@ class References:
         with self._lock:
             if is_view:
                 self._views[object_id] = self._views.get(object_id, 0) + 1
-            count = self._counts.get(object_id, 0)
-            self._counts[object_id] = count + 1
+            count = self.counts.get(object_id, 0)
+            self.counts[object_id] = count + 1
             if count == 0:
                 self._fresh[object_id] = None
 
@@ -87,7 +90,7 @@ class References:
             self._count_adopted()
             if object_id in self._fresh:
                 del self._fresh[object_id]
-            elif object_id not in self._counts:
+            elif object_id not in self.counts:
                 # Read and dropped within one call: nobody looks at it any more.
                 self._released_early.append(object_id)
 
@@ -149,7 +152,8 @@ class References:
             return [], []
         with self._lock:
             self._forget_dropped_views()
-            counts, fresh, released = self._counts, self._fresh, self._released_early
+            counts, fresh, released = self.counts, self._fresh, self._released_early
+            direct = self.direct
             self._released_early = []
             dropped = list(_taken(self.dropped))
             # After those, before they are counted: a handle is made before it is let go of.
@@ -161,6 +165,10 @@ class References:
                 elif count == 0 and self._lookups and actor_of_handle(object_id) is not None:
                     self._postponed.append(object_id)
                 elif count == 0:
+                    if direct is not None and direct.routes and is_handle(object_id):
+                        if direct.keeps_handle(object_id):
+                            continue
+                        direct.gone.append(object_id)
                     del counts[object_id]
                     if self.prefetched:
                         self.prefetched.pop(object_id, None)
@@ -168,6 +176,12 @@ class References:
                         self._ready.pop(object_id, None)
                     if object_id in fresh:
                         del fresh[object_id]  # the node never knew
+                    elif (
+                        direct is not None
+                        and direct.unknown
+                        and direct.unknown.pop(object_id, direct) is None
+                    ):
+                        direct.on_dropped(object_id)  # nor of this
                     else:
                         released.append(object_id)
             added = list(fresh)
@@ -190,13 +204,19 @@ class References:
         with self._lock:
             self._forget_dropped_views()
             self._count_adopted()
-            counts, views = self._counts, self._views
+            counts, views = self.counts, self._views
             return [o for o in object_ids if o in views and views[o] >= counts.get(o, 0)]
+
+    def count_of(self, object_id: ObjectId) -> int:
+        """Handles and views of an object here, those included that have died just now."""
+        with self._lock:
+            self._count_adopted()
+            return self.counts.get(object_id, 0)
 
     def note_ready(self, object_ids: Iterable[ObjectId]) -> None:
         """`wait` need not ask for these any more, as long as there are handles."""
         with self._lock:
-            self._ready.update((o, None) for o in object_ids if o in self._counts)
+            self._ready.update((o, None) for o in object_ids if o in self.counts)
 
 
 def _taken(notes: deque[ObjectId]) -> Iterator[ObjectId]:

@@ -143,6 +143,9 @@ class Config:
     #: Threads of a node's daemon that send bytes of objects to other nodes, and as many that
     #: receive; each with any number of connections.
     transfer_threads: int = 2
+    #: Calls of an actor, whose calls run one after the other, after which later ones go straight to
+    #: its process; 0: all go by way of the nodes.
+    direct_calls_after: int = 16
     #: Ended tasks that are remembered, for `poolray.util.state` and `poolray.timeline`; 0: none.
     task_history_max: int = 10_000
     #: Transitions kept per failed task for its error message.

@@ -221,6 +221,14 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(entry[4][0])).is_loopback for entry in found)
 
 
+def is_local(own_machine: str, other_machine: str, own_host: str, other_host: str) -> bool:
+    """Whether two ends of a connection are on one machine, and it is one of its loopback interface.
+
+    The addresses alone would not do: what forwards a port has a loopback address too.
+    """
+    return own_machine == other_machine != "" and is_loopback(own_host) and is_loopback(other_host)
+
+
 def check_host(host: str, credentials: Credentials | None) -> None:
     """Refuse to listen to the world without a token.
 

@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import final
 
+from poolray.cluster.auth import is_local
 from poolray.cluster.bulk_loop import (
     Arrived,
     Door,
@@ -35,8 +36,8 @@ from poolray.cluster.bulk_loop import (
     Receiving,
     Sending,
 )
-from poolray.cluster.bulk_seal import ID_BYTES, KEY_BYTES, Handshake, is_local
 from poolray.cluster.transfer import ChunkStore
+from poolray.direct.seal import ID_BYTES, KEY_BYTES, Handshake
 from poolray.ids import NodeId
 from poolray.node.effects import ExpectChunk, ForgetChunks, SendChunk
 from poolray.objects.shared_memory import Arena

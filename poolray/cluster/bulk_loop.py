@@ -29,7 +29,8 @@ from typing import Any, final
 
 import msgspec
 
-from poolray.cluster.bulk_seal import (
+from poolray.cluster.transfer import ChunkStore
+from poolray.direct.seal import (
     ANSWER_BYTES,
     HELLO_BYTES,
     ID_BYTES,
@@ -41,7 +42,6 @@ from poolray.cluster.bulk_seal import (
     HandshakeError,
     Seal,
 )
-from poolray.cluster.transfer import ChunkStore
 from poolray.node.effects import SendChunk
 from poolray.objects.shared_memory import CONTROL_BYTES, Arena
 from poolray.protocol.values import InArena

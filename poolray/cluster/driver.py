@@ -25,15 +25,19 @@ from typing import Any, final
 import msgspec
 
 from poolray.client import Client
+from poolray.cluster import places
 from poolray.cluster.line import Line
 from poolray.cluster.output import OutputFilter
 from poolray.cluster.remote_values import Downloads, pieces_of
 from poolray.cluster.stream import FRAME_BYTES_MAX
 from poolray.config import Config
+from poolray.direct.calls import DirectCalls
+from poolray.direct.connection import Connection
 from poolray.exceptions import ClusterConnectionError, ObjectStoreFullError, OutOfDiskError
 from poolray.ids import WORKER_ID_BYTES, NodeId, ObjectId, TaskIdSource
 from poolray.local import news, process_state
 from poolray.local.callbacks import CallbackThread
+from poolray.local.direct_host import DirectHost, sooner
 from poolray.local.reactor import Guard, Interrupts, Reactor, Waitable
 from poolray.objects.checksums import Checksum
 from poolray.objects.serialization import Serialized, Serializer
@@ -146,6 +150,13 @@ class DriverRuntime:
         if line.arena is None:
             self._downloads = Downloads(self.send, self._request_ids)
             self.client.upload = self._upload
+        elif self.config.direct_calls_after and not self.config.record_ref_creation_sites:
+            host = DirectHost(
+                self.reactor,
+                places.machine_id(),
+                lambda error: self._deliveries.append(UserError(value=error)),
+            )
+            self.client.direct = DirectCalls(self.client, host, self.config.direct_calls_after)
         #: Runs users' callbacks, of Pools and Executors.
         self.callbacks = CallbackThread()
         self.client.ring_when_dropped(self.reactor.ring_if_parked)
@@ -163,7 +174,10 @@ class DriverRuntime:
         """Nothing was collected."""
 
     def on_server_news(self, host: Any) -> None:
-        """The daemon says something, or is gone."""
+        """The daemon says something, or is gone; or an actor answers a direct call."""
+        if type(host) is Connection:
+            host.answer()
+            return
         if self._closed:
             return
         frames = self._line.read()
@@ -292,11 +306,13 @@ class DriverRuntime:
         return bool(self._deliveries) or bool(self.later)
 
     def next_timeout(self) -> float | None:
-        """Seconds until repeated lines are due."""
-        return self._output.next_timeout()
+        """Seconds until repeated lines are due, or direct calls want something."""
+        return sooner(self._output.next_timeout(), self.client.direct)
 
     def tick(self) -> None:
-        """Time has passed: `settle` looks."""
+        """Time has passed: `settle` looks, too."""
+        if self.client.direct is not None and not self._lost:
+            self._unless_lost(self.client.direct.tick)
 
     def is_crowded(self) -> bool:
         """Of who runs on this machine's cores the daemon knows: we poll briefly."""
@@ -304,7 +320,8 @@ class DriverRuntime:
 
     def has_work(self) -> bool:
         """Whether the daemon will answer something."""
-        return bool(self._requests or self._deliveries)
+        direct = self.client.direct
+        return bool(self._requests or self._deliveries or (direct is not None and direct.pending))
 
     # ---- `Link` ----------------------------------------------------------------------------------
 
@@ -509,6 +526,8 @@ class DriverRuntime:
         for request in list(self._requests.values()):
             request.finish()
         self._requests.clear()
+        if self.client.direct is not None:
+            self.client.direct.close()
         self.reactor.stop()
         self.reactor.wait_for_callers(self.config.stop_timeout_s)
         self.callbacks.stop()
@@ -533,6 +552,8 @@ class DriverRuntime:
         self.ended = self.client.ended = "belongs to the parent process of this fork"
         self.guard.reset()
         self.interrupts.restore()
+        if self.client.direct is not None:
+            self.client.direct.close()
         self._line.abandon()
         self.reactor.close()
 

@@ -601,6 +601,8 @@ class NodeDaemon(NodeShell):
             label_output=True,
             tasks_group=job.group_id,
             head_address=self._options.head_address,
+            machine=places.machine_id(),
+            direct_host=self._options.host,
         )
         self.create_group(
             size=0, start_now=False, setup=setup, out_of_band_all=True, group_id=job.group_id

@@ -38,7 +38,10 @@ class SerialCalls:
         """Run calls until told to stop."""
         worker, decode, read_ahead = self._worker, self._worker.decode, self._read_ahead
         while True:
-            packet = read_ahead.popleft() if read_ahead else receive()
+            if read_ahead:
+                packet = read_ahead.popleft()
+            else:
+                packet = receive() if worker.direct is None else worker.direct.receive()
             if not packet:
                 return
             message = decode(packet)

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, final
 
+from poolray.direct.calls import AFTER, LISTEN, RESULT
 from poolray.local import process_state, worker_process
 from poolray.local.actor_serial import SerialCalls
 from poolray.local.actor_threads import Threads
@@ -69,6 +70,10 @@ def has_coroutines(actor_class: type) -> bool:
 def _is_ready() -> bool:
     """`__ray_ready__`: once it answers, the constructor has returned."""
     return True
+
+
+def _is_not_serial(machine: str) -> None:
+    """Nobody comes past the node to an actor whose calls run side by side."""
 
 
 def _terminate() -> None:
@@ -192,8 +197,23 @@ class ActorHost:
                 return _terminate
             if name in ("__ray_call__", "__poolray_call__"):
                 return self._apply
+            if name in (LISTEN, AFTER, RESULT):
+                return self._bind_direct(name)
         method: Callable[..., Any] = getattr(self.instance, name)
         return method
+
+    def _bind_direct(self, name: str) -> Callable[..., Any]:
+        """What callers ask for that come past the node."""
+        worker = self._worker
+        if name == LISTEN and worker.serial is None:
+            return _is_not_serial
+        if worker.direct is None:
+            from poolray.local.direct_server import DirectServer
+
+            worker.direct = DirectServer(worker)
+        if name == LISTEN:
+            return worker.direct.listen
+        return worker.direct.run_until if name == AFTER else worker.direct.give_held
 
     def _apply(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`__ray_call__`: a function of the caller's, with the actor for its first argument."""

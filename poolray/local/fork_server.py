@@ -96,6 +96,10 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str = ""
     labels: dict[str, str] = {}  #: of the node
     head_address: str = ""  #: of the cluster; empty without one
+    #: Tells this machine from others, and the address by which callers elsewhere come directly to
+    #: actors; both empty without a cluster, where there is nothing elsewhere.
+    machine: str = ""
+    direct_host: str = ""
     #: Resource name -> the variable that makes devices of it visible; empty where none does.
     accelerators: dict[str, str] = {}
 

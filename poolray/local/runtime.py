@@ -29,12 +29,15 @@ import msgspec
 
 from poolray.client import Client
 from poolray.config import Config
+from poolray.direct.calls import DirectCalls
+from poolray.direct.connection import Connection
 from poolray.exceptions import InternalError, PoolrayError
 from poolray.head.head import Head
 from poolray.ids import PLAIN_TASKS, WORKER_ID_BYTES, ClientId, ObjectId, TaskId, TaskIdSource
 from poolray.local import inspection, news, process_state
 from poolray.local.callbacks import CallbackThread
 from poolray.local.collected import Submission, take_together
+from poolray.local.direct_host import DirectHost, sooner
 from poolray.local.machine import Machine, Wishes, describe, usable_cpus
 from poolray.local.node_shell import GroupHandle, NodeShell, store_bytes
 from poolray.local.reactor import Interrupts, Waitable
@@ -146,6 +149,9 @@ class LocalRuntime(NodeShell):
             self.task_ids,
             Serializer(main_definitions={}, out_of_band_all=True),
         )
+        if config.direct_calls_after and not config.record_ref_creation_sites:
+            host = DirectHost(self.reactor, "", self._show_error_of_call)
+            self.client.direct = DirectCalls(self.client, host, config.direct_calls_after)
         self.client.ring_when_dropped(self.reactor.ring_if_parked)
         self.client.ring_for_streams = self.reactor.ring
         self._inspection = self._open_inspection()
@@ -220,8 +226,10 @@ class LocalRuntime(NodeShell):
             self._inspection = None
 
     def on_server_news(self, host: Any) -> None:
-        """A fork server reports exits, or is gone; or somebody wants to look in."""
-        if isinstance(host, inspection.Inspection):
+        """A fork server reports exits, or is gone; an actor answers a direct call; or somebody
+        wants to look in.
+        """
+        if type(host) is Connection or isinstance(host, inspection.Inspection):
             host.answer()
         else:
             super().on_server_news(host)
@@ -278,6 +286,20 @@ class LocalRuntime(NodeShell):
 
             warnings.warn(item.text, RuntimeWarning, stacklevel=2)
 
+    def _show_error_of_call(self, error: bytes) -> None:
+        """The same of a direct call."""
+        self._deliveries.append(UnhandledError(error))
+
+    def next_timeout(self) -> float | None:
+        """Seconds until `tick` is due."""
+        return sooner(super().next_timeout(), self.client.direct)
+
+    def tick(self) -> None:
+        """Time has passed."""
+        if self.client.direct is not None:
+            self.client.direct.tick()
+        super().tick()
+
     def _show_unhandled(self, item: UnhandledError) -> None:
         """An error whose last ref died before anybody looked at it."""
         if self.config.ignore_unhandled_errors or self._closed:
@@ -294,6 +316,8 @@ class LocalRuntime(NodeShell):
     def has_work(self) -> bool:
         """Whether workers will report something."""
         if self.open_batches or self._deliveries or self.later or self._behind:
+            return True
+        if self.client.direct is not None and self.client.direct.pending:
             return True
         with self.guard:
             return self.node.has_work()
@@ -587,6 +611,8 @@ class LocalRuntime(NodeShell):
         for handle in list(self._groups.values()):
             if handle.on_failed is not None:
                 handle.on_failed(ended)  # whoever waits for a call of it is told
+        if self.client.direct is not None:
+            self.client.direct.close()
         self._end_groups()
         self.reactor.stop()
         self._close_inspection()
@@ -606,6 +632,8 @@ class LocalRuntime(NodeShell):
         """In a forked child: close the parent's channels here, touch nothing else."""
         self.ended = self.client.ended = "belongs to the parent process of this fork"
         self._close_inspection()
+        if self.client.direct is not None:
+            self.client.direct.close()
         self._abandon_shell()
         self.interrupts.restore()
         _runtimes.discard(self)

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from poolray.local.actor_serial import SerialCalls
+    from poolray.local.direct_server import Caller, DirectServer
     from poolray.local.fork_server import WorkerSetup
     from poolray.local.worker_extras import Extras
 
@@ -148,6 +149,7 @@ class Worker:
         self._reports = reports
         self._arena = arena
         self.config = config
+        self.setup = setup
         self.tasks = tasks
         self.accelerators = setup.accelerators
         self.reader = SpinningReader(tasks, config.spin_s)
@@ -162,6 +164,10 @@ class Worker:
         self.actor_class_name = ""  #: with its module
         #: What runs an actor's calls, if they run one after the other.
         self.serial: SerialCalls | None = None
+        #: What lets callers in that come past the node; None: nobody has asked.
+        self.direct: DirectServer | None = None
+        #: Whose packet is at hand, where it is not the node's.
+        self._caller: Caller | None = None
         #: What runs an actor's calls reads orders itself, woken by the signal's descriptor.
         self.reads_orders = False
         #: The actor's call that runs was cancelled: what it returns is not its result.
@@ -276,16 +282,28 @@ class Worker:
         self._call_index = self._call_limit = 0
         self._nudged = self._eager = False
         self._packet = message  # from here on a nudge counts
+        caller = self._caller
         if self._signalled:
-            self._obey_before(message)
+            if caller is None:
+                self._obey_before(message)
+            else:
+                self._read_orders()
+                self._eager = True
         self._started_ns = time.perf_counter_ns()
         progress, slot = self._arena.progress, self._slot * 8
         word = message.sequence << 24
+        if caller is not None:  # the node counts what it has sent
+            progress, slot = _NOBODY_LOOKS, 0
         delay_ns = int(self.config.result_delay_max_s * 1e9)
         skipped = self.serial.skipped if self.serial is not None else None
         while self._position < self._task_limit:
             task = message.tasks[self._position]
-            if skipped and task.task_id in skipped:
+            if caller is not None:
+                caller.ended += 1
+                if caller.cancelled and task.task_id in caller.cancelled:
+                    self._skip(task, caller)
+                    continue
+            elif skipped and task.task_id in skipped:
                 del skipped[task.task_id]
                 self._position += 1
                 continue
@@ -317,6 +335,31 @@ class Worker:
             self._position += 1
         self._packet = None
         self._flush(message, True)
+
+    def run_direct(self, message: RunTasks, caller: Caller) -> None:
+        """Run a packet that came past the node, perhaps in the middle of one of the node's."""
+        outer = self._packet
+        position, limit = self._position, self._task_limit
+        call, call_limit, start = self._call_index, self._call_limit, self._partial_start
+        eager, in_user_code = self._eager, self._in_user_code
+        before, self._caller, self._in_user_code = self._caller, caller, False
+        try:
+            self.run_packet(message)
+        finally:
+            self._caller = before
+        if outer is not None:
+            self._packet, self._position, self._task_limit = outer, position, limit
+            self._call_index, self._call_limit, self._partial_start = call, call_limit, start
+            self._eager, self._in_user_code = eager, in_user_code
+            self._started_ns = time.perf_counter_ns()
+
+    def _skip(self, task: TaskCall, caller: Caller) -> None:
+        """A caller does not want a call any more that has not begun."""
+        del caller.cancelled[task.task_id]
+        name = self.functions.classes[task.class_index].task_class.name
+        outcome = cancelled_outcome(task.task_id, name)
+        self._finished.append(TaskResult(task_id=task.task_id, start=0, results=[outcome]))
+        self._position += 1
 
     def _end_task(self, task: TaskCall) -> None:
         if self._partial or not task.calls:
@@ -350,6 +393,9 @@ class Worker:
             self._partial_start += len(self._partial)
             self._partial = []
         now = time.perf_counter_ns()
+        if self._caller is not None:
+            self._report_to_caller(message, ended, now)
+            return
         pinned, unpinned = self.client.take_view_changes()
         kept, released = self.client.take_reference_changes()
         viewed = self.client.viewed_only(kept) if kept else kept
@@ -370,6 +416,21 @@ class Worker:
         self.send(self.encode(report))
         if self.client.api.dropped_streams:
             self.client.api.sync_streams()
+
+    def _report_to_caller(self, message: RunTasks, ended: bool, now: int) -> None:
+        """Results of a packet that came past the node."""
+        assert self._caller is not None
+        self.client.api.sync_references()  # the node is told of these all the same
+        report = TasksFinished(
+            worker_id=self.worker_id,
+            results=self._finished,
+            elapsed_ns=now - self._started_ns,
+            sequence=message.sequence if ended else message.sequence - 1,
+        )
+        self._finished = []
+        self.buffered_bytes = 0
+        self._started_ns = now
+        self._caller.report(report)
 
     # ---- signals ---------------------------------------------------------------------------------
 
@@ -414,6 +475,8 @@ class Worker:
         self._obeying = True
         self.client.link.receive_all()
         self._obeying = False
+        if self._caller is not None:
+            self._caller.read(all_of_it=True)
 
     def _obey(self) -> None:
         """In user code: hand back the rest; stop the running task if that was ordered.
@@ -430,6 +493,13 @@ class Worker:
         if self._finished or self._partial:
             self._flush(packet, False)
         task_id = packet.tasks[self._position].task_id
+        caller = self._caller
+        if caller is not None:
+            if task_id in caller.cancelled:
+                del caller.cancelled[task_id]
+                process_state.cancel_current_task()
+                self.is_call_cancelled = True
+            return
         orders = self._take_orders(packet.sequence)
         mine = [order for order in orders if order.task_id == task_id]
         if any(order.force for order in mine):
@@ -649,6 +719,19 @@ class Worker:
             return deserialize(value, writable)
         return self.client.load(value, writable)
 
+    def hold_for_caller(self, result: Any, task: TaskCall) -> Outcome | None:
+        """Keep a result that is more than a small value, if its caller has come past the node;
+        None: the node takes it.
+        """
+        if self._caller is None or self.direct is None:
+            return None
+        return self.direct.hold(task.task_id, result)
+
+    @property
+    def has_caller(self) -> bool:
+        """Whether the packet at hand came past the node."""
+        return self._caller is not None
+
     def send_results(self) -> None:
         """From user code: send what has ended, so that it is not lost with the running call."""
         if self._packet is not None and (self._finished or self._partial):
@@ -659,6 +742,9 @@ class Worker:
         """This worker's words on the control page: the memory, and where they begin in it."""
         return self._arena.progress, self._slot * 8
 
+
+#: Where a packet that came past the node notes which of its calls have begun.
+_NOBODY_LOOKS = memoryview(bytearray(8)).cast("Q")
 
 #: Where user code may be interrupted: in itself, and where it waits in ours.
 #: (what is put around calls adds itself).

@@ -45,6 +45,8 @@ class Outcomes:
             if type(data) is bytes and len(data) <= self._worker.config.inline_max_bytes:
                 self._worker.buffered_bytes += len(data)
                 return data
+            if (held := self._worker.hold_for_caller(result, task)) is not None:
+                return held
             found = self.place(data, task, 0)
             inner = data.refs if isinstance(data, Serialized) else []
             if isinstance(found, bytes) and not inner:
@@ -104,7 +106,7 @@ class Outcomes:
             encoded = worker_errors.encode_task_error(error, task_class.name, os.getpid())
         retriable = self._is_retriable(error, function)
         value: bytes | InArena | InFile = encoded
-        if len(encoded) > self._worker.config.inline_max_bytes:
+        if len(encoded) > self._worker.config.inline_max_bytes and not self._worker.has_caller:
             value = self._worker.client.store(self._worker.client.next_object_id(), encoded)
         return Outcome(
             values=[value],

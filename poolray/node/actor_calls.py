@@ -62,6 +62,7 @@ class ActorCalls:
         state = self._state
         tasks, objects, classes = state.tasks, state.objects, state.classes
         held = (state.clients.get(client_id) or self._objects.client(client_id)).held
+        promised = self._objects.promised
         touched: dict[ActorId, Actor] = {}
         for message in messages:
             spec = message.task
@@ -81,6 +82,8 @@ class ActorCalls:
                 group.unfinished += 1
             for index in range(task_class.num_returns):
                 object_id = return_id(task_id, index)
+                if promised and promised.pop(object_id, None) is not None and object_id in objects:
+                    continue  # others were told of it already, and wait
                 objects[object_id] = ObjectRecord(1)
                 held[object_id] = None
             if spec.dependencies or spec.borrows:

@@ -50,8 +50,10 @@ from poolray.protocol.client import (
     DefineClass,
     DefineFunction,
     GetObjects,
+    NoteCalls,
     NoteCallSite,
     PinObjects,
+    PromiseObjects,
     PutObject,
     ReleaseFunction,
     ReleaseReferences,
@@ -281,6 +283,7 @@ class Node:
         self._groups = parts.groups
         self._objects = parts.objects
         self._survey = Survey(state, parts.observer)
+        self._observer = parts.observer
         self._peers = parts.peers
         self._protection = parts.protection
         self._retries = parts.retries
@@ -302,6 +305,7 @@ class Node:
             GetObjects: self._objects.on_get,
             WaitObjects: self._objects.on_wait,
             PutObject: self._objects.on_put,
+            NoteCalls: self._on_note_calls,
             AddReferences: self._on_add_references,
             ReleaseReferences: self._on_release_references,
         }
@@ -376,6 +380,9 @@ class Node:
     def _on_release_references(self, client_id: ClientId, message: ReleaseReferences) -> None:
         self._objects.release_references(client_id, message.object_ids)
 
+    def _on_note_calls(self, client_id: ClientId, message: NoteCalls) -> None:
+        self._observer.on_noted(message)
+
     # ---- conversations ---------------------------------------------------------------------------
 
     def _on_client(self, client_id: ClientId, message: ClientRequest) -> None:
@@ -388,10 +395,13 @@ class Node:
                 | GetObjects()
                 | WaitObjects()
                 | PutObject()
+                | NoteCalls()
                 | AddReferences()
                 | ReleaseReferences()
             ):
                 self._often[type(message)](client_id, message)  # type: ignore[arg-type]
+            case PromiseObjects():
+                objects.on_promise(client_id, message)
             case AllocateRange():
                 objects.on_allocate(client_id, message)
             case CancelRequest():

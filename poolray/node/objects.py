@@ -23,6 +23,7 @@ from poolray.protocol.client import (
     CancelRequest,
     GetObjects,
     ObjectValues,
+    PromiseObjects,
     PutObject,
     WaitObjects,
     WaitReply,
@@ -55,6 +56,7 @@ class Objects:
         "on_lost",
         "on_sourced",
         "originals",
+        "promised",
         "pull",
         "sourced",
     )
@@ -75,6 +77,9 @@ class Objects:
         #: object id -> (node, name there) of the original that another node keeps for us until the
         #: object is freed here, also after its bytes have come.
         self.originals: dict[ObjectId, tuple[NodeId, ObjectId]] = {}
+        #: object id -> the client that will put it: the result of a call that this node does not
+        #: see.
+        self.promised: dict[ObjectId, ClientId] = {}
         #: object id -> where it was made, if that is recorded.
         self.call_sites: dict[ObjectId, str] = {}
         #: Holds to let go of, and whether `release_all` is at work on them.
@@ -119,6 +124,11 @@ class Objects:
         record.held.clear()
         record.viewed.clear()
         self.release_all(held)
+        for object_id in [o for o, promiser in self.promised.items() if promiser == client_id]:
+            del self.promised[object_id]
+            waiting = self._state.objects.get(object_id)
+            if waiting is not None:
+                self.seal(object_id, waiting, self._lost(object_id), True, [], client_id)
 
     def add_references(
         self,
@@ -160,7 +170,12 @@ class Objects:
         record = self._state.objects.get(message.object_id)
         if record is None:
             record = self._state.objects[message.object_id] = ObjectRecord()
-            if type(message.value) is bytes and not message.contained and not self.sourced:
+            if (
+                type(message.value) is bytes
+                and not message.contained
+                and not self.sourced
+                and not message.is_error
+            ):
                 # Nobody waits for it yet, and it is nowhere else: nearly always so.
                 client.held[message.object_id] = None
                 record.holders = 1
@@ -169,7 +184,24 @@ class Objects:
         if message.object_id not in client.held:
             client.held[message.object_id] = None
             record.holders += 1
-        self.seal(message.object_id, record, message.value, False, message.contained, client_id)
+        self.promised.pop(message.object_id, None)
+        self.seal(
+            message.object_id,
+            record,
+            message.value,
+            message.is_error,
+            message.contained,
+            client_id,
+        )
+
+    def on_promise(self, client_id: ClientId, message: PromiseObjects) -> None:
+        """A client will put these."""
+        held = self.client(client_id).held
+        for object_id in message.object_ids:
+            if object_id not in self._state.objects:
+                self._state.objects[object_id] = ObjectRecord(1)
+                held[object_id] = None
+                self.promised[object_id] = client_id
 
     def on_allocate(self, client_id: ClientId, message: AllocateRange) -> None:
         """A client wants to write a large value."""
@@ -592,6 +624,8 @@ class Objects:
             self._store.forget(object_id)
         if self.call_sites:
             self.call_sites.pop(object_id, None)
+        if self.promised:
+            self.promised.pop(object_id, None)
         if self.originals or self.sourced:
             self.on_forgotten(object_id)
             original = self.originals.pop(object_id, None)

@@ -31,6 +31,7 @@ from poolray.node.effects import Reply
 from poolray.node.state import NodeState
 from poolray.node.workers import WorkerRecord, WorkerState
 from poolray.objects.directory import READY, ObjectRecord
+from poolray.protocol.client import NoteCalls
 from poolray.protocol.node import WorkerLost
 from poolray.protocol.state import (
     ActorRow,
@@ -45,7 +46,7 @@ from poolray.protocol.state import (
 )
 from poolray.protocol.values import CallKind, Delivery
 from poolray.tasks.class_queue import ClassQueue
-from poolray.tasks.error_types import error_type_of
+from poolray.tasks.error_types import error_type_in, error_type_of
 from poolray.tasks.lifecycle import DELAYED, FORWARDED, QUEUED, RUNNING, WAITING, TaskRecord
 
 if TYPE_CHECKING:
@@ -123,6 +124,30 @@ class Observer:
         self.call_sites: Mapping[ObjectId, str] = {}
         #: While tasks of a lost worker are given up: when their packet was sent; else 0.
         self.lost_since_s = 0.0
+
+    def on_noted(self, message: NoteCalls) -> None:
+        """A client's calls of actors that were made past the node."""
+        ended, state = self.ended, self._state
+        if ended is None:
+            return
+        late_s = state.now - message.now_s  # between its clock and ours
+        for report in message.calls:
+            worker_id, errors = report.worker_id, report.errors
+            worker = state.workers.get(worker_id)
+            pid = 0 if worker is None else worker.pid
+            ended_s, elapsed_ns = late_s + report.ended_s, report.elapsed_ns
+            family = (_NO_TASK, report.actor_id)
+            pairs = zip(report.task_ids, report.class_ids, strict=False)
+            for index, (task_id, class_id) in enumerate(pairs):
+                queue = state.classes.get(class_id)
+                if queue is None:
+                    continue
+                error = None
+                if errors and index in errors:
+                    error = error_type_in(errors[index]), errors[index]
+                ended.append(
+                    (task_id, queue, 0, error, worker_id, pid, ended_s, elapsed_ns, family)
+                )
 
     # ---- what ends -------------------------------------------------------------------------------
 

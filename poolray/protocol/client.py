@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from poolray.ids import FunctionId, ObjectId, TaskId
+from poolray.ids import ActorId, ClassId, FunctionId, ObjectId, TaskId, WorkerId
 from poolray.protocol.actors import ActorReply, ActorRequest, CallCount, NamedActors
 from poolray.protocol.inquiry import AskHead, AskHeadPart, HeadAnswer
 from poolray.protocol.placement import PlacementGroupReply, PlacementRequest
@@ -58,6 +58,32 @@ class PutObject(msgspec.Struct, frozen=True, array_like=True, tag=105, kw_only=T
     object_id: ObjectId
     value: bytes | InArena | InFile
     contained: list[ObjectId] = []
+    is_error: bool = False  #: what a call has failed with
+
+
+class PromiseObjects(msgspec.Struct, frozen=True, array_like=True, tag=119, kw_only=True):
+    """The client will put these, and holds one reference to each from now on."""
+
+    object_ids: list[ObjectId]
+
+
+class EndedCalls(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=False):
+    """Calls that an actor's worker has answered to their caller directly, in one report."""
+
+    actor_id: ActorId
+    worker_id: WorkerId
+    task_ids: list[TaskId]
+    class_ids: list[ClassId]
+    errors: dict[int, str]  #: index -> class and text of what it raised
+    elapsed_ns: int  #: of all together
+    ended_s: float  #: on the client's clock
+
+
+class NoteCalls(msgspec.Struct, frozen=True, array_like=True, tag=199, kw_only=True, gc=False):
+    """For those who look on: these were made past the node."""
+
+    calls: list[EndedCalls]
+    now_s: float  #: on the same clock
 
 
 class GetObjects(msgspec.Struct, frozen=True, array_like=True, tag=106, kw_only=True, gc=False):
@@ -197,6 +223,8 @@ ClientRequest: TypeAlias = (
     | ReleaseFunction
     | SubmitTasks
     | PutObject
+    | PromiseObjects
+    | NoteCalls
     | GetObjects
     | WaitObjects
     | CancelRequest

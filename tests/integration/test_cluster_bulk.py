@@ -17,12 +17,13 @@ import psutil
 import pytest
 
 import poolray
+from poolray.cluster import auth, bulk_loop
 from poolray.cluster import bulk as bulk_module
-from poolray.cluster import bulk_loop, bulk_seal
 from poolray.cluster.bulk import Bulk
-from poolray.cluster.bulk_seal import HELLO_BYTES, ID_BYTES, MAGIC, Handshake, HandshakeError
 from poolray.cluster.transfer import ChunkStore
 from poolray.cluster_utils import Cluster
+from poolray.direct import seal
+from poolray.direct.seal import HELLO_BYTES, ID_BYTES, MAGIC, Handshake, HandshakeError
 from poolray.ids import NodeId, ObjectId
 from poolray.node.effects import ExpectChunk, ForgetChunks, SendChunk
 from poolray.objects.shared_memory import Arena, create_arena_file
@@ -318,11 +319,11 @@ def test_who_does_not_know_the_key_gets_nothing(pair: Pair) -> None:
         handshake = Handshake(connection_id, os.urandom(32), is_local=True)
         channel.sendall(handshake.hello())
         answer = b""
-        while len(answer) < bulk_seal.ANSWER_BYTES:
+        while len(answer) < seal.ANSWER_BYTES:
             answer += channel.recv(200)
         with pytest.raises(HandshakeError, match="does not know the key"):
             handshake.prove(answer)
-        channel.sendall(os.urandom(bulk_seal.PROOF_BYTES))
+        channel.sendall(os.urandom(seal.PROOF_BYTES))
         assert is_sent_away(channel)
     pair.transfer(1)
 
@@ -344,15 +345,15 @@ def test_nothing_goes_in_the_open_to_another_machine() -> None:
     near, far = Handshake(name, key, is_local=True), Handshake(name, key, is_local=False)
     with pytest.raises(HandshakeError, match="in the open"):
         far.prove(near.answer(far.hello()))
-    assert not bulk_seal.is_local("a", "b", "127.0.0.1", "127.0.0.1")
-    assert not bulk_seal.is_local("a", "a", "127.0.0.1", "10.0.0.1")
-    assert not bulk_seal.is_local("", "", "127.0.0.1", "127.0.0.1")
-    assert bulk_seal.is_local("a", "a", "127.0.0.1", "::1")
+    assert not auth.is_local("a", "b", "127.0.0.1", "127.0.0.1")
+    assert not auth.is_local("a", "a", "127.0.0.1", "10.0.0.1")
+    assert not auth.is_local("", "", "127.0.0.1", "127.0.0.1")
+    assert auth.is_local("a", "a", "127.0.0.1", "::1")
 
 
 def test_records_open_once_and_in_order() -> None:
     key = os.urandom(32)
-    closing, opening = bulk_seal.Seal(key), bulk_seal.Seal(key)
+    closing, opening = seal.Seal(key), seal.Seal(key)
     records = [closing.close(b"one"), closing.close(b"two")]
     assert len(set(records)) == 2
     assert opening.open(records[0]) == b"one"

@@ -36,6 +36,7 @@ FLOORS = (
     Floor(("protocol",)),
     Floor(("tasks", "actors", "objects", "scheduling")),
     Floor(("node", "head")),
+    Floor(("direct",)),
     Floor(
         ("client", "client_functions", "client_link", "client_references", "client_values"),
         open_plan=True,
@@ -89,7 +90,7 @@ HEIGHT_BY_ROOM = {room: height for height, floor in enumerate(FLOORS) for room i
 SIDEWAYS_LINES = {
     ("cluster", "local"): {
         *("workers", "channel", "reactor", "node_shell", "fork_server", "machine", "process_state"),
-        *("callbacks", "news"),
+        *("callbacks", "news", "direct_host"),
     }
 }
 

@@ -1,11 +1,11 @@
-"""Who is at the other end of a bulk connection, and how what it carries is closed to others.
+"""Who is at the other end of a connection of our own, and how what it carries is closed to others.
 
     connects ──▶ magic, id, nonce ─────────────────▶ listens: the id is one that it was told of
-             ◀── kind, nonce, proof ◀──────────────  (over the control link, with a secret key)
-             ──▶ proof ────────────────────────────▶ then, and not before, bytes of values ──▶
+             ◀── kind, nonce, proof ◀──────────────  (over the control links, with a secret key)
+             ──▶ proof ────────────────────────────▶ then, and not before, what is to be carried
 
 What: the handshake's messages and proofs; records sealed with AES-256-GCM.
-Who calls: the connections of `cluster/bulk_loop.py`.
+Who calls: the connections of `cluster/bulk_loop.py` and those for direct calls.
 May touch: the system's randomness.
 Invariants: a key serves one connection, each direction and use has a key derived for it alone, and
 a nonce is a counter that never goes back; what was not proved or does not open is never written.
@@ -18,8 +18,6 @@ import hmac
 import os
 import struct
 from typing import final
-
-from poolray.cluster.auth import is_loopback
 
 MAGIC = b"poolray\x02"
 ID_BYTES = KEY_BYTES = NONCE_BYTES = PROOF_BYTES = 32
@@ -98,8 +96,15 @@ class Handshake:
 
     def seal(self) -> Seal | None:
         """What closes the bytes that the listening end sends; None: they go in the open."""
+        return self._seal(b"sealed by who listens")
+
+    def seal_back(self) -> Seal | None:
+        """The same for those that the connecting end sends."""
+        return self._seal(b"sealed by who connects")
+
+    def _seal(self, purpose: bytes) -> Seal | None:
         kind = self._transcript[HELLO_BYTES : HELLO_BYTES + 1]
-        return None if kind == OPEN else Seal(self._derive(b"sealed by who listens"))
+        return None if kind == OPEN else Seal(self._derive(purpose))
 
     def _proof(self, role: bytes) -> bytes:
         return hmac.digest(self._derive(role), self._transcript, "sha256")
@@ -145,11 +150,3 @@ class Seal:
             return self._cipher.decrypt(self._nonce(), record, None)
         except InvalidTag:
             raise HandshakeError("a record was changed on its way") from None
-
-
-def is_local(own_machine: str, other_machine: str, own_host: str, other_host: str) -> bool:
-    """Whether two ends of a connection are on one machine, and it is one of its loopback interface.
-
-    The addresses alone would not do: what forwards a port has a loopback address too.
-    """
-    return own_machine == other_machine != "" and is_loopback(own_host) and is_loopback(other_host)

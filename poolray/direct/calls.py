@@ -1,0 +1,816 @@
+"""Calls of actors that go straight to the actor's worker, past the nodes; the caller's side.
+
+    handle.f.remote() ──▶ Route ──open, nothing else under way──▶ Connection ══▶ the actor's worker
+                            │ else: by way of the nodes               ║
+    get ◀── values, errors ◀┴─────────────────────────────────────────╝
+
+A node that only passes a call on, and its result, costs more than the call. So after some calls of
+an actor its worker is asked, by one more call, for a way in, and later calls use that. What the
+nodes know nothing of they cannot lose: of such a call the caller keeps the record, and its result.
+
+What: routes to actors, calls under way, results that only this process has.
+Who calls: `client.py` with calls, with refs that the node must know, and with those that died.
+May touch: sockets, through its connections; the node, through the client's link.
+Invariants: the calls of a process begin in the order in which it made them: a direct one is made
+only when all that went by way of the nodes are over, and one that goes by way of the nodes is
+preceded there by an order to the worker to wait for the direct ones. The node knows of an object
+here exactly if it is not in `unknown`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, final
+
+import msgspec
+
+from poolray.direct.addresses import Offer, come_to, settle_in
+from poolray.direct.connection import ARGUMENTS_BYTES_MAX, Connection, Waiting
+from poolray.direct.route import Route
+from poolray.exceptions import ActorUnavailableError, TaskCancelledError
+from poolray.ids import (
+    ActorId,
+    ClassId,
+    FunctionId,
+    GroupId,
+    ObjectId,
+    TaskIdSource,
+    actor_of_handle,
+    return_id,
+)
+from poolray.objects.object_ref import ObjectRef, RefOwner, make_ref
+from poolray.protocol.actors import CallActor
+from poolray.protocol.client import (
+    EndedCalls,
+    NoteCalls,
+    ObjectValues,
+    PromiseObjects,
+    PutObject,
+    ReleaseReferences,
+)
+from poolray.protocol.values import CallKind, TaskClass, TaskSpec
+from poolray.protocol.worker import TasksFinished
+
+#: Methods that every actor has, for this alone.
+LISTEN, AFTER, RESULT = "__poolray_listen__", "__poolray_after__", "__poolray_result__"
+
+#: A packet of several calls that is not reported for so long: perhaps the results of the first ones
+#: wait for a long one behind them.
+_NUDGE_AFTER_S = 0.005
+#: Ended calls are told to the node when so many are, or after so long.
+_NOTES_MAX = 256
+_NOTE_AFTER_S = 0.1
+#: An actor's refs that others want to know of cost more this way: beyond so many, and this share of
+#: its calls, they go by way of the nodes.
+_PROMISES_MAX = 32
+_PROMISES_SHARE = 0.25
+#: A caller that makes many calls looks as often what has come.
+_READ_EVERY = 48
+#: The worker's names of our classes must not be those that its node gives.
+_FIRST_INDEX = 1 << 20
+#: What makes the id of a task's first result of the task's own.
+_FIRST_RESULT = b"\0\0\0\0"
+
+
+class Owner(RefOwner, Protocol):
+    """The client of the process."""
+
+    link: Any
+    task_ids: TaskIdSource
+    tasks_group: GroupId
+    definitions: Any
+    #: object id -> value that need not be asked for.
+    prefetched: dict[ObjectId, bytes]
+    #: object id -> handles here.
+    counts: dict[ObjectId, int]
+
+    def count_of(self, object_id: ObjectId) -> int:
+        """The same, with handles that were made just now."""
+
+    def inline(self, value: Any) -> bytes:
+        """A small value, serialized."""
+
+    def submit(
+        self,
+        task_class: TaskClass,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        actor_id: ActorId | None = None,
+    ) -> list[ObjectRef[Any]]:
+        """Make a call by way of the nodes."""
+
+    def read_reply(
+        self, reply: ObjectValues, ref: ObjectRef[Any]
+    ) -> tuple[BaseException | None, Any]:
+        """The error to raise for an object, or None and its value."""
+
+
+class Waiter(Protocol):
+    """What a thread waits for."""
+
+    done: bool
+    #: So many calls have to end.
+    remaining: int
+    #: One that has failed is enough.
+    ends_on_error: bool
+
+    def finish(self) -> None:
+        """Wake who waits."""
+
+
+class Host(Protocol):
+    """The loop that reads for a process."""
+
+    #: Tells this machine from others; equal to that of a node: its workers are near.
+    machine: str
+
+    def watch(self, connection: Connection) -> None:
+        """Call its `answer` when it can be read."""
+
+    def unwatch(self, connection: Connection) -> None:
+        """Do not, any more."""
+
+    def make_waiter(self) -> Waiter:
+        """Something to wait for."""
+
+    def wait(self, waiter: Waiter, timeout_s: float | None) -> bool:
+        """Wait until it is done; False when the time is up."""
+
+    def on_sent(self) -> None:
+        """Something was sent: somebody has to read what comes."""
+
+    def read_now(self) -> None:
+        """Take in what has come."""
+
+    def show_error(self, error: bytes) -> None:
+        """Nobody has asked for what failed."""
+
+
+@final
+class DirectCalls:
+    """The direct calls of one process.
+
+    Parameters
+    ----------
+    client : Owner
+        Whose calls these are.
+    host : Host
+    worth_calls : int
+        A way in is asked for after so many calls of an actor.
+    """
+
+    def __init__(self, client: Owner, host: Host, worth_calls: int) -> None:
+        self._client = client
+        self._host = host
+        self._worth_calls = worth_calls
+        #: Guards routes, connections and calls; never held while user code runs.
+        self._lock = threading.Lock()
+        self.routes: dict[ActorId, Route] = {}
+        #: Objects that exist in this process only, while it has refs to them.
+        self.unknown: dict[ObjectId, None] = {}
+        #: object id -> the way of the call under way that makes it.
+        self.pending: dict[ObjectId, Connection] = {}
+        #: Of these: who waits for one, and those of which the node is to be told.
+        self._waiters: dict[ObjectId, list[Waiter]] = {}
+        self._promised: dict[ObjectId, None] = {}
+        #: object id -> what it failed with; values are in `Client.prefetched`.
+        self._errors: dict[ObjectId, bytes] = {}
+        #: Errors that somebody has seen.
+        self._seen: dict[ObjectId, None] = {}
+        #: Last results of calls by way of the nodes -> their routes.
+        self.lasts: dict[ObjectId, Route] = {}
+        #: Whether calls of a class may go straight.
+        self._is_plain: dict[ClassId, bool] = {}
+        #: Our own classes, by method and the name that users know.
+        self._own_classes: dict[tuple[str, str], TaskClass] = {}
+        self._index = _FIRST_INDEX
+        #: Ended calls that the node has not been told of, how many, and since when.
+        self._notes: list[EndedCalls] = []
+        self._notes_count = 0
+        self._notes_since_s = 0.0
+        #: Connections that stand, also those that no call uses any more.
+        self._connections: dict[Connection, None] = {}
+        #: Handles that have died while calls were under way: the actor must outlive these.
+        self._kept: dict[ActorId, ObjectId] = {}
+        #: Handles that have died, and were the last ones here to their actors; for the next call.
+        self.gone: deque[ObjectId] = deque()
+        self.is_closed = False
+
+    def new_index(self) -> int:
+        """A name for a class that no other one has in any worker."""
+        self._index += 1
+        return self._index
+
+    # ---- making calls ----------------------------------------------------------------------------
+
+    def takes(self, route: Route, task_class: TaskClass) -> bool:
+        """Whether a call that is made now may go straight, if its arguments are plain and small."""
+        if route.usable() is None:
+            return False
+        is_plain = self._is_plain.get(task_class.class_id)
+        if is_plain is None:
+            is_plain = self._is_plain[task_class.class_id] = _is_plain(task_class)
+        return is_plain
+
+    def call(self, route: Route, task_class: TaskClass, payload: bytes) -> ObjectRef[Any] | None:
+        """Make a call without refs among its arguments; None: it has to go by way of the nodes.
+
+        Ctrl-C may strike between any two steps outside of `_flush`: what has been noted by then
+        is forgotten with the ref.
+        """
+        connection = route.usable()
+        if connection is None or len(payload) > ARGUMENTS_BYTES_MAX:
+            return None
+        client = self._client
+        task_id = client.task_ids.next_call_id()
+        object_id: ObjectId = task_id + _FIRST_RESULT  # type: ignore[assignment]
+        ref = make_ref(object_id, client)
+        client.counts[object_id] = 1  # (without the lock: nobody else knows the id yet)
+        self.unknown[object_id] = None
+        self.pending[object_id] = connection
+        connection.outbox.append((object_id, task_id, task_class, payload))
+        if connection.wants_flush():
+            self._flush(connection)
+        elif connection.is_lost:
+            self.on_lost(connection)  # it was just now, and would wait for ever
+        route.unread += 1
+        if route.unread >= _READ_EVERY:
+            route.unread = 0
+            self._host.read_now()
+        return ref
+
+    def _flush(self, connection: Connection) -> None:
+        link = self._client.link
+        link.enter()
+        try:
+            with self._lock:
+                connection.flush()
+                is_lost = connection.is_lost
+            if is_lost:
+                self.on_lost(connection)
+            self._host.on_sent()
+        finally:
+            link.leave()
+
+    def before_other_call(self, actor_id: ActorId) -> None:
+        """A call is about to go by way of the nodes: those that were made before begin before."""
+        route = self.routes.get(actor_id)
+        connection = None if route is None else route.connection
+        if connection is not None and connection.is_busy:
+            with self._lock:
+                arguments = (connection.connection_id, connection.made)
+            self._send_own(actor_id, AFTER, arguments)
+
+    def after_other_call(self, actor_id: ActorId, last: ObjectId) -> None:
+        """A call went by way of the nodes."""
+        route = self.routes.get(actor_id)
+        if route is None:
+            route = self.routes.setdefault(actor_id, Route(actor_id))
+        if route.is_off:
+            return
+        with self._lock:
+            self.lasts.pop(route.last, None)
+            route.last, route.is_clear = last, False
+            self.lasts[last] = route
+            route.calls += 1
+            asks = (
+                route.calls >= self._worth_calls
+                and route.connection is None
+                and not route.is_asking
+                and not self.is_closed
+            )
+            if asks:
+                route.is_asking = True
+        if asks:
+            self._ask_for_way(route)
+
+    def note_values(self, object_ids: Sequence[ObjectId]) -> None:
+        """These have values, as the node says."""
+        for object_id in self.lasts.keys() & object_ids:
+            route = self.lasts.pop(object_id, None)
+            if route is not None and route.last == object_id:
+                route.is_clear = True
+
+    def turn_off(self, actor_id: ActorId) -> None:
+        """Calls of an actor go by way of the nodes from now on."""
+        route = self.routes.get(actor_id)
+        if route is None:
+            route = self.routes.setdefault(actor_id, Route(actor_id))
+        if not route.is_off:
+            route.is_off = True
+            with self._lock:
+                self.lasts.pop(route.last, None)
+
+    # ---- the way in ------------------------------------------------------------------------------
+
+    def _send_own(self, actor_id: ActorId, method: str, arguments: tuple[Any, ...]) -> None:
+        """A call of ours by way of the nodes, of which nobody wants a result."""
+        client = self._client
+        task_id = client.task_ids.next_call_id()
+        spec = TaskSpec(
+            task_id=task_id,
+            class_id=self._own_class(method, method).class_id,
+            calls=[client.inline((arguments, {}))],
+        )
+        client.link.submit(CallActor(actor_id=actor_id, task=spec))
+        client.link.send(ReleaseReferences(object_ids=[return_id(task_id, 0)]))
+
+    def _own_class(self, method: str, name: str) -> TaskClass:
+        """A method that every actor has; under the user's name when it brings a user's result."""
+        made = self._own_classes.get((method, name))
+        if made is None:
+            made = TaskClass(
+                class_id=ClassId(b""),
+                function_id=FunctionId(b""),
+                name=name,
+                kind=CallKind.METHOD,
+                group_id=self._client.tasks_group,
+                max_retries=0,
+                method=method,
+                is_listed=method == RESULT,
+            )
+            digest = hashlib.blake2b(msgspec.msgpack.encode(made), digest_size=16).digest()
+            made = msgspec.structs.replace(made, class_id=ClassId(digest))
+            self._client.definitions.define_class(made)
+            self._own_classes[method, name] = made
+        return made
+
+    def _ask_for_way(self, route: Route) -> None:
+        """Ask the worker, after all calls that were made before."""
+        client = self._client
+        task_class = self._own_class(LISTEN, LISTEN)
+        (ref,) = client.submit(task_class, (self._host.machine,), {}, route.actor_id)
+
+        def learn(reply: ObjectValues) -> None:
+            error, offer = client.read_reply(reply, ref)
+            if error is None:
+                self.note_values([ref._id])
+            if error is not None or offer is None or self.is_closed:
+                # (One that died may be made again, and is asked again after as many calls.)
+                route.calls, route.is_asking = 0, False
+                route.is_off = error is None
+            elif offer[0]:
+                self._come(route, offer)
+            else:
+                threading.Thread(
+                    target=self._come, args=(route, offer), name="poolray-connect", daemon=True
+                ).start()
+
+        client.link.when_ready(ref._id, learn)
+
+    def _come(self, route: Route, offer: Offer) -> None:
+        """Connect."""
+        try:
+            channel = come_to(offer)
+        except OSError:
+            route.is_off = True  # the nodes' way always works
+            return
+        connection = Connection(self, route, channel, offer)
+        try:
+            settle_in(channel)
+            connection.begin()
+        except OSError:
+            channel.close()
+            route.is_off = True
+            return
+        if self.is_closed:
+            channel.close()
+            return
+        self._connections[connection] = None
+        self._host.watch(connection)
+
+    def on_open(self, connection: Connection) -> None:
+        """A connection may be used."""
+        route = connection.route
+        with self._lock:
+            route.is_asking = False
+            if self.routes.get(route.actor_id) is route and not self.is_closed:
+                route.connection = connection
+
+    def on_lost(self, connection: Connection) -> None:
+        """A connection has ended: so has the actor, or its way to us."""
+        self._host.unwatch(connection)
+        route = connection.route
+        with self._lock:
+            self._connections.pop(connection, None)
+            connection.close()
+            if route.connection is connection:
+                route.connection = None
+                route.calls = 0
+            if not connection.is_open:
+                route.is_asking, route.is_off = False, True
+            begun = [call for call in connection.sent.values() if call[0] in self.pending]
+            waiting = [call for call in connection.outbox if call[0] in self.pending]
+            connection.sent.clear()
+            connection.outbox.clear()
+            if begun or waiting:
+                route.is_clear = False  # whatever is made from now on comes after these
+        if not self.is_closed:
+            self._decide_lost(route, begun, waiting)
+            self._release_handle(route.actor_id)
+
+    def _decide_lost(self, route: Route, begun: list[Waiting], waiting: list[Waiting]) -> None:
+        """What was sent may have run: it fails as the nodes say. What was not goes their way."""
+        client = self._client
+        if begun:
+            task_class = self._own_class("__ray_ready__", AFTER)
+            (ref,) = client.submit(task_class, (), {}, route.actor_id)
+
+            def learn(reply: ObjectValues) -> None:
+                data = reply.values[0] if reply.errors else None
+                client.read_reply(reply, ref)  # (what it names is seen)
+                if not isinstance(data, bytes):
+                    data = _unavailable(route.actor_id, begun[0][2].name)
+                self._fail_all([call[0] for call in begun], data)
+
+            client.link.when_ready(ref._id, learn)
+        for call in waiting:
+            object_id, task_id, task_class, payload = call
+            spec = TaskSpec(task_id=task_id, class_id=task_class.class_id, calls=[payload])
+            self._give_to_node(object_id, CallActor(actor_id=route.actor_id, task=spec))
+
+    def _release_handle(self, actor_id: ActorId) -> None:
+        """Nothing is under way any more that a dead handle was kept for."""
+        handle = self._kept.pop(actor_id, None)
+        if handle is not None:
+            self._client.dropped.append(handle)
+
+    def _give_to_node(self, object_id: ObjectId, message: CallActor) -> None:
+        """The node makes a call's result, and knows of it from now on."""
+        client = self._client
+        client.link.submit(message)
+        with self._lock:
+            self.pending.pop(object_id, None)
+            self._promised.pop(object_id, None)
+            self.unknown.pop(object_id, None)
+            waiters = self._waiters.pop(object_id, ())
+        if client.count_of(object_id) == 0:
+            client.link.send(ReleaseReferences(object_ids=[object_id]))
+        for waiter in waiters:
+            waiter.finish()  # who waits looks again, and asks the node
+
+    def _fail_all(self, object_ids: Iterable[ObjectId], error: bytes) -> None:
+        told: list[PutObject] = []
+        with self._lock:
+            for object_id in object_ids:
+                if self.pending.pop(object_id, None) is not None:
+                    self._end(object_id, error, True, told)
+        self._tell(told)
+
+    # ---- results ---------------------------------------------------------------------------------
+
+    def on_report(self, connection: Connection, report: TasksFinished) -> None:
+        """The worker has results."""
+        told: list[PutObject] = []
+        held: list[Waiting] = []
+        errors: dict[int, str] = {}
+        ended: list[Waiting] = []
+        pending, sent = self.pending, connection.sent
+        prefetched, counts = self._client.prefetched, self._client.counts
+        with self._lock:
+            for result in report.results:
+                if not result.results:
+                    continue
+                object_id: ObjectId = result.task_id + _FIRST_RESULT  # type: ignore[assignment]
+                call = sent.pop(object_id, None)
+                if call is None or object_id not in pending:
+                    continue
+                outcome = result.results[0]
+                if type(outcome) is bytes:
+                    del pending[object_id]
+                    if self._promised or self._waiters or object_id not in counts:
+                        self._end(object_id, outcome, False, told)
+                    else:
+                        prefetched[object_id] = outcome
+                elif not outcome.values:  # type: ignore[union-attr]
+                    held.append(call)  # (it is pending until the node has it)
+                    continue
+                else:
+                    del pending[object_id]
+                    self._end(object_id, outcome.values[0], True, told)  # type: ignore[union-attr]
+                    errors[len(ended)] = outcome.summary  # type: ignore[union-attr]
+                ended.append(call)
+            connection.note_reported(report)
+            if connection.outbox:
+                connection.flush()
+        if ended:
+            self._note(connection.route.actor_id, ended, errors, report)
+        if told:
+            self._tell(told)
+        for call in held:
+            self._fetch_held(call, connection.route.actor_id)
+        if self._kept and not connection.is_busy:
+            self._release_handle(connection.route.actor_id)
+
+    def _end(self, object_id: ObjectId, value: Any, is_error: bool, told: list[PutObject]) -> None:
+        """A call is over; under the lock."""
+        client = self._client
+        if self._promised and self._promised.pop(object_id, self) is None:
+            told.append(PutObject(object_id=object_id, value=value, is_error=is_error))
+        elif object_id not in client.counts:
+            if is_error:
+                self._host.show_error(value)
+        elif is_error:
+            self._errors[object_id] = value
+        else:
+            client.prefetched[object_id] = value
+        if not self._waiters:
+            return
+        for waiter in self._waiters.pop(object_id, ()):
+            waiter.remaining -= 1
+            if waiter.remaining <= 0:
+                waiter.finish()
+        if is_error:
+            for waiters in self._waiters.values():
+                for waiter in waiters:
+                    if waiter.ends_on_error:
+                        waiter.finish()  # it looks whether this is one of its own
+
+    def _tell(self, told: list[PutObject]) -> None:
+        """The node was promised these."""
+        client = self._client
+        for message in told:
+            client.link.send(message)
+            if client.count_of(message.object_id) == 0:
+                client.link.send(ReleaseReferences(object_ids=[message.object_id]))
+
+    def _fetch_held(self, call: Waiting, actor_id: ActorId) -> None:
+        """A result is large, or has refs inside: the nodes know how to bring it."""
+        object_id, task_id, task_class, _ = call
+        self._is_plain[task_class.class_id] = False  # the next ones will be like it
+        spec = TaskSpec(
+            task_id=task_id,
+            class_id=self._own_class(RESULT, task_class.name).class_id,
+            calls=[self._client.inline(((task_id,), {}))],
+        )
+        self._give_to_node(object_id, CallActor(actor_id=actor_id, task=spec))
+
+    def values(
+        self, object_ids: Sequence[ObjectId], timeout_s: float | None
+    ) -> list[bytes] | bytes | None:
+        """Values of objects that only this process knows, once they are there.
+
+        Returns
+        -------
+        list of bytes, bytes or None
+            The values; or the first error; or None, when the node has been given some meanwhile.
+
+        Raises
+        ------
+        TimeoutError
+            They were not there in time.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        pending = self.pending
+        # From the end: an actor's calls end in order, and who has the last one has all.
+        for object_id in reversed(object_ids):
+            while object_id in pending and not (self._errors and self._first_error(object_ids)):
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                if not self._await((object_id,), 1, left, ends_on_error=True):
+                    raise TimeoutError
+        if self._errors and (failed := self._first_error(object_ids)) is not None:
+            self._seen[failed] = None
+            return self._errors[failed]
+        prefetched = self._client.prefetched
+        found = [prefetched.get(object_id) for object_id in object_ids]
+        return None if None in found else found  # type: ignore[return-value]
+
+    def _first_error(self, object_ids: Iterable[ObjectId]) -> ObjectId | None:
+        errors = self._errors
+        return next((object_id for object_id in object_ids if object_id in errors), None)
+
+    def _await(
+        self,
+        object_ids: Sequence[ObjectId],
+        count: int,
+        timeout_s: float | None,
+        ends_on_error: bool,
+    ) -> bool:
+        """Wait until so many of these have ended; False when the time is up."""
+        waiter = self._host.make_waiter()
+        waiter.ends_on_error = ends_on_error
+        with self._lock:
+            waiting = [object_id for object_id in object_ids if object_id in self.pending]
+            waiter.remaining = count - (len(object_ids) - len(waiting))
+            if waiter.remaining <= 0:
+                return True
+            for object_id in waiting:
+                self._waiters.setdefault(object_id, []).append(waiter)
+        try:
+            return self._host.wait(waiter, timeout_s)
+        finally:
+            if self._waiters:
+                self._forget(waiter, waiting)
+
+    def _forget(self, waiter: Waiter, object_ids: list[ObjectId]) -> None:
+        with self._lock:
+            for object_id in object_ids:
+                waiters = self._waiters.get(object_id)
+                if waiters is not None and waiter in waiters:
+                    waiters.remove(waiter)
+                    if not waiters:
+                        del self._waiters[object_id]
+
+    def ready(
+        self, object_ids: Sequence[ObjectId], count: int, timeout_s: float | None
+    ) -> list[int]:
+        """Indexes of those, of objects that only this process knows, that have ended, once there
+        are `count` or the time is up.
+        """
+        self._await(object_ids, count, timeout_s, ends_on_error=False)
+        pending = self.pending
+        return [index for index, o in enumerate(object_ids) if o not in pending]
+
+    def on_dropped(self, object_id: ObjectId) -> None:
+        """The last ref to an object that only this process knew has died."""
+        if self._errors:
+            error = self._errors.pop(object_id, None)
+            if error is not None and self._seen.pop(object_id, self) is self:
+                self._host.show_error(error)
+
+    # ---- what others are to know -----------------------------------------------------------------
+
+    def tell_node(self, object_ids: Iterable[ObjectId]) -> None:
+        """The node is to know of these from now on: they are named to somebody."""
+        client, unknown = self._client, self.unknown
+        for object_id in object_ids:
+            if object_id not in unknown:
+                continue
+            with self._lock:
+                connection = self.pending.get(object_id)
+                if connection is not None:
+                    self._promised[object_id] = None
+                    client.link.send(PromiseObjects(object_ids=[object_id]))
+                    self._count_promise(connection)
+                else:
+                    error = self._errors.pop(object_id, None)
+                    self._seen.pop(object_id, None)
+                    value = client.prefetched.get(object_id) if error is None else error
+                    if value is not None:
+                        is_error = error is not None
+                        message = PutObject(object_id=object_id, value=value, is_error=is_error)
+                        client.link.send(message)
+                unknown.pop(object_id, None)
+
+    def _count_promise(self, connection: Connection) -> None:
+        route = connection.route
+        route.promises += 1
+        if route.promises > max(_PROMISES_MAX, _PROMISES_SHARE * connection.made):
+            route.is_off = True
+
+    def cancel(self, object_id: ObjectId) -> bool:
+        """A call is not wanted; False when the node has to be told."""
+        told: list[PutObject] = []
+        with self._lock:
+            connection = self.pending.get(object_id)
+            if connection is None:
+                return object_id in self.unknown  # it is over
+            waiting = next((call for call in connection.outbox if call[0] == object_id), None)
+            call = waiting or connection.sent.get(object_id)
+            if call is None:
+                return True  # its result is on its way
+            if waiting is not None:
+                # It will be sent, for the worker counts, and is not run.
+                del self.pending[object_id]
+                error = TaskCancelledError(task_id=call[1].hex(), task_name=call[2].name)
+                self._end(object_id, pickle.dumps(error), True, told)
+            connection.cancel(call[1])
+        self._tell(told)
+        return True
+
+    def keeps_handle(self, handle: ObjectId) -> bool:
+        """The last handle to an actor has died: whether calls are under way that the actor must
+        outlive. Then the handle is noted as dead once more, when they are over.
+        """
+        actor_id = actor_of_handle(handle)
+        route = None if actor_id is None else self.routes.get(actor_id)
+        if route is None or route.connection is None or not route.connection.is_busy:
+            return False
+        self._kept[route.actor_id] = handle
+        return True
+
+    def forget_gone(self) -> None:
+        """Actors that nobody here has a handle to any more."""
+        while self.gone:
+            actor_id = actor_of_handle(self.gone.popleft())
+            if actor_id is not None:
+                self._forget_actor(actor_id)
+
+    def _forget_actor(self, actor_id: ActorId) -> None:
+        with self._lock:
+            route = self.routes.pop(actor_id, None)
+            if route is None:
+                return
+            self.lasts.pop(route.last, None)
+            connection, route.connection = route.connection, None
+        if connection is not None:
+            self._connections.pop(connection, None)
+            self._host.unwatch(connection)
+            connection.close()
+
+    def on_kill(self, actor_id: ActorId) -> None:
+        """An actor is to be killed: no call that is made from now on may still reach it."""
+        route = self.routes.get(actor_id)
+        if route is not None:
+            with self._lock:
+                route.connection = None
+                route.calls = 0
+                route.is_clear = False
+
+    # ---- time ------------------------------------------------------------------------------------
+
+    def next_deadline(self) -> float | None:
+        """When to call `tick` at the latest; None: no need."""
+        deadline = self._notes_since_s + _NOTE_AFTER_S if self._notes else None
+        if self.pending:
+            for connection in list(self._connections):
+                if connection.waits_behind():
+                    nudge_s = connection.first_sent_s + _NUDGE_AFTER_S
+                    deadline = nudge_s if deadline is None else min(deadline, nudge_s)
+        return deadline
+
+    def tick(self) -> None:
+        """Time has passed."""
+        now = time.monotonic()
+        if self._notes and now >= self._notes_since_s + _NOTE_AFTER_S:
+            self.send_notes()
+        if self.pending:
+            with self._lock:
+                for connection in self._connections:
+                    late_s = connection.first_sent_s + _NUDGE_AFTER_S
+                    if connection.waits_behind() and now >= late_s:
+                        connection.nudge()
+
+    def _note(
+        self,
+        actor_id: ActorId,
+        calls: list[Waiting],
+        errors: dict[int, str],
+        report: TasksFinished,
+    ) -> None:
+        """These have ended, for those who look on."""
+        if not calls[0][2].is_listed:
+            return
+        now = time.monotonic()
+        with self._lock:
+            if not self._notes:
+                self._notes_since_s = now
+            self._notes_count += len(calls)
+            self._notes.append(
+                EndedCalls(
+                    actor_id=actor_id,
+                    worker_id=report.worker_id,
+                    task_ids=[call[1] for call in calls],
+                    class_ids=[call[2].class_id for call in calls],
+                    errors=errors,
+                    elapsed_ns=report.elapsed_ns,
+                    ended_s=now,
+                )
+            )
+        if self._notes_count >= _NOTES_MAX:
+            self.send_notes()
+
+    def send_notes(self) -> None:
+        """Tell the node what has ended."""
+        with self._lock:
+            notes, self._notes, self._notes_count = self._notes, [], 0
+        if notes and not self.is_closed:
+            self._client.link.send(NoteCalls(calls=notes, now_s=time.monotonic()))
+
+    def close(self) -> None:
+        """The end of the runtime, or a forked child: connections are let go of."""
+        self.is_closed = True
+        for route in list(self.routes.values()):
+            route.connection = None
+        for connection in list(self._connections):
+            connection.close()
+        self._connections.clear()
+
+
+def _is_plain(task_class: TaskClass) -> bool:
+    """Whether the nodes have nothing to decide about calls of a class but where they go."""
+    return (
+        task_class.kind is CallKind.METHOD
+        and task_class.num_returns == 1
+        and task_class.max_retries == 0
+        and not task_class.retry_exceptions
+        and not task_class.stream
+        and not task_class.concurrency_group
+        and not task_class.timeout_s
+        and not task_class.method.startswith("__")
+    )
+
+
+def _unavailable(actor_id: ActorId, name: str) -> bytes:
+    error = ActorUnavailableError(
+        actor_id=actor_id.hex(),
+        class_name=name.partition(".")[0],
+        reason="is unavailable: its process died, or the way to it was cut. The call may or may "
+        "not have run; call again, or allow max_task_retries=.",
+    )
+    return pickle.dumps(error)

@@ -1,0 +1,265 @@
+"""One way from a caller to an actor's worker: packets out, reports in.
+
+    outbox ──at the most two packets under way──▶ frames ══▶ the worker
+    `Calls.on_report` ◀── TasksFinished ◀── frames ◀════════════╝
+
+What: numbers packets, decides how many calls go in one, proves who we are.
+Who calls: `direct/calls.py`, whose lock guards it; the loop that reads, `answer`.
+May touch: its socket; a signal to the worker's process.
+Invariants: calls are sent in the order in which they were made; two packets fit into a socket that
+nobody reads, so sending does not wait.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Protocol, TypeAlias, final
+
+import msgspec
+
+from poolray.direct.addresses import Offer, handshake_for, peer_of
+from poolray.direct.frames import ConnectionLost, Frames
+from poolray.direct.seal import ANSWER_BYTES, HandshakeError
+from poolray.ids import ClassId, ObjectId, TaskId
+from poolray.protocol.values import TaskClass
+from poolray.protocol.worker import (
+    ClassDefinition,
+    InterruptTask,
+    RunTasks,
+    TaskCall,
+    TasksFinished,
+)
+
+if TYPE_CHECKING:
+    from poolray.direct.route import Route
+
+#: Packets under way, so that the worker has the next one when it is done with one.
+PACKETS_MAX = 2
+#: What a packet holds at the most.
+_PACKET_CALLS_MAX = 256
+_PACKET_BYTES = 48 << 10
+#: Larger arguments go by way of the nodes, which have memory for them.
+ARGUMENTS_BYTES_MAX = 32 << 10
+#: About so much work is given at once to a worker that is quick.
+_PACKET_TARGET_S = 1e-3
+_NEW_WEIGHT = 0.4
+
+#: No call is meant.
+_NUDGE = InterruptTask(task_id=TaskId(b""), sequence=0, force=False)
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_report = msgspec.msgpack.Decoder(TasksFinished).decode
+
+#: A call that was not sent: its result, its task, its class, its arguments. (A tuple: one is made
+#: for every call.)
+Waiting: TypeAlias = tuple[ObjectId, TaskId, TaskClass, bytes]
+
+
+class Listener(Protocol):
+    """Who makes the calls."""
+
+    def on_open(self, connection: Connection) -> None:
+        """It may be used."""
+
+    def on_lost(self, connection: Connection) -> None:
+        """The other end is gone."""
+
+    def on_report(self, connection: Connection, report: TasksFinished) -> None:
+        """The worker has results."""
+
+    def new_index(self) -> int:
+        """A name for a class that no other one has in any worker."""
+
+
+@final
+class Connection:
+    """A way to an actor's worker."""
+
+    def __init__(
+        self, listener: Listener, route: Route, channel: socket.socket, offer: Offer
+    ) -> None:
+        self._listener = listener
+        self.route = route
+        self.channel = channel
+        self.connection_id = offer[3]
+        self._frames = Frames(channel)
+        self._handshake = handshake_for(offer)
+        self.is_open = self.is_lost = False
+        #: Calls that were not sent; whoever makes calls appends, without the lock.
+        self.outbox: deque[Waiting] = deque()
+        #: object id -> call that was sent, oldest first.
+        self.sent: dict[ObjectId, Waiting] = {}
+        #: Packets that were not reported: number, calls.
+        self.packets: deque[tuple[int, int]] = deque()
+        self._sequence = 0
+        #: Since when the oldest packet is the worker's first, and whether it was told to hurry.
+        self.first_sent_s = 0.0
+        self.is_nudged = False
+        #: Calls that were sent.
+        self._count = 0
+        #: Class -> the worker's name of it.
+        self._indexes: dict[ClassId, int] = {}
+        #: Of one call; None: not known.
+        self._estimate_s: float | None = None
+        self._pid = 0
+
+    def fileno(self) -> int:
+        """What to poll."""
+        return self.channel.fileno()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether calls are under way."""
+        return bool(self.sent or self.outbox)
+
+    @property
+    def made(self) -> int:
+        """Calls that were made this way."""
+        return self._count + len(self.outbox)
+
+    def begin(self) -> None:
+        """Say who we are.
+
+        Raises
+        ------
+        OSError
+            Nobody is there.
+        """
+        peer = peer_of(self.channel)
+        self._pid = 0 if peer is None else peer[0]
+        self.channel.sendall(self._handshake.hello())
+
+    def answer(self) -> None:
+        """It can be read."""
+        try:
+            self._frames.receive()
+            if not self.is_open and not self._prove():
+                return
+            frames = self._frames.take()
+            reports = [_decode_report(frame) for frame in frames]
+        except (ConnectionLost, HandshakeError, msgspec.MsgspecError, OSError):
+            self._listener.on_lost(self)
+            return
+        for report in reports:
+            self._listener.on_report(self, report)
+
+    def _prove(self) -> bool:
+        """The handshake's end; False while it has not come."""
+        said = self._frames.take_exactly(ANSWER_BYTES)
+        if said is None:
+            return False
+        self.channel.sendall(self._handshake.prove(said))
+        self._frames.seals = self._handshake.seal_back()
+        self._frames.opens = self._handshake.seal()
+        self.is_open = True
+        self._listener.on_open(self)
+        return True
+
+    # ---- packets ---------------------------------------------------------------------------------
+
+    def wants_flush(self) -> bool:
+        """Whether the calls that wait are enough for a packet.
+
+        One at once where the worker has nothing. Behind a packet of many short calls the next one
+        may fill up a little: a packet costs both sides as much as several calls.
+        """
+        packets = self.packets
+        if len(packets) != 1:
+            return not packets
+        waiting = len(self.outbox)
+        return waiting > packets[0][1] >> 1 or waiting >= self._calls_allowed()
+
+    def flush(self) -> None:
+        """Send what the worker has room for."""
+        while self.outbox and self.wants_flush():
+            self._send_packet()
+
+    def _send_packet(self) -> None:
+        outbox, sent, indexes = self.outbox, self.sent, self._indexes
+        tasks: list[TaskCall] = []
+        classes: list[ClassDefinition] = []
+        size, limit = 0, self._calls_allowed()
+        while outbox and len(tasks) < limit:
+            call = outbox[0]
+            object_id, task_id, task_class, payload = call
+            size += len(payload)
+            if tasks and size > _PACKET_BYTES:
+                break
+            index = indexes.get(task_class.class_id)
+            if index is None:
+                index = indexes[task_class.class_id] = self._listener.new_index()
+                classes.append(ClassDefinition(index=index, task_class=task_class))
+            tasks.append(TaskCall(task_id=task_id, class_index=index, calls=[payload]))
+            sent[object_id] = call
+            outbox.popleft()
+        self._count += len(tasks)
+        self._sequence += 1
+        if not self.packets:
+            self.first_sent_s, self.is_nudged = time.monotonic(), False
+        self.packets.append((self._sequence, len(tasks)))
+        self._send(RunTasks(sequence=self._sequence, tasks=tasks, classes=classes))
+
+    def _calls_allowed(self) -> int:
+        estimate = self._estimate_s
+        if estimate is None:
+            return 1
+        if estimate * _PACKET_CALLS_MAX <= _PACKET_TARGET_S:
+            return _PACKET_CALLS_MAX
+        return max(1, int(_PACKET_TARGET_S / estimate))
+
+    def _send(self, message: RunTasks | InterruptTask, flags: int = 0) -> None:
+        if self.is_lost:
+            return
+        try:
+            self._frames.send(_encode(message), flags)
+        except ConnectionLost:
+            pass  # who reads will see it
+
+    def note_reported(self, report: TasksFinished) -> None:
+        """Learn how long calls take, and which packets have ended."""
+        count = len(report.results)
+        if count:
+            estimate, old = report.elapsed_ns * 1e-9 / count, self._estimate_s
+            self._estimate_s = estimate if old is None else old + _NEW_WEIGHT * (estimate - old)
+        packets = self.packets
+        while packets and packets[0][0] <= report.sequence:
+            packets.popleft()
+            self.first_sent_s, self.is_nudged = time.monotonic(), False
+
+    # ---- what a worker is told in the middle of a packet -----------------------------------------
+
+    def cancel(self, task_id: TaskId) -> None:
+        """A call is not wanted."""
+        self._interrupt(InterruptTask(task_id=task_id, sequence=0, force=False))
+
+    def waits_behind(self) -> bool:
+        """Whether results may wait in the worker for a long call behind theirs."""
+        packets = self.packets
+        return bool(packets) and packets[0][1] > 1 and not self.is_nudged
+
+    def nudge(self) -> None:
+        """The worker is to report what has ended."""
+        self.is_nudged = True
+        self._interrupt(_NUDGE)
+
+    def _interrupt(self, message: InterruptTask) -> None:
+        """Tell the worker, and make it look also in the middle of a call."""
+        if self.channel.family != socket.AF_UNIX:
+            # (The other end reads urgent data in its place, so that this frame is one like others.)
+            self._send(message, socket.MSG_OOB)
+            return
+        self._send(message)
+        try:
+            if self._pid > 0:
+                os.kill(self._pid, signal.SIGURG)
+        except OSError:
+            pass  # it is gone, as we shall read
+
+    def close(self) -> None:
+        """The end."""
+        self.is_lost = True
+        self.channel.close()

@@ -1,0 +1,267 @@
+"""Direct calls of an actor: the worker's side.
+
+    callers ══▶ doors ──proofs──▶ _Caller ──packets──▶ `Worker.run_direct`
+       ▲                            │  ▲
+       └────── reports ◀────────────┴──┘      the node's task queue ──▶ the main loop, as ever
+
+What: lets callers in, runs what they send between the packets of the node, keeps results that the
+nodes have to bring.
+Who calls: `local/actor_serial.py`, whose calls run one after the other, on their thread.
+May touch: sockets.
+Invariants: calls of one caller run in the order in which it sent them; a caller that is gone is
+forgotten, and the actor lives on; what nobody proved is never decoded.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import socket
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, final
+
+import msgspec
+
+from poolray.direct.addresses import (
+    CONNECT_S,
+    Offer,
+    handshake_for,
+    make_door,
+    peer_of,
+    settle_in,
+)
+from poolray.direct.frames import ConnectionLost, Frames
+from poolray.direct.seal import HELLO_BYTES, ID_BYTES, MAGIC, PROOF_BYTES, HandshakeError
+from poolray.ids import TaskId
+from poolray.local.channel import Spinner
+from poolray.protocol.values import Outcome
+from poolray.protocol.worker import InterruptTask, RunTasks, TasksFinished
+
+if TYPE_CHECKING:
+    from poolray.local.worker import Worker
+
+_YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))
+#: Doors that wait for whoever asked for them.
+_DOORS_MAX = 64
+#: A gone caller is noticed after this long where only its calls are waited for.
+_LOOK_AGAIN_MS = 1000.0
+
+_decode = msgspec.msgpack.Decoder(RunTasks | InterruptTask).decode
+_encode = msgspec.msgpack.Encoder().encode
+
+
+@final
+class Caller:
+    """A process that calls directly."""
+
+    def __init__(self, channel: socket.socket, offer: Offer) -> None:
+        self.channel = channel
+        self.connection_id = offer[3]
+        self._handshake = handshake_for(offer)
+        self._frames = Frames(channel)
+        #: It has said hello; it has proved that it is who it says.
+        self._greeted = self.is_open = False
+        self.is_gone = False
+        self._packets: deque[RunTasks] = deque()
+        #: Calls that are not wanted.
+        self.cancelled: dict[TaskId, None] = {}
+        #: Calls that have run, or will not.
+        self.ended = 0
+        self.opened_s = time.monotonic()
+
+    def read(self, all_of_it: bool = False) -> None:
+        """Take in what has come; `is_gone` when that is the end.
+
+        (The system gives what was sent up to urgent data and, asked again, the rest.)
+        """
+        try:
+            while self._frames.receive() and all_of_it:
+                pass
+            if not self.is_open and not self._shake_hands():
+                return
+            for frame in self._frames.take():
+                message = _decode(frame)
+                if type(message) is RunTasks:
+                    self._packets.append(message)
+                elif message.task_id:
+                    self.cancelled[message.task_id] = None
+        except (ConnectionLost, HandshakeError, msgspec.MsgspecError, OSError):
+            self.is_gone = True
+            self.cancelled.clear()
+
+    def _shake_hands(self) -> bool:
+        frames, handshake = self._frames, self._handshake
+        if not self._greeted:
+            hello = frames.take_exactly(HELLO_BYTES)
+            if hello is None:
+                return False
+            start = len(MAGIC)
+            if hello[:start] != MAGIC or hello[start : start + ID_BYTES] != self.connection_id:
+                raise HandshakeError("it names another connection")
+            self.channel.sendall(handshake.answer(hello))
+            self._greeted = True
+        proof = frames.take_exactly(PROOF_BYTES)
+        if proof is None:
+            return False
+        handshake.check(proof)
+        frames.seals, frames.opens = handshake.seal(), handshake.seal_back()
+        self.is_open = True
+        return True
+
+    def next_packet(self) -> RunTasks | None:
+        """The next packet that was read."""
+        return self._packets.popleft() if self._packets else None
+
+    def report(self, report: TasksFinished) -> None:
+        """Send results."""
+        if self.is_gone:
+            return
+        try:
+            self._frames.send(_encode(report))
+        except ConnectionLost:
+            self.is_gone = True
+
+
+@final
+class DirectServer:
+    """The callers of one actor."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._tasks = worker.tasks.fileno()
+        self._poller = select.poll()
+        self._poller.register(self._tasks, select.POLLIN)
+        self._spinner = Spinner(worker.config.spin_s)
+        self._doors: dict[int, tuple[socket.socket, Offer]] = {}
+        self._callers: dict[int, Caller] = {}
+        #: Results that the nodes have to bring.
+        self._held: dict[TaskId, Any] = {}
+
+    # ---- what callers ask for by way of the nodes ------------------------------------------------
+
+    def listen(self, machine: str) -> Offer | None:
+        """A door for one caller, which is on that machine; None: it cannot come here."""
+        setup = self._worker.setup
+        made = make_door(machine == setup.machine, setup.direct_host)
+        if made is None:
+            return None
+        while len(self._doors) >= _DOORS_MAX:
+            self._close_door(next(iter(self._doors)))
+        door, offer = made
+        self._doors[door.fileno()] = door, offer
+        self._poller.register(door, select.POLLIN)
+        return offer
+
+    def run_until(self, connection_id: bytes, count: int) -> None:
+        """Run calls of a caller until so many have ended: the next call of it is the node's."""
+        caller = next((c for c in self._callers.values() if c.connection_id == connection_id), None)
+        if caller is None:
+            return  # it is gone, and with it who would see the order
+        poller = select.poll()
+        poller.register(caller.channel, select.POLLIN)
+        self._worker.send_results()
+        while True:
+            self._run(caller)
+            if caller.is_gone or caller.ended >= count:
+                return
+            if poller.poll(_LOOK_AGAIN_MS):
+                caller.read()
+
+    def hold(self, task_id: TaskId, result: Any) -> Outcome:
+        """Keep a result until the nodes bring it; what the caller is told instead."""
+        self._held[task_id] = result
+        return Outcome(values=[])
+
+    def give_held(self, task_id: TaskId) -> Any:
+        """Such a result, once."""
+        return self._held.pop(task_id)
+
+    # ---- the loop --------------------------------------------------------------------------------
+
+    def receive(self) -> bytes:
+        """The node's next packet; runs direct calls until it is there. Empty: the node is gone."""
+        while True:
+            for descriptor, _ in self._wait():
+                if descriptor == self._tasks:
+                    packet = self._worker.reader.take_nowait()
+                    if packet is not None:
+                        return packet
+                elif descriptor in self._callers:
+                    caller = self._callers[descriptor]
+                    caller.read()
+                    self._run(caller)
+                    if caller.is_gone:
+                        self._forget(descriptor, caller)
+                else:
+                    self._let_in(descriptor)
+
+    def _wait(self) -> list[tuple[int, int]]:
+        poll, spinner = self._poller.poll, self._spinner
+        ready = poll(0)
+        if ready:
+            spinner.note(0.0)
+            return ready
+        started_s = time.perf_counter()
+        end_s = started_s + spinner.limit_s()
+        while time.perf_counter() < end_s:
+            _YIELD()
+            ready = poll(0)
+            if ready:
+                spinner.note(time.perf_counter() - started_s)
+                return ready
+        ready = poll(CONNECT_S * 1000.0 if self._doors or self._strangers() else None)
+        spinner.note(time.perf_counter() - started_s)
+        if not ready:
+            self._close_late()
+        return ready
+
+    def _strangers(self) -> bool:
+        return any(not caller.is_open for caller in self._callers.values())
+
+    def _run(self, caller: Caller) -> None:
+        """Run what a caller has sent."""
+        while (packet := caller.next_packet()) is not None:
+            self._worker.run_direct(packet, caller)
+            # The last call's values must not live on while we wait.
+            packet = None
+
+    def _let_in(self, descriptor: int) -> None:
+        """Somebody is at a door, which closes behind him."""
+        door, offer = self._doors[descriptor]
+        try:
+            channel, _ = door.accept()
+        except OSError:
+            return  # he has left again
+        self._close_door(descriptor)
+        peer = peer_of(channel)
+        if peer is not None and peer[1] not in (os.getuid(), 0):
+            channel.close()
+            return
+        settle_in(channel)
+        if peer is None:  # it cannot send us signals: urgent data makes the system do so
+            channel.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+            fcntl.fcntl(channel.fileno(), fcntl.F_SETOWN, os.getpid())
+        self._callers[channel.fileno()] = Caller(channel, offer)
+        self._poller.register(channel, select.POLLIN)
+
+    def _close_door(self, descriptor: int) -> None:
+        door, _ = self._doors.pop(descriptor)
+        self._poller.unregister(door)
+        door.close()
+
+    def _close_late(self) -> None:
+        """Nobody has come for long: who asked has given up, or does not prove himself."""
+        for descriptor in list(self._doors):
+            self._close_door(descriptor)
+        too_early = time.monotonic() - CONNECT_S
+        for descriptor, caller in list(self._callers.items()):
+            if not caller.is_open and caller.opened_s < too_early:
+                self._forget(descriptor, caller)
+
+    def _forget(self, descriptor: int, caller: Caller) -> None:
+        caller.is_gone = True
+        self._poller.unregister(caller.channel)
+        del self._callers[descriptor]
+        caller.channel.close()

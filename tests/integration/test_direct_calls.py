@@ -1,0 +1,484 @@
+"""Calls that go straight from the caller's process to the actor's: nobody sees a difference."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+
+import poolray
+from poolray.cluster_utils import Cluster
+from poolray.direct.connection import Connection
+from poolray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    TaskCancelledError,
+)
+from poolray.local import process_state
+from poolray.util import state
+from tests.integration.support import Gate, run_script, statistics, wait_until
+
+Gates: TypeAlias = tuple[Gate, Gate]
+
+
+@poolray.remote
+class Recorder:
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def note(self, value: Any) -> int:
+        self.seen.append(value if isinstance(value, int) else len(value))
+        return len(self.seen)
+
+    def all(self) -> list[Any]:
+        return self.seen
+
+    def echo(self, value: Any) -> Any:
+        return value
+
+    def zeros(self, size: int) -> Any:
+        return np.zeros(size, np.uint8)
+
+    def put(self, value: Any) -> list[Any]:
+        return [poolray.put(value)]
+
+    def fail(self, text: str) -> None:
+        raise ValueError(text)
+
+    def wait(self, started: Gate, release: Gate) -> str:
+        started.open()
+        release.wait()
+        return "released"
+
+    def nested(self, other: Any, count: int) -> list[int]:
+        return poolray.get([other.note.remote(number) for number in range(count)])
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def leave(self) -> None:
+        poolray.actor.exit_actor()
+
+    def write(self, path: str) -> None:
+        Path(path).write_text("written")
+
+    def task_id(self) -> str:
+        return poolray.get_runtime_context().get_task_id()
+
+    def cancelled(self, started: Gate, release: Gate) -> bool:
+        started.open()
+        release.wait()
+        return bool(poolray.get_runtime_context().is_canceled)
+
+
+def way_to(actor: Any) -> Connection | None:
+    """The direct way to an actor, if there is one that the next call would take."""
+    client = process_state.client()
+    assert client is not None
+    assert client.direct is not None
+    route = client.direct.routes.get(actor._actor_id)
+    return None if route is None else route.usable()
+
+
+def open_way(actor: Any) -> Connection:
+    """Call an actor until calls go straight."""
+
+    def has_way() -> bool:
+        poolray.get(actor.pid.remote())
+        return way_to(actor) is not None
+
+    wait_until(has_way, "a direct way to the actor")
+    way = way_to(actor)
+    assert way is not None
+    return way
+
+
+@pytest.fixture
+def gates(tmp_path: Path) -> Iterator[tuple[Gate, Gate]]:
+    """One that says that a call has begun, one that lets it go on."""
+    with Gate(tmp_path / "started") as started, Gate(tmp_path / "release") as release:
+        yield started, release
+
+
+@pytest.fixture(params=["one process", "cluster, sealed"])
+def recorder(request: pytest.FixtureRequest) -> Any:
+    """An actor whose calls go straight: on this machine, and over TCP to a node of a cluster."""
+    if request.param == "one process":
+        poolray.init(num_cpus=2)
+        actor = Recorder.remote()
+        open_way(actor)
+        yield actor
+        return
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1, resources={"far": 1})
+        poolray.init(address=cluster.address)
+        client = process_state.client()
+        assert client is not None
+        assert client.direct is not None
+        client.direct._host.machine = "another machine"
+        actor = Recorder.options(resources={"far": 0.1}).remote()
+        assert open_way(actor)._frames.seals is not None
+        yield actor
+    finally:
+        poolray.shutdown()
+        cluster.shutdown()
+
+
+# ---- order ---------------------------------------------------------------------------------------
+
+
+def test_calls_begin_in_order_whichever_way_they_go(recorder: Any) -> None:
+    slow = poolray.remote(lambda: time.sleep(0.05) or 7)
+    expected: list[int] = []
+    refs = []
+    for number in range(300):
+        if number % 50 == 10:  # the value comes late
+            refs.append(recorder.note.remote(slow.remote()))
+            expected.append(7)
+        elif number % 50 == 20:  # too large to go straight
+            refs.append(recorder.note.remote(b"x" * 200_000))
+            expected.append(200_000)
+        elif number % 50 == 30:
+            poolray.get(refs[-1])  # what follows goes straight again
+            assert way_to(recorder) is not None
+        else:
+            refs.append(recorder.note.remote(number))
+            expected.append(number)
+    assert poolray.get(refs) == list(range(1, len(expected) + 1))
+    assert poolray.get(recorder.all.remote()) == expected
+
+
+def test_a_burst_goes_in_packets_and_comes_back_in_order(recorder: Any) -> None:
+    refs = [recorder.note.remote(number) for number in range(5_000)]
+    assert poolray.get(refs[4_321]) == 4_322
+    assert poolray.get(refs) == list(range(1, 5_001))
+    assert poolray.get(recorder.all.remote()) == list(range(5_000))
+
+
+def test_results_do_not_wait_for_a_long_call_behind_them(recorder: Any, gates: Gates) -> None:
+    poolray.get([recorder.note.remote(number) for number in range(500)])  # calls are short so far
+    started, release = gates
+    short = [recorder.note.remote(number) for number in range(20)]
+    long = recorder.wait.remote(started, release)
+    behind = recorder.note.remote(1)
+    try:
+        assert poolray.get(short, timeout=20) == list(range(501, 521))
+        started.wait()
+        with pytest.raises(GetTimeoutError):
+            poolray.get([long, behind], timeout=0.05)
+    finally:
+        release.open()
+    assert poolray.get([long, behind]) == ["released", 521]
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+
+def test_large_results_and_results_with_refs_inside_come_as_well(recorder: Any) -> None:
+    for size in (10, 1_000_000, 10):
+        assert way_to(recorder) is not None or open_way(recorder)
+        assert len(poolray.get(recorder.zeros.remote(size))) == size
+    open_way(recorder)
+    (inner,) = poolray.get(recorder.put.remote("deep"))
+    assert poolray.get(inner) == "deep"
+
+
+def test_keyword_arguments_none_and_errors(recorder: Any) -> None:
+    assert poolray.get(recorder.echo.remote(value=(1, "two"))) == (1, "two")
+    assert poolray.get(recorder.echo.remote(None)) is None
+    good, bad, after = recorder.note.remote(1), recorder.fail.remote("no"), recorder.note.remote(2)
+    with pytest.raises(ValueError, match="no"):
+        poolray.get([good, bad, after])
+    assert poolray.get([good, after]) == [1, 2]
+    large = recorder.fail.remote("x" * 300_000)
+    with pytest.raises(ValueError, match="xxx"):
+        poolray.get(large)
+
+
+def test_refs_may_go_anywhere_before_their_values_are_here_and_after(
+    recorder: Any, gates: Gates
+) -> None:
+    length = poolray.remote(lambda value, inner: (value, poolray.get(inner[0])))
+    started, release = gates
+    held = recorder.wait.remote(started, release)
+    pending, other = recorder.note.remote(5), recorder.note.remote(6)
+    first = length.remote(pending, [other])
+    release.open()
+    assert poolray.get(first) == (1, 2)
+    assert poolray.get(length.remote(held, [pending])) == ("released", 1)
+    failed = recorder.fail.remote("no")
+    with pytest.raises(ValueError, match="no"):
+        poolray.get(length.remote(failed, [pending]))
+    assert poolray.get(recorder.echo.remote([pending, 1]))[1] == 1
+
+
+def test_wait_with_direct_refs_alone_and_among_others(recorder: Any, gates: Gates) -> None:
+    started, release = gates
+    done, long = recorder.note.remote(1), recorder.wait.remote(started, release)
+    assert poolray.wait([long, done], timeout=20) == ([done], [long])
+    assert poolray.wait([long], timeout=0) == ([], [long])
+    put = poolray.put(3)
+    ready, rest = poolray.wait([long, done, put], num_returns=2, timeout=20)
+    assert (ready, rest) == ([done, put], [long])
+    assert poolray.wait([long, put], num_returns=2, timeout=0.05)[1] == [long]
+    release.open()
+    assert poolray.wait([long, put], num_returns=2, timeout=20)[1] == []
+    assert poolray.get([long, put, done]) == ["released", 3, 1]
+
+
+def test_futures_and_awaits(recorder: Any) -> None:
+    async def both() -> list[Any]:
+        return list(await asyncio.gather(*[recorder.note.remote(n) for n in range(5)]))
+
+    assert recorder.echo.remote("future").future().result(20) == "future"
+    assert asyncio.run(both()) == [1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="no"):
+        recorder.fail.remote("no").future().result(20)
+
+
+def test_nested_calls_from_a_direct_call(recorder: Any) -> None:
+    other = Recorder.remote()
+    assert poolray.get(recorder.nested.remote(other, 40)) == list(range(1, 41))
+    assert poolray.get([recorder.nested.remote(other, 1) for _ in range(5)]) == [
+        [number] for number in range(41, 46)
+    ]
+    ids = poolray.get([recorder.task_id.remote() for _ in range(10)])
+    assert len(set(ids)) == 10
+
+
+# ---- cancelling ----------------------------------------------------------------------------------
+
+
+def test_calls_that_wait_are_cancelled_and_never_run(recorder: Any, gates: Gates) -> None:
+    poolray.get([recorder.note.remote(number) for number in range(300)])
+    started, release = gates
+    long = recorder.wait.remote(started, release)
+    started.wait()
+    waiting = [recorder.note.remote(-number) for number in range(100)]
+    for ref in (waiting[0], waiting[1], waiting[99]):
+        poolray.cancel(ref)
+    release.open()
+    assert poolray.get(long) == "released"
+    for index, ref in enumerate(waiting):
+        if index in (0, 1, 99):
+            with pytest.raises(TaskCancelledError):
+                poolray.get(ref)
+        else:
+            poolray.get(ref)
+    seen = poolray.get(recorder.all.remote())
+    assert seen[300:] == [-number for number in range(100) if number not in (0, 1, 99)]
+
+
+def test_a_call_that_runs_learns_that_it_is_cancelled(recorder: Any, gates: Gates) -> None:
+    started, release = gates
+    running = recorder.cancelled.remote(started, release)
+    started.wait()
+    poolray.cancel(running)
+    time.sleep(0.1)  # a signal, of which nobody tells that it has arrived
+    release.open()
+    with pytest.raises(TaskCancelledError):
+        poolray.get(running)
+    assert poolray.get(recorder.echo.remote(1)) == 1
+
+
+# ---- ends ----------------------------------------------------------------------------------------
+
+
+def test_no_call_reaches_an_actor_after_its_kill(recorder: Any) -> None:
+    poolray.kill(recorder)
+    with pytest.raises(ActorDiedError):
+        poolray.get(recorder.echo.remote(1))
+
+
+def test_a_crash_ends_what_may_have_run_and_says_why(recorder: Any, gates: Gates) -> None:
+    started, release = gates
+    pid = poolray.get(recorder.pid.remote())
+    running = recorder.wait.remote(started, release)
+    behind = [recorder.note.remote(number) for number in range(10)]
+    started.wait()
+    os.kill(pid, signal.SIGKILL)
+    for ref in (running, *behind):
+        with pytest.raises(ActorDiedError):
+            poolray.get(ref, timeout=20)
+    with pytest.raises(ActorDiedError):
+        poolray.get(recorder.note.remote(1))
+
+
+def test_exit_actor_ends_the_call_that_runs_and_those_behind(recorder: Any) -> None:
+    leaving, behind = recorder.leave.remote(), recorder.note.remote(1)
+    for ref in (leaving, behind):
+        with pytest.raises(ActorDiedError, match="exit_actor"):
+            poolray.get(ref, timeout=20)
+
+
+def test_an_actor_that_is_made_again_gets_a_way_of_its_own(gates: Gates) -> None:
+    poolray.init(num_cpus=2)
+    actor = Recorder.options(max_restarts=1).remote()
+    old = open_way(actor)
+    started, release = gates
+    pid = poolray.get(actor.pid.remote())
+    running = actor.wait.remote(started, release)
+    started.wait()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises((ActorUnavailableError, ActorDiedError)):
+        poolray.get(running, timeout=20)
+
+    def is_back() -> bool:
+        try:
+            return poolray.get(actor.pid.remote()) != pid
+        except ActorUnavailableError:
+            return False
+
+    wait_until(is_back, "the actor")
+    assert open_way(actor) is not old
+    assert poolray.get(actor.note.remote(1)) == 1
+
+
+def test_calls_of_a_handle_that_died_still_run(recorder: Any, tmp_path: Path, gates: Gates) -> None:
+    actor = Recorder.remote()
+    open_way(actor)
+    started, release = gates
+    actor.wait.remote(started, release)
+    actor.write.remote(str(tmp_path / "file"))
+    del actor
+    gc.collect()
+    started.wait()
+    release.open()
+    wait_until((tmp_path / "file").exists, "the call behind")
+
+
+def test_actors_without_handles_end_and_take_their_connections_along() -> None:
+    poolray.init(num_cpus=2)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        actor = Recorder.remote()
+        open_way(actor)
+        del actor
+        gc.collect()
+    wait_until(lambda: statistics().actors == 0, "the end of the actors")
+    client = process_state.client()
+    assert client is not None
+    assert client.direct is not None
+    client.sync_references()
+    assert not client.direct.routes
+    assert not client.direct.unknown
+    assert not client.direct.pending
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 8, "closed descriptors")
+
+
+def test_a_killed_driver_leaves_a_detached_actor_unharmed(tmp_path: Path) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        script = f"""
+            import os, signal, poolray
+            poolray.init(address={cluster.address!r}, namespace="here")
+
+            @poolray.remote
+            class Counter:
+                def __init__(self):
+                    self.value = 0
+                def add(self):
+                    self.value += 1
+                    return self.value
+
+            counter = Counter.options(name="counter", lifetime="detached").remote()
+            for _ in range(200):
+                poolray.get(counter.add.remote())
+            refs = [counter.add.remote() for _ in range(100)]
+            poolray.get(refs)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+        token = {"POOLRAY_AUTH_TOKEN_PATH": cluster.auth_token_path}
+        run_script(tmp_path / "script.py", script, environment=token)
+        poolray.init(address=cluster.address, namespace="here")
+        counter = poolray.get_actor("counter")
+        assert poolray.get([counter.add.remote() for _ in range(100)])[-1] == 400
+        assert [poolray.get(counter.add.remote()) for _ in range(50)][-1] == 450
+    finally:
+        poolray.shutdown()
+        cluster.shutdown()
+
+
+# ---- looking on ----------------------------------------------------------------------------------
+
+
+def test_direct_calls_are_listed_with_their_errors_and_drawn(recorder: Any) -> None:
+    poolray.get([recorder.note.remote(number) for number in range(30)])
+    with pytest.raises(ValueError, match="no"):
+        poolray.get(recorder.fail.remote("no"))
+
+    def rows(name: str) -> list[Any]:
+        return [row for row in state.list_tasks(limit=1000) if row.name == f"Recorder.{name}"]
+
+    wait_until(lambda: len(rows("note")) == 30 and len(rows("fail")) == 1, "the calls' rows")
+    assert {row.state for row in rows("note")} == {"FINISHED"}
+    assert rows("fail")[0].state == "FAILED"
+    assert rows("note")[0].actor_id == recorder._actor_id.hex()
+    events = [event for event in poolray.timeline() if event["name"] == "Recorder.note"]
+    assert len(events) == 30
+
+
+def test_an_error_that_nobody_has_read_is_shown(tmp_path: Path) -> None:
+    found = run_script(
+        tmp_path / "script.py",
+        """
+        import poolray
+        poolray.init(num_cpus=2)
+
+        @poolray.remote
+        class Failing:
+            def ping(self):
+                return 1
+            def fail(self):
+                raise ValueError("nobody looked")
+
+        actor = Failing.remote()
+        for _ in range(100):
+            poolray.get(actor.ping.remote())
+        actor.fail.remote()
+        poolray.get(actor.ping.remote())
+        """,
+    )
+    assert "nobody looked" in found.stderr
+
+
+def test_actors_on_other_nodes_of_this_machine_are_called_over_a_socket_of_its_own() -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1, resources={"far": 1})
+        poolray.init(address=cluster.address)
+        actor = Recorder.options(resources={"far": 0.1}).remote()
+        assert open_way(actor)._frames.seals is None
+        assert poolray.get([actor.note.remote(n) for n in range(100)]) == list(range(1, 101))
+    finally:
+        poolray.shutdown()
+        cluster.shutdown()
+
+
+def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POOLRAY_direct_calls_after", "0")
+    poolray.init(num_cpus=2)
+    actor = Recorder.remote()
+    assert [poolray.get(actor.note.remote(n)) for n in range(50)] == list(range(1, 51))
+    client = process_state.client()
+    assert client is not None
+    assert client.direct is None
+
+
+def test_actors_that_run_calls_side_by_side_are_called_by_way_of_the_node() -> None:
+    poolray.init(num_cpus=2)
+    actor = Recorder.options(max_concurrency=2).remote()
+    poolray.get([actor.note.remote(n) for n in range(100)])
+    for _ in range(50):
+        poolray.get(actor.pid.remote())
+    assert way_to(actor) is None
