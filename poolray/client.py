@@ -83,6 +83,8 @@ if TYPE_CHECKING:
 _REF = ObjectRef
 #: Refs that a `wait` looks at before it looks at all.
 _WAIT_BLOCK = 64
+#: Tasks that a call has submitted and that are stopped with it, at the most.
+_CHILDREN_MAX = 10_000
 _NO_TASK = TaskId(b"")
 _NO_OBJECT = ObjectId(b"")
 #: Most tasks name no objects; these lists are shared and never changed.
@@ -120,6 +122,9 @@ class Client(References):
         self.captured = PlacementGroupId(b"")
         #: In a worker: gives the task that runs.
         self.current_task: Callable[[], TaskId | None] | None = None
+        #: In a worker: tasks that the running call has submitted, if its caller has come past the
+        #: node, which else remembers them.
+        self.children: deque[TaskId] = deque(maxlen=_CHILDREN_MAX)
         self._arena = arena
         #: Writes large values instead of us, where the arena is another machine's.
         self.upload: Callable[[ObjectId, Serialized], InArena | InFile] | None = None
@@ -351,6 +356,8 @@ class Client(References):
             )
             if direct is not None and actor_id is not None:
                 direct.after_other_call(actor_id, refs[-1]._id if refs else _NO_OBJECT)
+            if self._is_worker:
+                self.children.append(task_id)
             if self.config.record_ref_creation_sites:
                 self._note_call_site([ref._id for ref in refs], "(task call)")
                 if temporary is not None:
@@ -470,10 +477,16 @@ class Client(References):
         message = CancelTask(task_id=task_of(ref._id), force=force, recursive=recursive)
         self.link.enter()
         try:
-            if self.direct is None or not self.direct.cancel(ref._id):
+            if self.direct is None or not self.direct.cancel(ref._id, recursive):
                 self.link.send(message)
         finally:
             self.link.leave()
+
+    def cancel_children(self) -> None:
+        """Stop what the running call has submitted, and what that has."""
+        while self.children:
+            task_id = self.children.popleft()
+            self.link.send(CancelTask(task_id=task_id, force=False, recursive=True))
 
     def _argument_error(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception

@@ -663,7 +663,7 @@ class DirectCalls:
         if route.promises > max(_PROMISES_MAX, _PROMISES_SHARE * connection.made):
             route.is_off = True
 
-    def cancel(self, object_id: ObjectId) -> bool:
+    def cancel(self, object_id: ObjectId, recursive: bool) -> bool:
         """A call is not wanted; False when the node has to be told."""
         told: list[PutObject] = []
         with self._lock:
@@ -679,7 +679,7 @@ class DirectCalls:
                 del self.pending[object_id]
                 error = TaskCancelledError(task_id=call[1].hex(), task_name=call[2].name)
                 self._end(object_id, pickle.dumps(error), True, told)
-            connection.cancel(call[1])
+            connection.cancel(call[1], recursive)
         self._tell(told)
         return True
 

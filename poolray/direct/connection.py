@@ -232,9 +232,11 @@ class Connection:
 
     # ---- what a worker is told in the middle of a packet -----------------------------------------
 
-    def cancel(self, task_id: TaskId) -> None:
+    def cancel(self, task_id: TaskId, recursive: bool) -> None:
         """A call is not wanted."""
-        self._interrupt(InterruptTask(task_id=task_id, sequence=0, force=False))
+        self._interrupt(
+            InterruptTask(task_id=task_id, sequence=0, force=False, recursive=recursive)
+        )
 
     def waits_behind(self) -> bool:
         """Whether results may wait in the worker for a long call behind theirs."""

@@ -65,8 +65,8 @@ class Caller:
         self._greeted = self.is_open = False
         self.is_gone = False
         self._packets: deque[RunTasks] = deque()
-        #: Calls that are not wanted.
-        self.cancelled: dict[TaskId, None] = {}
+        #: Calls that are not wanted -> whether nothing that they have submitted is, either.
+        self.cancelled: dict[TaskId, bool] = {}
         #: Calls that have run, or will not.
         self.ended = 0
         self.opened_s = time.monotonic()
@@ -86,7 +86,7 @@ class Caller:
                 if type(message) is RunTasks:
                     self._packets.append(message)
                 elif message.task_id:
-                    self.cancelled[message.task_id] = None
+                    self.cancelled[message.task_id] = message.recursive
         except (ConnectionLost, HandshakeError, msgspec.MsgspecError, OSError):
             self.is_gone = True
             self.cancelled.clear()

@@ -300,6 +300,7 @@ class Worker:
             task = message.tasks[self._position]
             if caller is not None:
                 caller.ended += 1
+                self.client.api.children.clear()
                 if caller.cancelled and task.task_id in caller.cancelled:
                     self._skip(task, caller)
                     continue
@@ -496,9 +497,11 @@ class Worker:
         caller = self._caller
         if caller is not None:
             if task_id in caller.cancelled:
-                del caller.cancelled[task_id]
+                recursive = caller.cancelled.pop(task_id)
                 process_state.cancel_current_task()
                 self.is_call_cancelled = True
+                if recursive:
+                    self.client.api.cancel_children()
             return
         orders = self._take_orders(packet.sequence)
         mine = [order for order in orders if order.task_id == task_id]

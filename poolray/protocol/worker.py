@@ -98,6 +98,8 @@ class InterruptTask(msgspec.Struct, frozen=True, array_like=True, tag=3, kw_only
     force: bool  #: end the process instead of raising KeyboardInterrupt
     #: Of the call in the packet that is out of time, whatever its task; -1: a task is meant.
     index: int = -1
+    #: From a direct caller: what the call has submitted is to be stopped as well.
+    recursive: bool = False
 
 
 class WorkerReady(msgspec.Struct, frozen=True, array_like=True, tag=10, kw_only=True):

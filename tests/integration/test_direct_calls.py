@@ -30,6 +30,12 @@ from tests.integration.support import Gate, run_script, statistics, wait_until
 Gates: TypeAlias = tuple[Gate, Gate]
 
 
+@poolray.remote(num_cpus=0)
+def hold(started: Gate) -> None:
+    started.open()
+    time.sleep(60)
+
+
 @poolray.remote
 class Recorder:
     def __init__(self) -> None:
@@ -73,6 +79,17 @@ class Recorder:
 
     def task_id(self) -> str:
         return poolray.get_runtime_context().get_task_id()
+
+    def submit(self, started: Gate, release: Gate) -> None:
+        self.child = hold.remote(started)
+        started.open()
+        release.wait()
+
+    def child_was_cancelled(self) -> bool:
+        try:
+            return bool(poolray.get(self.child, timeout=20))
+        except TaskCancelledError:
+            return True
 
     def cancelled(self, started: Gate, release: Gate) -> bool:
         started.open()
@@ -289,6 +306,19 @@ def test_a_call_that_runs_learns_that_it_is_cancelled(recorder: Any, gates: Gate
     with pytest.raises(TaskCancelledError):
         poolray.get(running)
     assert poolray.get(recorder.echo.remote(1)) == 1
+
+
+def test_what_a_call_has_submitted_is_cancelled_with_it(recorder: Any, gates: Gates) -> None:
+    started, release = gates
+    parent = recorder.submit.remote(started, release)
+    started.wait()
+    started.wait()
+    poolray.cancel(parent)
+    time.sleep(0.1)  # as above
+    release.open()
+    with pytest.raises(TaskCancelledError):
+        poolray.get(parent)
+    assert poolray.get(recorder.child_was_cancelled.remote())
 
 
 # ---- ends ----------------------------------------------------------------------------------------
