@@ -33,7 +33,7 @@ def test_web_crawler_misses_no_page() -> None:
 
 
 def test_rate_limited_fetcher_keeps_the_limit_and_takes_over_from_who_gives_up() -> None:
-    done = run("rate_limited_fetcher.py", "--records", 80, "--per-second", 100)
+    done = run("rate_limited_fetcher.py", "--records", 80, "--per-second", 40)
     assert done.returncode == 0, done.stderr
     taken = re.search(r"(\d+) taken over from a client that gave up, 0 requests", done.stdout)
     assert taken is not None
