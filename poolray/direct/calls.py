@@ -32,6 +32,7 @@ import msgspec
 from poolray.direct.addresses import Offer, come_to, settle_in
 from poolray.direct.connection import ARGUMENTS_BYTES_MAX, Connection, Waiting
 from poolray.direct.route import Route
+from poolray.direct.seal import HandshakeError
 from poolray.exceptions import ActorUnavailableError, TaskCancelledError
 from poolray.ids import (
     ActorId,
@@ -368,15 +369,14 @@ class DirectCalls:
         try:
             channel = come_to(offer)
         except OSError:
-            route.is_off = True  # the nodes' way always works
+            route.is_asking, route.is_off = False, True  # the nodes' way always works
             return
-        connection = Connection(self, route, channel, offer)
         try:
             settle_in(channel)
-            connection.begin()
-        except OSError:
+            connection = Connection(self, route, channel, offer)
+        except (HandshakeError, OSError):
             channel.close()
-            route.is_off = True
+            route.is_asking, route.is_off = False, True
             return
         if self.is_closed:
             channel.close()

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, final
 
 import msgspec
 
-from poolray.direct.addresses import Offer, handshake_for, peer_of
-from poolray.direct.frames import ConnectionLost, Frames
-from poolray.direct.seal import ANSWER_BYTES, HandshakeError
+from poolray.direct.addresses import Offer
+from poolray.direct.ends import End
+from poolray.direct.frames import ConnectionLost
+from poolray.direct.seal import HandshakeError
 from poolray.ids import ClassId, ObjectId, TaskId
 from poolray.protocol.values import TaskClass
 from poolray.protocol.worker import (
@@ -77,7 +78,13 @@ class Listener(Protocol):
 
 @final
 class Connection:
-    """A way to an actor's worker."""
+    """A way to an actor's worker.
+
+    Raises
+    ------
+    HandshakeError, OSError
+        Nobody is there, or somebody else.
+    """
 
     def __init__(
         self, listener: Listener, route: Route, channel: socket.socket, offer: Offer
@@ -86,8 +93,7 @@ class Connection:
         self.route = route
         self.channel = channel
         self.connection_id = offer[3]
-        self._frames = Frames(channel)
-        self._handshake = handshake_for(offer)
+        self._end = End(channel, offer, listens=False)
         self.is_open = self.is_lost = False
         #: Calls that were not sent; whoever makes calls appends, without the lock.
         self.outbox: deque[Waiting] = deque()
@@ -105,7 +111,6 @@ class Connection:
         self._indexes: dict[ClassId, int] = {}
         #: Of one call; None: not known.
         self._estimate_s: float | None = None
-        self._pid = 0
 
     def fileno(self) -> int:
         """What to poll."""
@@ -121,43 +126,23 @@ class Connection:
         """Calls that were made this way."""
         return self._count + len(self.outbox)
 
-    def begin(self) -> None:
-        """Say who we are.
-
-        Raises
-        ------
-        OSError
-            Nobody is there.
-        """
-        peer = peer_of(self.channel)
-        self._pid = 0 if peer is None else peer[0]
-        self.channel.sendall(self._handshake.hello())
+    @property
+    def is_sealed(self) -> bool:
+        """Whether what goes through is closed to others."""
+        return self._end.is_sealed
 
     def answer(self) -> None:
         """It can be read."""
         try:
-            self._frames.receive()
-            if not self.is_open and not self._prove():
-                return
-            frames = self._frames.take()
-            reports = [_decode_report(frame) for frame in frames]
+            reports = [_decode_report(frame) for frame in self._end.read()]
         except (ConnectionLost, HandshakeError, msgspec.MsgspecError, OSError):
             self._listener.on_lost(self)
             return
+        if not self.is_open and self._end.is_open:
+            self.is_open = True
+            self._listener.on_open(self)
         for report in reports:
             self._listener.on_report(self, report)
-
-    def _prove(self) -> bool:
-        """The handshake's end; False while it has not come."""
-        said = self._frames.take_exactly(ANSWER_BYTES)
-        if said is None:
-            return False
-        self.channel.sendall(self._handshake.prove(said))
-        self._frames.seals = self._handshake.seal_back()
-        self._frames.opens = self._handshake.seal()
-        self.is_open = True
-        self._listener.on_open(self)
-        return True
 
     # ---- packets ---------------------------------------------------------------------------------
 
@@ -215,7 +200,7 @@ class Connection:
         if self.is_lost:
             return
         try:
-            self._frames.send(_encode(message), flags)
+            self._end.send(_encode(message), flags)
         except ConnectionLost:
             pass  # who reads will see it
 
@@ -250,14 +235,14 @@ class Connection:
 
     def _interrupt(self, message: InterruptTask) -> None:
         """Tell the worker, and make it look also in the middle of a call."""
-        if self.channel.family != socket.AF_UNIX:
+        if self._end.is_far:
             # (The other end reads urgent data in its place, so that this frame is one like others.)
             self._send(message, socket.MSG_OOB)
             return
         self._send(message)
         try:
-            if self._pid > 0:
-                os.kill(self._pid, signal.SIGURG)
+            if self._end.pid > 0:
+                os.kill(self._end.pid, signal.SIGURG)
         except OSError:
             pass  # it is gone, as we shall read
 

@@ -24,16 +24,10 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from poolray.direct.addresses import (
-    CONNECT_S,
-    Offer,
-    handshake_for,
-    make_door,
-    peer_of,
-    settle_in,
-)
-from poolray.direct.frames import ConnectionLost, Frames
-from poolray.direct.seal import HELLO_BYTES, ID_BYTES, MAGIC, PROOF_BYTES, HandshakeError
+from poolray.direct.addresses import CONNECT_S, Offer, make_door, settle_in
+from poolray.direct.ends import End
+from poolray.direct.frames import ConnectionLost
+from poolray.direct.seal import HandshakeError
 from poolray.ids import TaskId
 from poolray.local.channel import Spinner
 from poolray.protocol.values import Outcome
@@ -58,11 +52,7 @@ class Caller:
 
     def __init__(self, channel: socket.socket, offer: Offer) -> None:
         self.channel = channel
-        self.connection_id = offer[3]
-        self._handshake = handshake_for(offer)
-        self._frames = Frames(channel)
-        #: It has said hello; it has proved that it is who it says.
-        self._greeted = self.is_open = False
+        self._end = End(channel, offer, listens=True)
         self.is_gone = False
         self._packets: deque[RunTasks] = deque()
         #: Calls that are not wanted -> whether nothing that they have submitted is, either.
@@ -70,18 +60,24 @@ class Caller:
         #: Calls that have run, or will not.
         self.ended = 0
         self.opened_s = time.monotonic()
+        if self._end.is_far:  # it cannot send us signals: urgent data makes the system do so
+            channel.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+            fcntl.fcntl(channel.fileno(), fcntl.F_SETOWN, os.getpid())
+
+    @property
+    def connection_id(self) -> bytes:
+        """By which it is known."""
+        return self._end.connection_id
+
+    @property
+    def is_open(self) -> bool:
+        """It has proved who it is."""
+        return self._end.is_open
 
     def read(self, all_of_it: bool = False) -> None:
-        """Take in what has come; `is_gone` when that is the end.
-
-        (The system gives what was sent up to urgent data and, asked again, the rest.)
-        """
+        """Take in what has come; `is_gone` when that is the end."""
         try:
-            while self._frames.receive() and all_of_it:
-                pass
-            if not self.is_open and not self._shake_hands():
-                return
-            for frame in self._frames.take():
+            for frame in self._end.read(all_of_it):
                 message = _decode(frame)
                 if type(message) is RunTasks:
                     self._packets.append(message)
@@ -90,25 +86,6 @@ class Caller:
         except (ConnectionLost, HandshakeError, msgspec.MsgspecError, OSError):
             self.is_gone = True
             self.cancelled.clear()
-
-    def _shake_hands(self) -> bool:
-        frames, handshake = self._frames, self._handshake
-        if not self._greeted:
-            hello = frames.take_exactly(HELLO_BYTES)
-            if hello is None:
-                return False
-            start = len(MAGIC)
-            if hello[:start] != MAGIC or hello[start : start + ID_BYTES] != self.connection_id:
-                raise HandshakeError("it names another connection")
-            self.channel.sendall(handshake.answer(hello))
-            self._greeted = True
-        proof = frames.take_exactly(PROOF_BYTES)
-        if proof is None:
-            return False
-        handshake.check(proof)
-        frames.seals, frames.opens = handshake.seal(), handshake.seal_back()
-        self.is_open = True
-        return True
 
     def next_packet(self) -> RunTasks | None:
         """The next packet that was read."""
@@ -119,7 +96,7 @@ class Caller:
         if self.is_gone:
             return
         try:
-            self._frames.send(_encode(report))
+            self._end.send(_encode(report))
         except ConnectionLost:
             self.is_gone = True
 
@@ -235,15 +212,13 @@ class DirectServer:
         except OSError:
             return  # he has left again
         self._close_door(descriptor)
-        peer = peer_of(channel)
-        if peer is not None and peer[1] not in (os.getuid(), 0):
+        try:
+            settle_in(channel)
+            caller = Caller(channel, offer)
+        except (HandshakeError, OSError):
             channel.close()
             return
-        settle_in(channel)
-        if peer is None:  # it cannot send us signals: urgent data makes the system do so
-            channel.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-            fcntl.fcntl(channel.fileno(), fcntl.F_SETOWN, os.getpid())
-        self._callers[channel.fileno()] = Caller(channel, offer)
+        self._callers[channel.fileno()] = caller
         self._poller.register(channel, select.POLLIN)
 
     def _close_door(self, descriptor: int) -> None:

@@ -15,6 +15,7 @@ Invariants: it has one thread and imports nothing that makes others; all its chi
 
 from __future__ import annotations
 
+import _thread
 import gc
 import io
 import os
@@ -23,6 +24,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -375,7 +377,7 @@ def _hold_log_handlers() -> list[Any]:
     lock inside its file object, which nobody can make anew, would stay held in the child.
     """
     logging = sys.modules.get("logging")
-    if logging is None or len(sys._current_frames()) == 1:
+    if logging is None or not _has_threads():
         return []
     held = []
     deadline = time.monotonic() + _HANDLERS_WAIT_S
@@ -385,6 +387,16 @@ def _hold_log_handlers() -> list[Any]:
         if lock is not None and lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             held.append(lock)
     return held
+
+
+def _has_threads() -> bool:
+    """Whether another thread runs, or may.
+
+    `sys._current_frames` would know for sure; but up to CPython 3.11 a collection of garbage may
+    begin in it, and wait for ever for a thread that is about to end (gh-106883).
+    """
+    # (A thread that was not made by Python is known once it has logged something.)
+    return _thread._count() > 0 or threading.active_count() > 1
 
 
 def _detach_from_terminal_input() -> None:

@@ -144,7 +144,7 @@ def recorder(request: pytest.FixtureRequest) -> Any:
         assert client.direct is not None
         client.direct._host.machine = "another machine"
         actor = Recorder.options(resources={"far": 0.1}).remote()
-        assert open_way(actor)._frames.seals is not None
+        assert open_way(actor).is_sealed
         yield actor
     finally:
         poolray.shutdown()
@@ -488,7 +488,7 @@ def test_actors_on_other_nodes_of_this_machine_are_called_over_a_socket_of_its_o
         cluster.add_node(num_cpus=1, resources={"far": 1})
         poolray.init(address=cluster.address)
         actor = Recorder.options(resources={"far": 0.1}).remote()
-        assert open_way(actor)._frames.seals is None
+        assert not open_way(actor).is_sealed
         assert poolray.get([actor.note.remote(n) for n in range(100)]) == list(range(1, 101))
     finally:
         poolray.shutdown()
