@@ -603,6 +603,7 @@ class NodeDaemon(NodeShell):
             head_address=self._options.head_address,
             machine=places.machine_id(),
             direct_host=self._options.host,
+            direct_ports=self._options.worker_ports,
         )
         self.create_group(
             size=0, start_now=False, setup=setup, out_of_band_all=True, group_id=job.group_id

@@ -44,6 +44,7 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
     spill_directories: list[str] = []
     config: dict[str, int | float] = {}
     bulk_port: int = 0  #: where other nodes fetch values; 0: any
+    worker_ports: list[int] = []  #: where actors take direct calls; empty: any
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True):

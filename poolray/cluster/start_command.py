@@ -52,6 +52,9 @@ def add_start(commands: Any) -> None:
     )
     add("--node-manager-port", type=int, default=0, help="the node's port (default: any)")
     add("--object-manager-port", type=int, default=0, help="its port for values (default: any)")
+    add("--min-worker-port", type=int, help="the lowest port at which actors take direct calls")
+    add("--max-worker-port", type=int, help="the highest (default of both: any)")
+    add("--worker-port-list", type=_ports, help="these ports instead, with commas between them")
     add("--num-cpus", type=int, help="CPUs that tasks may use at once (default: all)")
     add("--num-gpus", type=int, help="GPUs (default: those that are found)")
     add("--memory", type=int, metavar="BYTES", help="memory that tasks with memory= share")
@@ -75,13 +78,9 @@ def add_start(commands: Any) -> None:
 
 
 #: Flags of the reference's `ray start` that this version does not carry out, and why.
-_NO_WORKER_PORTS = "workers listen on no ports: leave it out"
 _NO_DASHBOARD = "this version of poolray has no dashboard"
 _NO_ISOLATION = "this version of poolray sets no control groups up"
 _REFUSED = {
-    "min-worker-port": _NO_WORKER_PORTS,
-    "max-worker-port": _NO_WORKER_PORTS,
-    "worker-port-list": _NO_WORKER_PORTS,
     "ray-client-server-port": "this version takes no drivers from outside the cluster",
     "dashboard-host": _NO_DASHBOARD,
     "dashboard-port": _NO_DASHBOARD,
@@ -118,6 +117,29 @@ class _Refused(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         parser.error(f"{option_string}: {self._why}")
+
+
+def _ports(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if not all(0 < port < 65536 for port in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of ports, such as 10002,10003")
+    return found
+
+
+def _worker_ports(options: argparse.Namespace) -> list[int]:
+    """Where actors take direct calls; empty: anywhere."""
+    if options.worker_port_list:
+        return list(options.worker_port_list)
+    low, high = options.min_worker_port, options.max_worker_port
+    if low is None and high is None:
+        return []
+    low, high = low or 1024, high or 65535
+    if not 0 < low <= high < 65536:
+        raise ValueError(f"there are no ports from --min-worker-port={low} to {high}")
+    return list(range(low, high + 1))
 
 
 def _numbers(text: str) -> dict[str, float]:
@@ -270,6 +292,7 @@ def _node_options(
         host=host,
         port=options.node_manager_port,
         bulk_port=options.object_manager_port,
+        worker_ports=_worker_ports(options),
         temp_dir=temp,
         session_folder=session,
         is_head=bool(options.head),

@@ -10,10 +10,12 @@ but the machine's administrator can listen to a Unix socket, so only TCP is seal
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from poolray.direct.seal import ID_BYTES, KEY_BYTES, Handshake
@@ -28,7 +30,9 @@ CONNECT_S = 3.0
 _SILENCE_S = 6
 
 
-def make_door(is_near: bool, host: str) -> tuple[socket.socket, Offer] | None:
+def make_door(
+    is_near: bool, host: str, ports: Sequence[int] = ()
+) -> tuple[socket.socket, Offer] | None:
     """A listening socket, and what the caller is told of it; None: there is no way here.
 
     Parameters
@@ -37,6 +41,8 @@ def make_door(is_near: bool, host: str) -> tuple[socket.socket, Offer] | None:
         The caller is on this machine.
     host : str
         The node's own address; empty: nobody comes from elsewhere.
+    ports : sequence of int
+        By which they may come; empty: by any.
 
     Raises
     ------
@@ -58,9 +64,24 @@ def make_door(is_near: bool, host: str) -> tuple[socket.socket, Offer] | None:
         return door, (name, "", 0, connection_id, key)
     if not host:
         return None
+    listener = _listen(host, ports)
+    if listener is None:
+        return None
+    return listener, ("", host, listener.getsockname()[1], connection_id, key)
+
+
+def _listen(host: str, ports: Sequence[int]) -> socket.socket | None:
+    """A socket at one of these ports; None: none of them is free."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    door = socket.create_server((host, 0), family=family, backlog=4)
-    return door, ("", host, door.getsockname()[1], connection_id, key)
+    # (Not with `random`, whose state is the program's.)
+    start = int.from_bytes(os.urandom(4), "big") % len(ports) if ports else 0
+    for port in (*ports[start:], *ports[:start]) or (0,):
+        try:
+            return socket.create_server((host, port), family=family, backlog=4)
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
+    return None
 
 
 def come_to(offer: Offer) -> socket.socket:

@@ -121,7 +121,7 @@ class DirectServer:
     def listen(self, machine: str) -> Offer | None:
         """A door for one caller, which is on that machine; None: it cannot come here."""
         setup = self._worker.setup
-        made = make_door(machine == setup.machine, setup.direct_host)
+        made = make_door(machine == setup.machine, setup.direct_host, setup.direct_ports)
         if made is None:
             return None
         while len(self._doors) >= _DOORS_MAX:

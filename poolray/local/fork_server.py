@@ -102,6 +102,7 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
     #: actors; both empty without a cluster, where there is nothing elsewhere.
     machine: str = ""
     direct_host: str = ""
+    direct_ports: list[int] = []  #: that they may come by; empty: any
     #: Resource name -> the variable that makes devices of it visible; empty where none does.
     accelerators: dict[str, str] = {}
 
