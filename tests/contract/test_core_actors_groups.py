@@ -104,17 +104,31 @@ def made(**options: Any) -> Any:
     return (actor.options(**options) if options else actor).remote()
 
 
+def most_at_once(
+    actor: Any, methods: list[Any], times: int, wanted: dict[str, int]
+) -> dict[str, int]:
+    """How many calls ran at once, per group; tries until it was as many as wanted, for a loaded
+    machine may not get as far in one go.
+    """
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        get([method.remote() for _ in range(times) for method in methods])
+        found: dict[str, int] = get(actor.peak.remote())
+        is_enough = all(found[group] >= count for group, count in wanted.items())
+        if is_enough or time.monotonic() > deadline:
+            return found
+
+
 def test_each_group_runs_as_many_calls_as_it_says_and_the_others_one() -> None:
     actor = made()
     methods = [actor.read, actor.compute, actor.other]
-    get([method.remote() for _ in range(6) for method in methods])
-    assert get(actor.peak.remote()) == {"io": 2, "compute": 1, "default": 1}
+    assert most_at_once(actor, methods, 6, {"io": 2}) == {"io": 2, "compute": 1, "default": 1}
 
 
 def test_max_concurrency_is_for_calls_of_no_group() -> None:
     actor = made(max_concurrency=3)
-    get([actor.other.remote() for _ in range(9)] + [actor.compute.remote() for _ in range(3)])
-    assert get(actor.peak.remote()) == {"default": 3, "compute": 1}
+    methods = [actor.other, actor.other, actor.other, actor.compute]
+    assert most_at_once(actor, methods, 3, {"default": 3}) == {"default": 3, "compute": 1}
 
 
 def test_a_group_that_is_full_holds_no_other_back(tmp_path: Path) -> None:
@@ -178,8 +192,8 @@ def test_groups_that_are_neither_a_dictionary_nor_a_list_are_refused() -> None:
 
 def test_coroutines_have_groups_too() -> None:
     actor = ray.remote(concurrency_groups={"io": 2})(AsyncGroups).remote()
-    get([actor.read.remote() for _ in range(8)] + [actor.other.remote() for _ in range(8)])
-    assert get(actor.peak.remote()) == {"io": 2, "default": 8}
+    wanted = {"io": 2, "default": 8}
+    assert most_at_once(actor, [actor.read, actor.other], 8, wanted) == wanted
 
 
 def test_a_group_that_blocks_its_loop_holds_no_other_back(tmp_path: Path) -> None:
