@@ -29,6 +29,7 @@ from poolray.direct.ends import End
 from poolray.direct.frames import ConnectionLost
 from poolray.direct.seal import HandshakeError
 from poolray.ids import TaskId
+from poolray.local import process_state
 from poolray.local.channel import Spinner
 from poolray.protocol.values import Outcome
 from poolray.protocol.worker import InterruptTask, RunTasks, TasksFinished
@@ -115,6 +116,7 @@ class DirectServer:
         self._callers: dict[int, Caller] = {}
         #: Results that the nodes have to bring.
         self._held: dict[TaskId, Any] = {}
+        process_state.on_fork_in_child(self._abandon)
 
     # ---- what callers ask for by way of the nodes ------------------------------------------------
 
@@ -234,6 +236,16 @@ class DirectServer:
         for descriptor, caller in list(self._callers.items()):
             if not caller.is_open and caller.opened_s < too_early:
                 self._forget(descriptor, caller)
+
+    def _abandon(self) -> None:
+        """In a forked child: callers must hear of this process's end, not of the child's."""
+        for door, _ in self._doors.values():
+            door.close()
+        for caller in self._callers.values():
+            caller.is_gone = True
+            caller.channel.close()
+        self._doors.clear()
+        self._callers.clear()
 
     def _forget(self, descriptor: int, caller: Caller) -> None:
         caller.is_gone = True

@@ -71,6 +71,16 @@ class Recorder:
     def pid(self) -> int:
         return os.getpid()
 
+    def fork(self) -> tuple[int, int]:
+        child = os.fork()
+        if child == 0:
+            while True:
+                signal.pause()
+        return os.getpid(), child
+
+    def sleep(self) -> None:
+        time.sleep(60)
+
     def leave(self) -> None:
         poolray.actor.exit_actor()
 
@@ -342,6 +352,17 @@ def test_a_crash_ends_what_may_have_run_and_says_why(recorder: Any, gates: Gates
             poolray.get(ref, timeout=20)
     with pytest.raises(ActorDiedError):
         poolray.get(recorder.note.remote(1))
+
+
+def test_a_process_that_an_actor_has_forked_does_not_hide_its_death(recorder: Any) -> None:
+    pid, child = poolray.get(recorder.fork.remote())
+    try:
+        running = recorder.sleep.remote()
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(ActorDiedError):
+            poolray.get(running, timeout=20)
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_exit_actor_ends_the_call_that_runs_and_those_behind(recorder: Any) -> None:
