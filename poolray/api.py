@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
+from poolray.client_waits import WaitOptions, wait_and_rest
 from poolray.generators import ObjectRefGenerator
 from poolray.ids import is_actor_call, task_of
 from poolray.objects.object_ref import ObjectRef
@@ -21,12 +22,13 @@ from poolray.remote_signature import DefinitionOptions, Given_co, RemoteSignatur
 from poolray.session import (
     RuntimeContextInfo,
     client_for,
+    client_for_all,
     find_client,
     init,
     is_initialized,
     shutdown,
 )
-from poolray.wait_lists import check_wait, without
+from poolray.wait_lists import check_wait
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -339,15 +341,12 @@ def wait(
     >>> len(ready), len(rest)
     (1, 1)
     """
-    check_wait(ray_waitables, num_returns, timeout)
-    if not ray_waitables:
+    if not check_wait(ray_waitables, num_returns, timeout):
         find_client()
         return [], []
     # (A generator counts as a ref of its next item.)
-    refs: Any = ray_waitables
-    client = client_for(refs[0])
-    ready = client.wait(refs, num_returns, timeout, bool(fetch_local))[:num_returns]
-    return [ray_waitables[index] for index in ready], without(ray_waitables, ready)
+    options = WaitOptions(num_returns, timeout, bool(fetch_local))
+    return wait_and_rest(client_for_all(ray_waitables), ray_waitables, options)
 
 
 def cancel(

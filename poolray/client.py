@@ -24,7 +24,7 @@ import msgspec
 
 from poolray.client_functions import Definitions, level_of_caller
 from poolray.client_link import Link
-from poolray.client_references import References
+from poolray.client_references import References, taken
 from poolray.client_values import load_from_disk, named, ready_to_raise
 from poolray.config import Config
 from poolray.direct.calls import DirectCalls
@@ -65,6 +65,7 @@ from poolray.protocol.actors import CallActor
 from poolray.protocol.client import (
     AddReferences,
     CancelTask,
+    EndWatches,
     NoteCallSite,
     ObjectValues,
     PinObjects,
@@ -81,8 +82,6 @@ if TYPE_CHECKING:
     import asyncio
 
 _REF = ObjectRef
-#: Refs that a `wait` looks at before it looks at all.
-_WAIT_BLOCK = 64
 #: Tasks that a call has submitted and that are stopped with it, at the most.
 _CHILDREN_MAX = 10_000
 _NO_TASK = TaskId(b"")
@@ -132,6 +131,9 @@ class Client(References):
         #: (task, items taken, items given) of generators' handles that died; drained by the next
         #: call.
         self.dropped_streams: deque[tuple[TaskId, int, int]] = deque()
+        #: Numbers of such records of lists that are gone; drained by the next call.
+        self.dropped_watches: deque[int] = deque()
+        self._watches = itertools.count(1)
         #: Makes somebody look at those soon: a generator may be waiting for its items to be taken.
         self.ring_for_streams: Callable[[], None] | None = None
         #: Handles that went where nobody can follow: kept for good.
@@ -170,6 +172,7 @@ class Client(References):
             and not self._unviewed
             and not self._fresh_views
             and not self.dropped_streams
+            and not self.dropped_watches
             and not self._syncing.locked()  # else what another thread has taken is not sent yet
         ):
             return
@@ -183,6 +186,7 @@ class Client(References):
     def _send_changes(self) -> None:
         if self.dropped_streams:
             self.sync_streams()
+        self.sync_watches()
         viewed, unviewed = self.take_view_changes()
         added, released = self.take_reference_changes()
         if added:
@@ -205,6 +209,12 @@ class Client(References):
                 self.direct.tell_node(object_ids)
             finally:
                 self.link.leave()
+
+    def sync_watches(self) -> None:
+        """Tell the node of lists that nobody waits for any more."""
+        watches = list(taken(self.dropped_watches)) if self.dropped_watches else None
+        if watches:
+            self.link.send(EndWatches(watches=watches))
 
     def sync_streams(self) -> None:
         """Tell the node of generators' handles that died."""
@@ -713,40 +723,9 @@ class Client(References):
             return InternalError(f"System error: an error could not be read: {reason!r}")
         return ready_to_raise(error)
 
-    def wait(
-        self,
-        refs: Sequence[ObjectRef[Any]],
-        count: int,
-        timeout_s: float | None,
-        fetch: bool = True,
-    ) -> list[int]:
-        """Indexes of ready refs, ascending; see `poolray.wait`."""
-        direct = self.direct
-        if direct is not None and direct.unknown:
-            object_ids = self._ids_of(refs)
-            known = sum(map(direct.unknown.__contains__, object_ids))
-            if known == len(object_ids):
-                return direct.ready(object_ids, count, timeout_s)
-            if known:
-                self._tell_node(object_ids)
-        ready_ids = self._ready
-        if ready_ids and all(ref._id in ready_ids for ref in itertools.islice(refs, count)):
-            return list(range(count))  # what was dropped is told at a later call
-        self.sync_references()
-        # Who takes thousands of refs one by one finds the next one near the front, mostly: these
-        # are looked at first, a few, then more, so that a call does not cost what all of them cost.
-        start, size = 0, _WAIT_BLOCK
-        found: list[int] = []
-        while len(found) < count and start + 2 * size < len(refs):
-            wanted = count - len(found)
-            if wanted > size:
-                break
-            ready = self.link.wait(self._ids_of(refs[start : start + size]), wanted, 0.0, fetch)
-            found.extend(start + index for index in ready[:wanted])
-            start, size = start + size, 2 * size
-        if len(found) >= count:
-            return found
-        return self.link.wait(self._ids_of(refs), count, timeout_s, fetch)
+    def next_watch(self) -> int:
+        """A number for the node's record of a list that is waited for again and again."""
+        return next(self._watches)
 
     # ---- futures ---------------------------------------------------------------------------------
 

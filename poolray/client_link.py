@@ -9,11 +9,23 @@ Invariants: messages keep their order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from poolray.ids import ObjectId
 from poolray.protocol.actors import CallActor
 from poolray.protocol.client import ObjectValues, RangeGranted, SubmitTasks
+
+
+class WatchStep(NamedTuple):
+    """A `wait` for a list that is waited for again and again."""
+
+    number: int  #: of the list; 0: it is not waited for again
+    left: list[int]  #: numbers of refs in it that have been taken
+    is_front: bool  #: the next one is likely to be its first
+
+
+#: The watch of a `wait` that is for no such list.
+NO_WATCH = WatchStep(0, [], True)
 
 
 class Link(Protocol):
@@ -38,10 +50,16 @@ class Link(Protocol):
         """Values once all are ready or one has failed; None when the time is up."""
 
     def wait(
-        self, object_ids: list[ObjectId], count: int, timeout_s: float | None, fetch: bool = False
+        self,
+        object_ids: list[ObjectId],
+        count: int,
+        timeout_s: float | None,
+        fetch: bool = False,
+        watch: WatchStep = NO_WATCH,
     ) -> list[int]:
         """Indexes of the ready ones, once there are `count` or the time is up; with `fetch`, of
-        those that have been brought to this node.
+        those that have been brought to this node. With `watch`, numbers of objects that it has
+        been told of: the first ones.
         """
 
     def allocate(self, object_id: ObjectId, size_bytes: int) -> RangeGranted:

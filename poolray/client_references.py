@@ -17,9 +17,12 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from poolray.direct.calls import DirectCalls
 from poolray.ids import ObjectId, actor_of_handle, is_handle
+
+T = TypeVar("T")
 
 
 class References:
@@ -155,7 +158,7 @@ class References:
             counts, fresh, released = self.counts, self._fresh, self._released_early
             direct = self.direct
             self._released_early = []
-            dropped = list(_taken(self.dropped))
+            dropped = list(taken(self.dropped))
             # After those, before they are counted: a handle is made before it is let go of.
             self._count_adopted()
             for object_id in dropped:
@@ -219,7 +222,7 @@ class References:
             self._ready.update((o, None) for o in object_ids if o in self.counts)
 
 
-def _taken(notes: deque[ObjectId]) -> Iterator[ObjectId]:
+def taken(notes: deque[T]) -> Iterator[T]:
     """What finalizers have noted until now."""
     while True:
         try:

@@ -392,6 +392,14 @@ def find_client() -> Client:
         return client
 
 
+def client_for_all(refs: list[Any]) -> Client:
+    """The same for several refs (see `client_for`), none of which is looked at if all is well."""
+    client = process_state.client()
+    if client is None or not _is_up():
+        raise stale_ref_error(refs[0])
+    return client
+
+
 def client_for(ref: ObjectRef[Any]) -> Client:
     """The process's client, which must have been there before the ref.
 

@@ -25,6 +25,7 @@ from typing import Any, final
 import msgspec
 
 from poolray.client import Client
+from poolray.client_link import NO_WATCH, WatchStep
 from poolray.cluster import places
 from poolray.cluster.line import Line
 from poolray.cluster.output import OutputFilter
@@ -403,12 +404,22 @@ class DriverRuntime:
         return reply if reply is not None and reply.values else None
 
     def wait(
-        self, object_ids: list[ObjectId], count: int, timeout_s: float | None, fetch: bool = False
+        self,
+        object_ids: list[ObjectId],
+        count: int,
+        timeout_s: float | None,
+        fetch: bool = False,
+        watch: WatchStep = NO_WATCH,
     ) -> list[int]:
         """Indexes of the ready ones, once there are `count` or the time is up."""
         request, request_id = self._open()
         message = WaitObjects(
-            request_id=request_id, object_ids=object_ids, count=count, fetch=fetch
+            request_id=request_id,
+            object_ids=object_ids,
+            count=count,
+            fetch=fetch,
+            watch=watch.number,
+            left=watch.left,
         )
         reply: WaitReply | None = self._ask(request, request_id, message, timeout_s)
         return reply.ready if reply is not None else []

@@ -28,6 +28,7 @@ from typing import Any, final
 import msgspec
 
 from poolray.client import Client
+from poolray.client_link import NO_WATCH, WatchStep
 from poolray.config import Config
 from poolray.direct.calls import DirectCalls
 from poolray.direct.connection import Connection
@@ -402,18 +403,30 @@ class LocalRuntime(NodeShell):
         return reply
 
     def wait(
-        self, object_ids: list[ObjectId], count: int, timeout_s: float | None, fetch: bool = False
+        self,
+        object_ids: list[ObjectId],
+        count: int,
+        timeout_s: float | None,
+        fetch: bool = False,
+        watch: WatchStep = NO_WATCH,
     ) -> list[int]:
         """Indexes of the ready ones, once there are `count` or the time is up."""
         request = _Request()
         request_id = next(self._request_ids)
         message = WaitObjects(
-            request_id=request_id, object_ids=object_ids, count=count, ahead=_WAIT_AHEAD
+            request_id=request_id,
+            object_ids=object_ids,
+            count=count,
+            ahead=_WAIT_AHEAD if watch.is_front else 0,
+            watch=watch.number,
+            left=watch.left,
         )
         reply: WaitReply | None = self._ask(request, request_id, message, timeout_s)
         assert reply is not None  # a request that is cancelled is answered
         if reply.ahead:
             self.client.note_ready([object_ids[index] for index in reply.ahead])
+        elif reply.ahead_ids:
+            self.client.note_ready(reply.ahead_ids)
         return reply.ready
 
     def _ask(

@@ -417,6 +417,7 @@ class Worker:
         self.send(self.encode(report))
         if self.client.api.dropped_streams:
             self.client.api.sync_streams()
+        self.client.api.sync_watches()
 
     def _report_to_caller(self, message: RunTasks, ended: bool, now: int) -> None:
         """Results of a packet that came past the node."""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 import msgspec
 
 from poolray.client import Client
+from poolray.client_link import NO_WATCH, WatchStep
 from poolray.client_values import deadline_of
 from poolray.exceptions import PoolrayError
 from poolray.ids import ObjectId, TaskId, TaskIdSource, WorkerId
@@ -179,13 +180,23 @@ class WorkerLink:
         return reply if reply.values else None
 
     def wait(
-        self, object_ids: list[ObjectId], count: int, timeout_s: float | None, fetch: bool = False
+        self,
+        object_ids: list[ObjectId],
+        count: int,
+        timeout_s: float | None,
+        fetch: bool = False,
+        watch: WatchStep = NO_WATCH,
     ) -> list[int]:
         """Indexes of the ready ones, once there are `count` or the time is up."""
         request_id = self._open()
         try:
             message = WaitObjects(
-                request_id=request_id, object_ids=object_ids, count=count, fetch=fetch
+                request_id=request_id,
+                object_ids=object_ids,
+                count=count,
+                fetch=fetch,
+                watch=watch.number,
+                left=watch.left,
             )
             self.send(message)
             parts = self._await(request_id, deadline_of(timeout_s))

@@ -49,6 +49,7 @@ from poolray.protocol.client import (
     ClientRequest,
     DefineClass,
     DefineFunction,
+    EndWatches,
     GetObjects,
     NoteCalls,
     NoteCallSite,
@@ -404,6 +405,8 @@ class Node:
                 objects.on_promise(client_id, message)
             case AllocateRange():
                 objects.on_allocate(client_id, message)
+            case EndWatches():
+                objects.on_end_watches(client_id, message)
             case CancelRequest():
                 objects.on_cancel_request(client_id, message)
             case ReturnRange():

@@ -17,10 +17,12 @@ from poolray.ids import ActorId, ClientId, NodeId, ObjectId, TaskId
 from poolray.node.effects import Reply, UnhandledError
 from poolray.node.state import NodeState
 from poolray.node.store import Store
+from poolray.node.watches import Watches
 from poolray.objects.directory import READY, ClientRecord, ObjectRecord, Request
 from poolray.protocol.client import (
     AllocateRange,
     CancelRequest,
+    EndWatches,
     GetObjects,
     ObjectValues,
     PromiseObjects,
@@ -45,6 +47,7 @@ class Objects:
         "_store",
         "_to_release",
         "_wake_task",
+        "_watches",
         "call_sites",
         "give_back",
         "handles",
@@ -74,6 +77,7 @@ class Objects:
         self._wake_task = wake_task
         #: Asks another node for an object's bytes.
         self.pull: Callable[[ObjectId], None]
+        self._watches = Watches(state, lambda object_id: self.pull(object_id))
         #: object id -> (node, name there) of the original that another node keeps for us until the
         #: object is freed here, also after its bytes have come.
         self.originals: dict[ObjectId, tuple[NodeId, ObjectId]] = {}
@@ -119,6 +123,7 @@ class Objects:
         if record is None:
             return
         record.requests.clear()
+        self._watches.drop_client(record)
         self._store.drop_client(client_id, record)
         held = list(record.held)
         record.held.clear()
@@ -240,6 +245,9 @@ class Objects:
 
     def on_wait(self, client_id: ClientId, message: WaitObjects) -> None:
         """Answer with the ready ones once there are enough."""
+        if message.watch:
+            self._watches.on_wait(self.client(client_id), client_id, message)
+            return
         objects = self._state.objects
         pending: list[ObjectId] = []
         elsewhere: list[ObjectId] = []
@@ -264,6 +272,10 @@ class Objects:
             self._await(request, pending, message.count - found)
         for object_id in elsewhere:
             self.pull(object_id)
+
+    def on_end_watches(self, client_id: ClientId, message: EndWatches) -> None:
+        """A client has dropped lists that it waited for."""
+        self._watches.end(self.client(client_id), message.watches)
 
     def on_cancel_request(self, client_id: ClientId, message: CancelRequest) -> None:
         """A client no longer waits; a `wait` is told what it would have got so far."""
@@ -402,6 +414,9 @@ class Objects:
             client.requests.pop(request.request_id, None)
 
     def _answer_wait(self, request: Request) -> None:
+        if request.watch is not None:
+            self._watches.answer(request, request.watch)
+            return
         if request.is_peers:
             self.on_awaited(request.client_id, request.object_ids[0])
             return
@@ -425,19 +440,12 @@ class Objects:
         self._state.effects.append(Reply(request.client_id, reply))
 
     def _ready_ahead(self, request: Request, start: int) -> list[int]:
-        """What a `wait` would be answered with next, of what will not change: neither errors, which
-        count as seen only when they are told of, nor what may be lost with another node.
-        """
+        """What a `wait` would be answered with next, of values that are here to stay."""
         objects = self._state.objects
         found: list[int] = []
         for index in range(start, min(start + request.ahead, len(request.object_ids))):
             record = objects.get(request.object_ids[index])
-            if (
-                record is not None
-                and type(record.value) is bytes
-                and record.state is READY
-                and not record.is_error
-            ):
+            if record is not None and record.is_here_to_stay():
                 found.append(index)
         return found
 
@@ -543,6 +551,9 @@ class Objects:
         if waiters is not None:
             record.waiters = None
             for request, times in waiters.items():
+                if request.watch is not None:
+                    self._watches.on_ready(request.watch, times)
+                    continue
                 request.remaining -= times
                 if request.remaining == 0 or (record.is_error and request.is_get):
                     self._wake_request(request)

@@ -49,6 +49,7 @@ class Request:
         "object_ids",
         "remaining",
         "request_id",
+        "watch",
     )
 
     def __init__(
@@ -76,6 +77,37 @@ class Request:
         #: What was on disk has been asked for, once: what has gone back there meanwhile is read
         #: from the file.
         self.has_restored = False
+        #: The watch that a `wait` is for, or that this is the waiter of: told of numbers there.
+        self.watch: Watch | None = None
+
+
+@final
+class Watch:
+    """A list that a client waits for again and again, while it takes refs from it."""
+
+    __slots__ = (
+        "fetches",
+        "next_number",
+        "object_ids",
+        "ready",
+        "requests",
+        "waiter",
+    )
+
+    def __init__(self, client_id: ClientId, fetches: bool) -> None:
+        #: An object on another node is ready when it has been brought here.
+        self.fetches = fetches
+        #: number -> object, of those that the client has not taken.
+        self.object_ids: dict[int, ObjectId] = {}
+        self.next_number = 0
+        #: Heap of the numbers of ready objects, some of which may have been taken since.
+        self.ready: list[int] = []
+        #: request id -> `wait` that is not answered yet.
+        self.requests: dict[int, Request] = {}
+        #: Stands for the watch at the objects that are not ready.
+        self.waiter = Request(client_id, 0, [], 0, False)
+        self.waiter.watch = self
+        self.waiter.fetches = fetches
 
 
 @final
@@ -102,8 +134,8 @@ class ObjectRecord:
         self.seen = False
         #: Objects that the value refers to; this one holds each of them once.
         self.contained = _NOTHING
-        #: Request to count down when the object becomes ready -> how often it names the object;
-        #: None: none, the usual case.
+        #: Request to count down when the object becomes ready -> how often it names the object
+        #: (a watch's: the object's number there); None: none, the usual case.
         self.waiters: dict[Request, int] | None = None
         #: Ids of tasks that wait for the object; None: none.
         self.dependents: list[bytes] | None = None
@@ -134,6 +166,12 @@ class ObjectRecord:
         self.value = value
         self.is_error = is_error
 
+    def is_here_to_stay(self) -> bool:
+        """Whether a `wait` need not ask again: neither an error, which counts as seen only when
+        somebody is told of it, nor what may be lost with another node.
+        """
+        return self.state is READY and type(self.value) is bytes and not self.is_error
+
     def location(self) -> NodeId | None:
         """The other node that has the value, or None when it is here."""
         value = self.value
@@ -146,7 +184,7 @@ class ObjectRecord:
 class ClientRecord:
     """A process that uses the API: what it holds and what it waits for."""
 
-    __slots__ = ("functions", "held", "pins", "ranges", "requests", "viewed")
+    __slots__ = ("functions", "held", "pins", "ranges", "requests", "viewed", "watches")
 
     def __init__(self) -> None:
         #: Objects that the client holds; the values mean nothing, the order is that of holding.
@@ -156,6 +194,8 @@ class ClientRecord:
         self.viewed: dict[ObjectId, None] = {}
         #: request id -> request not answered yet.
         self.requests: dict[int, Request] = {}
+        #: number -> list that it waits for again and again.
+        self.watches: dict[int, Watch] = {}
         #: object id -> offset of ranges handed out and not sealed; of a file, the number negated.
         self.ranges: dict[ObjectId, int] = {}
         #: object id -> deliveries of a value in memory whose views have not been reported dead.

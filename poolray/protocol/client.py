@@ -101,6 +101,16 @@ class WaitObjects(msgspec.Struct, frozen=True, array_like=True, tag=107, kw_only
     count: int
     ahead: int = 0  #: so many behind those that it is answered with are looked at too
     fetch: bool = False  #: what is on another node is fetched, and ready when it is here
+    #: Not 0: a list of this number is waited for, again and again. The objects are new in it, the
+    #: answer counts all that it has been told of, and the lowest numbers come first.
+    watch: int = 0
+    left: list[int] = []  #: numbers of objects that have left that list
+
+
+class EndWatches(msgspec.Struct, frozen=True, array_like=True, tag=119, kw_only=True, gc=False):
+    """Nobody will wait for these lists any more."""
+
+    watches: list[int]
 
 
 class CancelRequest(msgspec.Struct, frozen=True, array_like=True, tag=108, kw_only=True):
@@ -196,6 +206,7 @@ class WaitReply(msgspec.Struct, frozen=True, array_like=True, tag=152, kw_only=T
     ready: list[int]
     #: Of the objects behind those that the request wanted looked at: values that are here to stay.
     ahead: list[int] = []
+    ahead_ids: list[ObjectId] = []  #: the same of a watch, by name
 
 
 class RangeGranted(msgspec.Struct, frozen=True, array_like=True, tag=153, kw_only=True):
@@ -227,6 +238,7 @@ ClientRequest: TypeAlias = (
     | NoteCalls
     | GetObjects
     | WaitObjects
+    | EndWatches
     | CancelRequest
     | AddReferences
     | ReleaseReferences

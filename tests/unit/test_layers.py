@@ -38,7 +38,10 @@ FLOORS = (
     Floor(("node", "head")),
     Floor(("direct",)),
     Floor(
-        ("client", "client_functions", "client_link", "client_references", "client_values"),
+        (
+            *("client", "client_functions", "client_link", "client_references", "client_values"),
+            *("client_rest", "client_waits"),
+        ),
         open_plan=True,
     ),
     Floor(("runtime_env",)),
