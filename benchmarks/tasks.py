@@ -4,7 +4,8 @@
 
 What: the same program on poolray and, in an interpreter that has it, on Ray, each in a process of
 its own with two CPUs, round by round in turns. Then, for poolray alone, what `wait` costs for each
-of 1,000, 10,000 and 100,000 refs that are taken one by one.
+of 1,000, 10,000 and 100,000 refs that are taken one by one: from the front, behind a ref that is
+not ready, and while others are appended.
 Who calls: by hand.
 May touch: processes, the clock.
 Invariants: both sides run this very file, so they do the same.
@@ -16,6 +17,7 @@ import argparse
 import functools
 import importlib
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +30,12 @@ CASES = {
     "chain": ("links of a chain of 200 tasks, /s", 200),
     "wait_one_by_one": ("refs of 1,000 taken one by one with wait, /s", 1000),
     "placement_groups": ("placement groups made, awaited and removed, /s", 50),
+}
+#: Case -> what is done for each ref, at each of the sizes.
+WAITS = {
+    "wait_one_by_one": "submit and wait, one by one",
+    "wait_behind": "wait, one by one, behind a ref that is not ready",
+    "wait_and_append": "wait for one and append one",
 }
 WAIT_SIZES = (1_000, 10_000, 100_000)
 TARGET = 10.0
@@ -48,6 +56,13 @@ def cases(module: str) -> dict[str, Callable[[int], None]]:
     def family(count: int) -> int:
         return sum(ray.get([successor.remote(0) for _ in range(count)]))
 
+    @ray.remote(num_cpus=0, max_retries=0)
+    def slow() -> None:
+        time.sleep(600)
+
+    #: Ready refs, for cases that measure waiting alone.
+    values = [ray.put(0) for _ in range(max(WAIT_SIZES))] if module == "poolray" else []
+
     def nested(count: int) -> None:
         assert ray.get([family.remote(10) for _ in range(count // 10)]) == [10] * (count // 10)
 
@@ -63,6 +78,19 @@ def cases(module: str) -> dict[str, Callable[[int], None]]:
             ready, refs = ray.wait(refs)
             assert len(ready) == 1
 
+    def wait_behind(count: int) -> None:
+        gate = slow.remote()
+        refs = [gate, *values[:count]]
+        while len(refs) > 1:
+            _, refs = ray.wait(refs)
+        ray.cancel(gate, force=True)
+
+    def wait_and_append(count: int) -> None:
+        refs = values[:count]
+        for _ in range(count):
+            ready, refs = ray.wait(refs)
+            refs += ready
+
     def placement_groups(count: int) -> None:
         for _ in range(count):
             group = groups.placement_group([{"CPU": 0.5}])
@@ -73,6 +101,8 @@ def cases(module: str) -> dict[str, Callable[[int], None]]:
         "nested": nested,
         "chain": chain,
         "wait_one_by_one": wait_one_by_one,
+        "wait_behind": wait_behind,
+        "wait_and_append": wait_and_append,
         "placement_groups": placement_groups,
     }
 
@@ -120,9 +150,10 @@ def main() -> None:
             figures[case] = samples[case].as_json()
             print(f"{name}: {samples[case].median:,.0f}")
     for size in WAIT_SIZES:
-        each_us = 1e6 / ours.rate("wait_one_by_one", size)
-        figures[f"wait_{size}"] = each_us
-        print(f"submit and wait, one by one, for {size:,} refs: {each_us:.1f} us each")
+        for case, what in WAITS.items():
+            each_us = 1e6 / ours.rate(case, size)
+            figures[f"{case}_{size}"] = each_us
+            print(f"{what}, for {size:,} refs: {each_us:.1f} us each")
     ours.close()
     write_json(options.json, "tasks", figures)
 

@@ -679,6 +679,7 @@ class Objects:
         for object_id in tasks_holds:
             counts[object_id] += 1
         assert not self._to_release
+        self._watches.check_invariants()
         for object_id, record in state.objects.items():
             assert record.holders > 0, f"object {object_id.hex()} is kept by nobody"
             assert record.holders == counts[object_id], (

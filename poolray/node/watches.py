@@ -90,6 +90,19 @@ class Watches:
             self._forget(watch)
         client.watches.clear()
 
+    def check_invariants(self) -> None:
+        """Raise AssertionError when somebody would wait in vain."""
+        objects = self._state.objects
+        for client in self._state.clients.values():
+            for watch in client.watches.values():
+                ready = dict.fromkeys(watch.ready)
+                for number, object_id in watch.object_ids.items():
+                    record = objects.get(object_id)
+                    waiters = (record.waiters or {}) if record is not None else {}
+                    assert number in ready or waiters.get(watch.waiter) == number, "it is forgotten"
+                for request in watch.requests.values():
+                    assert client.requests.get(request.request_id) is request
+
     def _forget(self, watch: Watch) -> None:
         for object_id in watch.object_ids.values():
             self._leave(watch, object_id)

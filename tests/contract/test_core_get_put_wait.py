@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import copy
+import operator
 import pickle
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +333,137 @@ def test_wait_refuses_duplicates() -> None:
 def test_the_options_of_wait_are_keywords() -> None:
     with pytest.raises(TypeError, match="positional"):
         ray.wait([ray.put(1)], 1)
+
+
+def test_wait_takes_refs_one_by_one_from_a_long_list() -> None:
+    refs = [echo.remote(i) for i in range(600)]
+    remaining, values = list(refs), []
+    while remaining:
+        ready, remaining = ray.wait(remaining, timeout=DEADLINE_S)
+        values += get(ready)
+    assert sorted(values) == list(range(600))
+
+
+def test_wait_takes_refs_from_the_far_end_of_a_long_list(gate: Gate) -> None:
+    slow = [when_opened.options(num_cpus=0).remote(gate, i) for i in range(2)]
+    remaining = slow + [ray.put(i) for i in range(400)]
+    values = []
+    while len(remaining) > len(slow):
+        ready, remaining = ray.wait(remaining, num_returns=2, timeout=DEADLINE_S)
+        values += get(ready)
+    assert values == list(range(400))
+    assert ray.wait(remaining, timeout=0) == ([], slow)
+    gate.open()
+    assert ray.wait(remaining, num_returns=2, timeout=DEADLINE_S) == (slow, [])
+
+
+def test_what_wait_leaves_is_a_list_of_its_own() -> None:
+    refs = [ray.put(i) for i in range(500)]
+    _, second = ray.wait(refs)
+    _, third = ray.wait(second)
+    _, fourth = ray.wait(third, num_returns=100)
+    _, beside = ray.wait(third)
+    fourth.append(refs[0])
+    assert fourth == [*refs[102:], refs[0]]
+    assert second == refs[1:]
+    assert third[:] == refs[2:]
+    assert beside == refs[3:]
+    assert [*fourth] == refs[102:] + refs[:1]
+    assert isinstance(fourth, list)
+
+
+def test_more_can_be_appended_to_what_wait_leaves() -> None:
+    pending, values = [echo.remote(i) for i in range(300)], []
+    for i in range(300, 600):
+        ready, pending = ray.wait(pending, timeout=DEADLINE_S)
+        values += get(ready)
+        pending.append(echo.remote(i))
+    assert len(pending) == 300
+    values += get(pending)
+    assert sorted(values) == list(range(600))
+
+
+def test_what_is_appended_is_checked() -> None:
+    refs = [ray.put(i) for i in range(300)]
+    for _ in range(2):
+        _, refs = ray.wait(refs)
+    refs.append(refs[-1])
+    with pytest.raises(ValueError, match="unique"):
+        ray.wait(refs)
+    refs[-1] = 1  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"list containing.*int"):
+        ray.wait(refs)
+    refs.pop()
+    assert len(ray.wait(refs)[1]) == 297
+
+
+def test_generators_and_refs_are_taken_from_a_long_list() -> None:
+    @ray.remote
+    def numbers(count: int) -> Any:
+        yield from range(count)
+
+    generators = [numbers.remote(3) for _ in range(5)]
+    pending: list[Any] = [*generators, *(ray.put(None) for _ in range(300))]
+    items = 0
+    while pending:
+        (ready,), pending = ray.wait(pending, timeout=DEADLINE_S)
+        if ready in generators and next(ready, None) is not None:
+            items += 1
+            pending.append(ready)
+    assert items == 15
+
+
+def test_objects_are_freed_as_soon_as_no_list_has_them() -> None:
+    refs = [ray.put(i) for i in range(400)]
+    names = [weakref.ref(ref) for ref in refs]
+    for taken in range(200):
+        ready, refs = ray.wait(refs)
+        assert names[taken]() is not None
+        del ready
+        assert names[taken]() is None, "the list before had it, and is gone"
+    older = refs
+    _, refs = ray.wait(older)
+    _, refs = ray.wait(refs)
+    del _
+    assert names[201]() is not None, "the list before the last has it"
+    del older
+    assert names[200]() is None
+    assert names[201]() is None
+    assert names[202]() is not None
+    del refs
+    assert all(name() is None for name in names)
+
+
+def test_a_long_history_of_lists_can_be_kept_and_dropped() -> None:
+    history = [[ray.put(i) for i in range(3000)]]
+    while len(history[-1]) > 200:
+        history.append(ray.wait(history[-1])[1])
+    oldest = history[5]
+    history.clear()
+    assert len(oldest) == 2995
+    assert get(oldest[:2]) == [5, 6]
+
+
+def test_two_threads_may_wait_for_one_list(gate: Gate) -> None:
+    refs = [when_opened.options(num_cpus=0).remote(gate, 0), *(ray.put(i) for i in range(300))]
+    for _ in range(3):
+        _, refs = ray.wait(refs)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: ray.wait(refs, timeout=DEADLINE_S), range(40)))
+    assert all(len(ready) == 1 and len(rest) == 297 for ready, rest in found)
+    gate.open()
+
+
+def test_c_code_that_reads_memory_does_not_see_an_empty_list() -> None:
+    refs = [ray.put(i) for i in range(300)]
+    for _ in range(3):
+        _, refs = ray.wait(refs)
+    seen = operator.concat([], refs)
+    if seen != refs:
+        with pytest.raises(TypeError, match="ObjectRef"):
+            ray.wait(seen)  # loudly, not as if there were nothing
+    assert operator.concat(refs, [1])[-1] == 1
+    assert len(operator.concat(refs, [1])) == 298
 
 
 # --- the ref -----------------------------------------------------------------------------------

@@ -221,5 +221,5 @@ def test_lists_that_wait_leaves_behave_as_lists() -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
     run_state_machine_as_test(
-        Lists, settings=settings(max_examples=300, stateful_step_count=30, deadline=None)
+        Lists, settings=settings(max_examples=60, stateful_step_count=25, deadline=None)
     )
