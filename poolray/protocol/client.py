@@ -107,7 +107,7 @@ class WaitObjects(msgspec.Struct, frozen=True, array_like=True, tag=107, kw_only
     left: list[int] = []  #: numbers of objects that have left that list
 
 
-class EndWatches(msgspec.Struct, frozen=True, array_like=True, tag=119, kw_only=True, gc=False):
+class EndWatches(msgspec.Struct, frozen=True, array_like=True, tag=136, kw_only=True, gc=False):
     """Nobody will wait for these lists any more."""
 
     watches: list[int]
