@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from poolray import logs_command
 from poolray._version import __version__
 from poolray.exceptions import PoolrayError
 from poolray.local import inspection
@@ -22,7 +23,8 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit code."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(logs_command.with_subject(given))
     code: int = options.run(options)
     return code
 
@@ -39,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_commands(commands)
     state_command.add_commands(commands)
+    logs_command.add_logs(commands)
     memory = commands.add_parser(
         "memory",
         help="objects of running drivers: sizes, places, and who holds them",

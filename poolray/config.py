@@ -146,6 +146,13 @@ class Config:
     #: Calls of an actor, whose calls run one after the other, after which later ones go straight to
     #: its process; 0: all go by way of the nodes.
     direct_calls_after: int = 16
+    #: Bytes of a file with what a worker of a cluster prints, one for each of its two streams: the
+    #: older half of a longer one goes. 0: there are no such files.
+    worker_log_max_bytes: int = 16 * 1024 * 1024
+    #: Bytes of all these files of a node: those of workers that ended first go first.
+    worker_logs_total_max_bytes: int = 1024 * 1024 * 1024
+    #: Files of workers that have ended, at the most.
+    worker_logs_ended_max: int = 1000
     #: Ended tasks that are remembered, for `poolray.util.state` and `poolray.timeline`; 0: none.
     task_history_max: int = 10_000
     #: Transitions kept per failed task for its error message.

@@ -19,6 +19,9 @@ from poolray.ids import NodeId
 from poolray.protocol.state import (
     ActorRow,
     Condition,
+    LogRow,
+    LogTextRow,
+    LogWish,
     ObjectRow,
     QueryState,
     StateKind,
@@ -44,10 +47,12 @@ def query(
     timeout_s: float = 30.0,
     limit: int = 0,
     where: Sequence[Condition] = (),
+    of_node: NodeId = NodeId(b""),  # noqa: B008 (bytes do not change)
+    log: LogWish = LogWish(),  # noqa: B008 (frozen)
 ) -> tuple[list[StateRow], list[NodeId]]:
     """What this process's node tells, or all nodes do that answer in time: `limit` rows each at
     the most, unless that is 0, and those only that meet the conditions. Starts the runtime if
-    there is none.
+    there is none. `of_node` and `log` are for files of logs.
 
     Returns
     -------
@@ -63,6 +68,8 @@ def query(
             timeout_s=timeout_s,
             limit=limit,
             where=list(where),
+            of_node=of_node,
+            log=log,
         )
     )
     parts: list[StateRows] = found if isinstance(found, list) else [found]
@@ -140,6 +147,43 @@ def object_rows(
     """Objects of all nodes: of one that several nodes hold, a row of each."""
     rows = _ask_all(StateKind.OBJECTS, timeout_s, limit=limit, where=where, strict=strict)
     return cast("list[ObjectRow]", rows)
+
+
+def log_rows(node_id: NodeId, pattern: str, timeout_s: float) -> list[LogRow]:
+    """Files of logs of one node, those that were written to last at the end.
+
+    Raises
+    ------
+    StateApiError
+        The node is dead or not known, or does not answer in time.
+    """
+    rows = _ask_one(StateKind.LOGS, node_id, LogWish(pattern=pattern), timeout_s)
+    return cast("list[LogRow]", rows)
+
+
+def log_text(node_id: NodeId, wish: LogWish, timeout_s: float) -> LogTextRow:
+    """A part of a file of logs of one node.
+
+    Raises
+    ------
+    StateApiError
+        The node is dead or not known, or does not answer in time; there is no such file.
+    """
+    (row,) = cast("list[LogTextRow]", _ask_one(StateKind.LOG_TEXT, node_id, wish, timeout_s))
+    if row.refusal:
+        raise StateApiError(f"Node {node_id.hex()} says: {row.refusal}.")
+    return row
+
+
+def _ask_one(kind: StateKind, node_id: NodeId, log: LogWish, timeout_s: float) -> list[StateRow]:
+    rows, missing = query(kind, timeout_s=timeout_s, of_node=node_id, log=log)
+    if missing:
+        raise StateApiError(
+            f"Node {node_id.hex()} does not tell of its logs: it is dead, or not of this cluster, "
+            f"or has not answered within {timeout_s:g} s. What it has written is on its machine, "
+            "in the folder that `poolray start` named there."
+        )
+    return rows
 
 
 def _merged(rows: list[T], keys: Iterable[Hashable], of: Merge[T]) -> list[T]:

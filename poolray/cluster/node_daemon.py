@@ -27,6 +27,7 @@ import msgspec
 from poolray.cluster import daemon, places
 from poolray.cluster.auth import Credentials
 from poolray.cluster.bulk import Bulk
+from poolray.cluster.deliveries import Deliveries
 from poolray.cluster.head_daemon import HEAD_ID
 from poolray.cluster.jobs import Job, Jobs, groups_in
 from poolray.cluster.node_answers import answer
@@ -37,9 +38,10 @@ from poolray.cluster.storage_threads import StorageThreads
 from poolray.cluster.switch import OUTSIDE, Switch, split_address
 from poolray.cluster.transfer import ChunkStore
 from poolray.cluster.value_traffic import ValueTraffic
+from poolray.cluster.worker_logs import WorkerLogs
 from poolray.config import Config
 from poolray.exceptions import InternalError
-from poolray.ids import ClientId, GroupId, NodeId, group_of_job, job_of_group
+from poolray.ids import ClientId, GroupId, NodeId, WorkerId, group_of_job, job_of_group
 from poolray.local import process_state
 from poolray.local.fork_server import WorkerSetup
 from poolray.local.machine import Wishes, describe
@@ -47,14 +49,10 @@ from poolray.local.node_shell import SHELL, NodeShell, store_bytes
 from poolray.local.reactor import Waitable
 from poolray.local.workers import WorkerHost
 from poolray.node.effects import (
-    GroupDrained,
-    GroupFailed,
-    Notice,
+    LookIntoLogs,
     Reply,
     SendHead,
     SendPeer,
-    UnhandledError,
-    Warn,
 )
 from poolray.node.peers import absorb
 from poolray.node.workers import GroupState
@@ -70,8 +68,6 @@ from poolray.protocol.cluster import (
     OpenBulk,
     Output,
     Question,
-    UserError,
-    UserNotice,
     Welcome,
 )
 from poolray.protocol.directory import JobEnded, LeaveCluster
@@ -211,6 +207,10 @@ class NodeDaemon(NodeShell):
             storage=self._storage,
         )
         self._act.update(self._traffic.acts)
+        self._logs = WorkerLogs(options.session_folder, config, options.worker_logs)
+        self._users = Deliveries(
+            options.host, self.jobs, self._sessions, self._traffic, self._end_group
+        )
         self._reception = Reception(
             self, places.socket_name("node", options.temp_dir, options.head_address)
         )
@@ -230,6 +230,10 @@ class NodeDaemon(NodeShell):
             socket_name=self._reception.name,
             node_id=self.node_id.hex(),
         )
+
+    def kept_logs(self) -> list[str]:
+        """Names of files of its workers that stay when this daemon ends."""
+        return self._logs.kept()
 
     # ---- life ------------------------------------------------------------------------------------
 
@@ -321,6 +325,13 @@ class NodeDaemon(NodeShell):
         except InternalError:
             _logger.exception("a worker's calls cannot be taken")
 
+    def _take_output(self, message: WorkerOutput) -> None:
+        # (Its worker has not reported the end of the attempt that printed it.)
+        record = self.node.state.tasks.get(message.task_id)
+        if record is not None and not record.actor_id:
+            self._logs.note(message, record.task_id, record.attempts)
+        super()._take_output(message)
+
     def _take_news(self, host: WorkerHost, message: WorkerNews) -> None:
         """Pass them on at once: on every link they stay before the results that follow them."""
         job_id, address = job_of_group(host.group_id), self._options.host
@@ -357,7 +368,7 @@ class NodeDaemon(NodeShell):
         if self._outside.flush():
             self.is_switch_due = True
         while self._deliveries:
-            self._hand_over(self._deliveries.popleft())
+            self._users.hand_over(self._deliveries.popleft())
         if self._farewell is not None:
             self._leave_when_heard()
 
@@ -405,6 +416,7 @@ class NodeDaemon(NodeShell):
         self._outside.tick(now)
         self._reception.tick()
         self.is_switch_due = self._looks_everywhere = True
+        self._logs.tick(now, self._hosts.values())
         super().tick()
         heard = self._switch.heard_s(HEAD_ID)
         if now - max(heard, self._head_heard_s) > _HEAD_SILENCE_MAX_S:
@@ -422,6 +434,9 @@ class NodeDaemon(NodeShell):
         if type(message) is RangeGranted and message.offset < 0:
             message = self._with_path(message)
         session.send(message)
+
+    def _act_look_into_logs(self, effect: LookIntoLogs) -> None:
+        self._echoes.append(self._logs.look(effect))
 
     def _act_send_head(self, effect: SendHead) -> None:
         if isinstance(effect.message, LeaveCluster):  # it was drained
@@ -483,44 +498,6 @@ class NodeDaemon(NodeShell):
         if named.refusal:
             raise OSError(named.refusal)
         return named.path
-
-    # ---- what is for users -----------------------------------------------------------------------
-
-    def _hand_over(self, item: Any) -> None:
-        kind = type(item)
-        if kind is WorkerOutput:
-            self.jobs.on_output(
-                Output(
-                    job_id=item.job_id,
-                    stream=item.stream,
-                    text=item.text,
-                    label=item.label,
-                    pid=item.pid,
-                    address=self._options.host,
-                )
-            )
-        elif kind is GroupDrained:
-            self._end_group(item.group_id)
-        elif kind is GroupFailed:
-            _logger.error("the workers of group %d do not start", item.group_id)
-            self.jobs.on_group_failed(item.group_id)
-        elif kind is Notice or kind is Warn:
-            _logger.warning("%s", item.text)
-            notice = UserNotice(text=item.text, is_warning=kind is Warn)
-            for session in list(self._sessions.values()):
-                session.send(notice)
-        elif kind is UnhandledError:
-            if isinstance(item.value, bytes):
-                self._tell_error(item.value)
-            else:
-                self._traffic.read(item.value, 0, item.value.size_bytes, self._tell_error)
-
-    def _tell_error(self, data: bytes | memoryview | None) -> None:
-        """Nobody has asked for the value of what failed: drivers are shown it."""
-        if data is not None:
-            error = UserError(value=bytes(data))
-            for session in list(self._sessions.values()):
-                session.send(error)
 
     # ---- drivers ---------------------------------------------------------------------------------
 
@@ -599,6 +576,7 @@ class NodeDaemon(NodeShell):
             job_id=job.job_id,
             forward_output=True,
             label_output=True,
+            log_folder=self._logs.worker_folder,
             tasks_group=job.group_id,
             head_address=self._options.head_address,
             machine=places.machine_id(),
@@ -638,11 +616,29 @@ class NodeDaemon(NodeShell):
 
     def _end_group(self, group_id: GroupId) -> None:
         self._server_failures.pop(group_id, None)
+        host = self._hosts.get(group_id)
+        left = [] if host is None else [(host.setup, *w) for w in host.pids()]
         super()._end_group(group_id)
+        for setup, worker_id, pid in left:
+            self._logs.end(setup, worker_id, pid)
 
     def has_detached(self, group_id: GroupId) -> bool:
         """Whether a detached actor lives, or is to live, among these workers."""
         return self.node.has_detached(group_id)
+
+    def _lose_worker(
+        self,
+        host: WorkerHost,
+        worker_id: WorkerId,
+        message: WorkerExited | None,
+        *,
+        with_server: bool = False,
+    ) -> None:
+        handle = host.workers.get(worker_id)
+        super()._lose_worker(host, worker_id, message, with_server=with_server)
+        if handle is not None:
+            pid = message.pid if message is not None else 0
+            self._logs.end(host.setup, worker_id, handle.pid or pid)
 
     def _on_worker_exited(self, host: WorkerHost, message: WorkerExited) -> None:
         super()._on_worker_exited(host, message)
@@ -782,5 +778,5 @@ def main() -> int:
     daemon.report(pipe, node.ready())
     node.run()
     if node.is_rejoining:
-        daemon.start_again(options)
+        daemon.start_again(msgspec.structs.replace(options, worker_logs=node.kept_logs()))
     return 0

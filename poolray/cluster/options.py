@@ -45,6 +45,7 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, int | float] = {}
     bulk_port: int = 0  #: where other nodes fetch values; 0: any
     worker_ports: list[int] = []  #: where actors take direct calls; empty: any
+    worker_logs: list[str] = []  #: names of files that an earlier life of the daemon has left
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True):

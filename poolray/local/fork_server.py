@@ -87,6 +87,9 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
     forward_output: bool = False
     #: With `forward_output`: say which task or actor wrote it, in which process, for which job.
     label_output: bool = False
+    #: Where each worker has files of its own for what it writes; empty: it has none, and the fork
+    #: server's descriptors are its.
+    log_folder: str = ""
     #: The workers that run the plain tasks which this group's workers submit.
     tasks_group: GroupId = PLAIN_TASKS
     shared_globals: str | None = None

@@ -42,6 +42,7 @@ from poolray.local.collected import Submission, take_together
 from poolray.local.fork_server import WorkerSetup
 from poolray.local.machine import Machine, memory_bytes, usable_cpus
 from poolray.local.memory_monitor import MemoryMonitor, is_supported
+from poolray.local.output_parts import OutputParts
 from poolray.local.reactor import Guard, Reactor, Waitable
 from poolray.local.session_folder import SessionFolders, sweep
 from poolray.local.spilling import SpillThreads, file_name
@@ -53,6 +54,7 @@ from poolray.node.effects import (
     GroupFailed,
     Interrupt,
     LookAtCall,
+    LookIntoLogs,
     MeasureMemory,
     Notice,
     Nudge,
@@ -79,6 +81,7 @@ from poolray.protocol.node import (
     CloseGroup,
     CreateGroup,
     FailGroup,
+    LogsSeen,
     PacketsTakenBack,
     ResizeGroup,
     TerminateGroup,
@@ -190,8 +193,7 @@ class NodeShell(abc.ABC):
         self._host_by_worker: dict[bytes, WorkerHost] = {}
         #: Results and other user-visible news, to be handed over outside of the guard.
         self._deliveries: deque[Any] = deque()
-        #: (source, stream) -> the parts of a text that is not complete.
-        self._unfinished_output: dict[tuple[int, int], list[str]] = {}
+        self._output = OutputParts()
         #: The workers of plain tasks, once there are any.
         self.default_group: GroupHandle | None = None
         #: Batches under construction, flushed before the machine hands out more work.
@@ -233,6 +235,7 @@ class NodeShell(abc.ABC):
             RestoreObject: spill,
             DeleteFile: spill,
             DeleteUnsealed: spill,
+            LookIntoLogs: self._act_look_into_logs,
             Warn: deliver,
             Notice: deliver,
             UnhandledError: deliver,
@@ -327,6 +330,10 @@ class NodeShell(abc.ABC):
 
                 logging.getLogger("poolray").warning("memory cannot be measured", exc_info=True)
 
+    def _act_look_into_logs(self, effect: LookIntoLogs) -> None:
+        """Without a daemon there are none."""
+        self._echoes.append(LogsSeen(number=effect.number, rows=[]))
+
     def _pid_of(self, worker_id: WorkerId) -> int:
         host = self._host_by_worker.get(worker_id)
         handle = None if host is None else host.workers.get(worker_id)
@@ -385,7 +392,9 @@ class NodeShell(abc.ABC):
             self.on_all_read()  # what a worker says after its calls comes after them
         if type(message) is not TasksFinished:  # the one that comes once per task is not looked at
             if type(message) is WorkerOutput:
-                self._collect_output(message)
+                whole = self._output.add(message)
+                if whole is not None:
+                    self._take_output(whole)
                 return False
             if type(message) is WorkerNote:
                 group = self._groups.get(host.group_id)
@@ -430,23 +439,14 @@ class NodeShell(abc.ABC):
         """A worker has news for its driver; what it reports afterwards must not overtake them."""
         self._deliveries.append(message)
 
-    def _collect_output(self, message: WorkerOutput) -> None:
-        """Put the parts of one write together: workers share the channel."""
-        key = (message.source, message.stream)
-        if message.unfinished or key in self._unfinished_output:
-            self._unfinished_output.setdefault(key, []).append(message.text)
-        if message.unfinished:
-            return
-        if parts := self._unfinished_output.pop(key, None):
-            message = msgspec.structs.replace(message, text="".join(parts))
+    def _take_output(self, message: WorkerOutput) -> None:
+        """A worker has printed a text, which is complete."""
         self._deliveries.append(message)
 
     def _deliver_unfinished_output(self, source: int | None = None) -> None:
         """Whoever was writing it (None: anybody) will not finish."""
-        for key in list(self._unfinished_output):
-            if source is None or key[0] == source:
-                text = "".join(self._unfinished_output.pop(key))
-                self._deliveries.append(WorkerOutput(stream=key[1], text=text, source=key[0]))
+        for message in self._output.rest(source):
+            self._take_output(message)
 
     def _prepare_plain_tasks(self, message: Any) -> None:  # noqa: B027 (a daemon has them)
         """A worker sends a request while there are no workers for plain tasks."""

@@ -97,7 +97,7 @@ def run_worker(
 ) -> int:
     """A worker's life; gives its exit code."""
     arena.forget_parent()
-    worker_process.settle(setup, number, reports)
+    worker_process.settle(setup, number, reports, command.worker_id)
     worker = Worker(command, tasks, reports, arena, setup)
     client = WorkerClient(
         worker.worker_id,

@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
+from poolray.ids import TaskId, WorkerId
 from poolray.local import news
+from poolray.local.log_files import LogFile, log_name
 from poolray.objects.serialization import remember_main
 from poolray.protocol.worker import WorkerOutput
 
@@ -38,13 +40,14 @@ _FAMILIES = ("multiprocessing", "multiprocess")
 _OUTPUT_PART = 16 * 1024
 #: Of a line that is not complete, so many characters are kept.
 _LINE_CHARS_MAX = 1 << 20
+_NO_TASK = TaskId(b"")
 
 
-def settle(setup: WorkerSetup, number: int, reports: socket.socket) -> None:
+def settle(setup: WorkerSetup, number: int, reports: socket.socket, worker_id: WorkerId) -> None:
     """Turn a fresh fork into a worker."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     atexit._clear()
-    _set_streams(setup, reports)
+    _set_streams(setup, reports, worker_id)
     if setup.name_prefix:
         name = f"{setup.name_prefix}-{number}"
         for family in _FAMILIES:
@@ -101,7 +104,7 @@ def install_client(client: WorkerClient, setup: WorkerSetup) -> None:
     process_state.install_worker(client.api, setup)
 
 
-def _set_streams(setup: WorkerSetup, reports: socket.socket) -> None:
+def _set_streams(setup: WorkerSetup, reports: socket.socket, worker_id: WorkerId) -> None:
     if setup.discard_output:
         null = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):
@@ -110,9 +113,9 @@ def _set_streams(setup: WorkerSetup, reports: socket.socket) -> None:
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         return
     if setup.forward_output:
-        job_id = setup.job_id if setup.label_output else b""
-        sys.stdout = _ForwardedStream(1, reports, job_id)
-        sys.stderr = _ForwardedStream(2, reports, job_id)
+        writer = _Writer(setup, worker_id) if setup.label_output else None
+        sys.stdout = _ForwardedStream(1, reports, writer)
+        sys.stderr = _ForwardedStream(2, reports, writer)
         return
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -125,14 +128,55 @@ def _set_streams(setup: WorkerSetup, reports: socket.socket) -> None:
 
 
 @final
+class _Writer:
+    """Who writes, where whoever shows the text has to be told: in a cluster."""
+
+    def __init__(self, setup: WorkerSetup, worker_id: WorkerId) -> None:
+        self.job_id = setup.job_id
+        self.worker_id = worker_id
+        #: stream -> the worker's own file for it, if it has one.
+        self._files: dict[int, LogFile] = {}
+        if setup.log_folder:
+            self._open_files(setup)
+
+    def _open_files(self, setup: WorkerSetup) -> None:
+        """What libraries and programs write to the descriptors goes there as well."""
+        for stream, suffix in ((1, "out"), (2, "err")):
+            name = log_name(self.worker_id, self.job_id, os.getpid(), suffix)
+            try:
+                path = os.path.join(setup.log_folder, name)
+                file = self._files[stream] = LogFile(path, setup.config.worker_log_max_bytes)
+                file.stand_in_for(stream)
+            except OSError:
+                return  # the disk is full, or the folder is gone: work goes on without
+
+    def output(self, stream: int, text: str) -> WorkerOutput:
+        """A text, once it is in the file."""
+        from poolray.local import process_state
+
+        file, data = self._files.get(stream), text.encode()
+        return WorkerOutput(
+            stream=stream,
+            text=text,
+            source=threading.get_native_id(),
+            label=process_state.output_label(),
+            pid=os.getpid(),
+            job_id=self.job_id,
+            worker_id=self.worker_id,
+            task_id=process_state.current_task_id() or _NO_TASK,
+            log_end=0 if file is None else file.write(data),
+            log_bytes=len(data),
+        )
+
+
+@final
 class _ForwardedStream(io.TextIOBase):
     """Text that belongs to the driver's stream object, line by line."""
 
-    def __init__(self, number: int, reports: socket.socket, job_id: bytes) -> None:
+    def __init__(self, number: int, reports: socket.socket, writer: _Writer | None) -> None:
         self._number = number
         self._reports = reports
-        #: Whose worker this is, where whoever shows the text has to be told; else empty.
-        self._job_id = job_id
+        self._writer = writer
         self._pending = ""
         self._encode = msgspec.msgpack.Encoder().encode
 
@@ -150,27 +194,22 @@ class _ForwardedStream(io.TextIOBase):
         text, self._pending = self._pending, ""
         if not text:
             return
-        label = self._label() if self._job_id else ""
+        if self._writer is not None:
+            output = self._writer.output(self._number, text)
+        else:
+            source = threading.get_native_id()
+            output = WorkerOutput(stream=self._number, text=text, source=source)
         for start in range(0, len(text), _OUTPUT_PART):
             end = start + _OUTPUT_PART
-            part = WorkerOutput(
-                stream=self._number,
-                text=text[start:end],
-                source=threading.get_native_id(),
-                unfinished=end < len(text),
-                label=label,
-                pid=os.getpid() if self._job_id else 0,
-                job_id=self._job_id,
-            )
+            part = output
+            if len(text) > _OUTPUT_PART:
+                part = msgspec.structs.replace(
+                    output, text=text[start:end], unfinished=end < len(text)
+                )
             try:
                 self._reports.send(self._encode(part))
             except OSError:
                 return  # the driver is gone: nobody reads
-
-    def _label(self) -> str:
-        from poolray.local import process_state
-
-        return process_state.output_label()
 
     def writable(self) -> bool:
         """Yes."""

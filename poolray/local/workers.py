@@ -252,6 +252,10 @@ class WorkerHost:
                 self.failure = message.reason
         return found
 
+    def pids(self) -> list[tuple[WorkerId, int]]:
+        """Its workers that have a process, with that."""
+        return [(handle.worker_id, handle.pid) for handle in self.workers.values() if handle.pid]
+
     def wait_spawned(self, timeout_s: float) -> None:
         """Wait until a spawned server has prepared itself.
 

@@ -20,7 +20,7 @@ from poolray.protocol.directory import Creation
 from poolray.protocol.inquiry import HeadAnswer
 from poolray.protocol.node import HeadRequest, PeerMessage
 from poolray.protocol.placement import PlacementGroupReply
-from poolray.protocol.state import StateRows
+from poolray.protocol.state import LogWish, StateKind, StateRows
 from poolray.protocol.streams import StreamReply
 from poolray.protocol.values import InArena, InFile
 from poolray.protocol.worker import InterruptTask, RunTasks, StopWorker
@@ -140,6 +140,14 @@ class DeleteFile(msgspec.Struct, frozen=True, gc=False):
     path: str
 
 
+class LookIntoLogs(msgspec.Struct, frozen=True, gc=False):
+    """List files of logs, or read a part of one; report with `LogsSeen`."""
+
+    number: int
+    kind: StateKind
+    wish: LogWish
+
+
 class SendPeer(msgspec.Struct, frozen=True, gc=False):
     """Send a message to another node, reliably and in order."""
 
@@ -250,6 +258,7 @@ Effect: TypeAlias = (
     | RestoreObject
     | DeleteUnsealed
     | DeleteFile
+    | LookIntoLogs
     | SendPeer
     | SendHead
     | SendChunk

@@ -104,6 +104,7 @@ from poolray.protocol.node import (
     HeadMessage,
     HeadReply,
     HostedEnded,
+    LogsSeen,
     MemoryReport,
     NamesFound,
     NodeDied,
@@ -200,6 +201,7 @@ ShellMessage: TypeAlias = (
     | ChunkMissing
     | ChunksLost
     | HeadBack
+    | LogsSeen
     | Tick
 )
 #: All that a node may be told.
@@ -533,6 +535,8 @@ class Node:
                 self._peers.transfers.on_chunk_missing(message)
             case ChunksLost():
                 self._peers.transfers.on_chunks_lost(message)
+            case LogsSeen():
+                self._survey.on_logs_seen(message)
             case _:
                 _assert_never(message)
 

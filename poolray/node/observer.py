@@ -397,6 +397,8 @@ def _meets(row: StateRow, where: list[Condition]) -> bool:
 
 def _text_of(row: StateRow, field: str) -> str:
     found = getattr(row, field, "")
+    if isinstance(found, CallKind):
+        return found.name.lower()
     return found.hex() if isinstance(found, bytes) else str(found).lower()
 
 

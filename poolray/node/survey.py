@@ -4,7 +4,7 @@
            ◀──StateRows, in parts────           ◀──PeerRows───
 
 What: tells a client of every node's tasks, workers, objects or actors, and which nodes did not
-answer in time.
+answer in time; of one node's files of logs, which its shell reads (`LookIntoLogs`, `LogsSeen`).
 Who calls: `node/node.py`, with questions of clients and peers, answers, deaths and ticks.
 May touch: nothing.
 Invariants: each question is answered with a last part once, in the time that it names at the
@@ -18,15 +18,17 @@ from typing import final
 import msgspec
 
 from poolray.ids import ClientId, NodeId
-from poolray.node.effects import SendPeer
+from poolray.node.effects import LookIntoLogs, SendPeer
 from poolray.node.observer import Observer, in_parts
 from poolray.node.state import NodeState
 from poolray.protocol.directory import NodeStatus
-from poolray.protocol.node import PeerQuery, PeerRows
-from poolray.protocol.state import QueryState, StateKind, StateRow
+from poolray.protocol.node import LogsSeen, PeerQuery, PeerRows
+from poolray.protocol.state import LogWish, QueryState, StateKind, StateRow
 
 #: What every node knows of all the others: nobody else need be asked.
 _KNOWN_EVERYWHERE = frozenset({StateKind.NODES})
+#: What lies in files: of one node, and its shell is to look.
+_IN_FILES = frozenset({StateKind.LOGS, StateKind.LOG_TEXT})
 
 
 @final
@@ -57,7 +59,7 @@ class _Open:
 class Survey:
     """The questions of this node's clients to all nodes."""
 
-    __slots__ = ("_next", "_observer", "_open", "_state")
+    __slots__ = ("_looks", "_next", "_observer", "_open", "_state")
 
     def __init__(self, state: NodeState, observer: Observer) -> None:
         self._state = state
@@ -65,33 +67,76 @@ class Survey:
         self._next = 0
         #: our number -> question.
         self._open: dict[int, _Open] = {}
+        #: our number -> the client or peer that our shell looks into files for, and its number.
+        self._looks: dict[int, tuple[ClientId | NodeId, bool, int]] = {}
 
     def on_query(self, client_id: ClientId, message: QueryState) -> None:
-        """A client asks: this node alone, or all of them."""
+        """A client asks: this node alone, or all of them, or another one."""
+        if message.kind in _IN_FILES:
+            self._on_query_of_files(client_id, message)
+            return
         rows = self._observer.rows(message.kind, message.limit, message.where)
         peers: dict[NodeId, None] = {}
         if message.everywhere and message.kind not in _KNOWN_EVERYWHERE:
             views = self._observer.peers.views.values()
             peers = {v.node_id: None for v in views if v.status is not NodeStatus.DEAD}
         self._observer.reply(client_id, message.request_id, rows, more=bool(peers))
-        if not peers:
+        if peers:
+            self._ask(client_id, message, peers)
+
+    def _on_query_of_files(self, client_id: ClientId, message: QueryState) -> None:
+        node_id, number = message.of_node, message.request_id
+        if not node_id or node_id == self._state.node_id:
+            self._look(client_id, True, number, message.kind, message.log)
             return
+        view = self._observer.peers.views.get(node_id)
+        if view is None or view.status is NodeStatus.DEAD:
+            self._observer.reply(client_id, number, [], more=False, missing=[node_id])
+        else:
+            self._ask(client_id, message, {node_id: None})
+
+    def _ask(self, client_id: ClientId, message: QueryState, peers: dict[NodeId, None]) -> None:
         self._next = number = self._next + 1
         now = self._state.now
         self._open[number] = _Open(
             client_id, message.request_id, now, now + max(0.0, message.timeout_s), dict(peers)
         )
         question = PeerQuery(
-            request_id=number, kind=message.kind, limit=message.limit, where=message.where
+            request_id=number,
+            kind=message.kind,
+            limit=message.limit,
+            where=message.where,
+            log=message.log,
         )
         self._state.effects.extend(SendPeer(node_id, question) for node_id in peers)
 
+    def _look(
+        self, sender: ClientId | NodeId, is_client: bool, number: int, kind: StateKind, log: LogWish
+    ) -> None:
+        """Have the shell look, for somebody who has given his question this number."""
+        self._next += 1
+        self._looks[self._next] = sender, is_client, number
+        self._state.effects.append(LookIntoLogs(self._next, kind, log))
+
+    def on_logs_seen(self, message: LogsSeen) -> None:
+        """The shell has looked."""
+        sender, is_client, number = self._looks.pop(message.number)
+        if is_client:
+            self._observer.reply(ClientId(sender), number, list(message.rows), more=False)
+        else:
+            self._tell_peer(NodeId(sender), number, list(message.rows))
+
     def on_peer_query(self, node_id: NodeId, message: PeerQuery) -> None:
         """A peer asks on behalf of one of its clients."""
-        now, number = self._state.now, message.request_id
+        if message.kind in _IN_FILES:
+            self._look(node_id, False, message.request_id, message.kind, message.log)
+            return
         rows = self._observer.rows(message.kind, message.limit, message.where)
+        self._tell_peer(node_id, message.request_id, rows)
+
+    def _tell_peer(self, node_id: NodeId, number: int, rows: list[StateRow]) -> None:
         for part, more in in_parts(rows):
-            answer = PeerRows(request_id=number, now_s=now, rows=part, more=more)
+            answer = PeerRows(request_id=number, now_s=self._state.now, rows=part, more=more)
             self._state.effects.append(SendPeer(node_id, answer))
 
     def on_rows(self, node_id: NodeId, message: PeerRows) -> None:

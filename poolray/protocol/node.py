@@ -59,6 +59,9 @@ from poolray.protocol.placement import KeptBundles, PlacementHeadMessage, Placem
 from poolray.protocol.state import (
     ActorRow,
     Condition,
+    LogRow,
+    LogTextRow,
+    LogWish,
     NodeRow,
     ObjectRow,
     StateKind,
@@ -235,6 +238,13 @@ class FileSealed(msgspec.Struct, frozen=True, kw_only=True):
     object_id: ObjectId
     file_number: int
     place: InFile | None  #: None: it could not be written, and is deleted
+
+
+class LogsSeen(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a `LookIntoLogs`."""
+
+    number: int
+    rows: list[LogRow | LogTextRow]
 
 
 class Tick(msgspec.Struct, frozen=True):
@@ -447,6 +457,7 @@ class PeerQuery(msgspec.Struct, frozen=True, array_like=True, tag=217, kw_only=T
     kind: StateKind
     limit: int = 0  #: rows at the most; 0: all
     where: list[Condition] = []
+    log: LogWish = LogWish()
 
 
 class PeerRows(msgspec.Struct, frozen=True, array_like=True, tag=218, kw_only=True):
@@ -454,7 +465,7 @@ class PeerRows(msgspec.Struct, frozen=True, array_like=True, tag=218, kw_only=Tr
 
     request_id: int
     now_s: float  #: on the clock that the rows' times are of
-    rows: list[TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow]
+    rows: list[TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow | LogRow | LogTextRow]
     more: bool = False
 
 

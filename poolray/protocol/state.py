@@ -26,6 +26,8 @@ class StateKind(enum.IntEnum):
     WORKERS = 2
     OBJECTS = 3
     ACTORS = 8
+    LOGS = 9  #: files of logs
+    LOG_TEXT = 10  #: a part of one of them
 
 
 class Condition(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -34,6 +36,18 @@ class Condition(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     field: str
     equal: bool  #: whether it is to be that value, or another
     value: str
+
+
+class LogWish(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Which files of logs (LOGS), or which part of which (LOG_TEXT)."""
+
+    pattern: str = "*"  #: LOGS: names that match it, as in a shell
+    name: str = ""  #: LOG_TEXT: of the file, without a folder
+    start: int = 0  #: bytes of its text from the beginning; below 0: from its end
+    size_bytes: int = 0  #: at the most; a node gives less, if it likes
+    #: Only what this attempt of this task has written: `start` counts from that.
+    task_id: TaskId = TaskId(b"")
+    attempt: int = 0
 
 
 class QueryState(msgspec.Struct, frozen=True, array_like=True, tag=118, kw_only=True):
@@ -46,6 +60,8 @@ class QueryState(msgspec.Struct, frozen=True, array_like=True, tag=118, kw_only=
     timeout_s: float = 30.0  #: of who is asked through this one
     limit: int = 0  #: rows of each node at the most; 0: all
     where: list[Condition] = []  #: all of them hold for the rows that are told
+    of_node: NodeId = NodeId(b"")  #: of this node alone; empty: of the one that is asked
+    log: LogWish = LogWish()
 
 
 class TaskRow(msgspec.Struct, frozen=True, array_like=True, tag=1, kw_only=True):
@@ -130,14 +146,37 @@ class ActorRow(msgspec.Struct, frozen=True, array_like=True, tag=8, kw_only=True
     node_id: NodeId = NodeId(b"")
 
 
-StateRow: TypeAlias = TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow
+class LogRow(msgspec.Struct, frozen=True, array_like=True, tag=9, kw_only=True):
+    """A file of logs, those that were written to last at the end."""
+
+    name: str
+    size_bytes: int
+    node_id: NodeId = NodeId(b"")  #: the node that tells of it; empty: the one that was asked
+
+
+class LogTextRow(msgspec.Struct, frozen=True, array_like=True, tag=10, kw_only=True):
+    """A part of a file of logs. Places count bytes from the beginning of what was ever written:
+    what comes first is gone after a while.
+    """
+
+    name: str
+    data: bytes
+    start: int  #: of these bytes
+    first: int  #: place of the first byte that is there …
+    end: int  #: … and behind the last one
+    is_closed: bool = False  #: who wrote it has ended: nothing will be added
+    refusal: str = ""  #: why there is nothing to read, in words
+    node_id: NodeId = NodeId(b"")  #: the node that tells of it; empty: the one that was asked
+
+
+StateRow: TypeAlias = TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow | LogRow | LogTextRow
 
 
 class StateRows(msgspec.Struct, frozen=True, array_like=True, tag=160, kw_only=True):
     """Node to client: the rows, or a part of them; `more` is true for all but the last."""
 
     request_id: int
-    rows: list[TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow]
+    rows: list[TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow | LogRow | LogTextRow]
     more: bool = False
     #: In the last part: nodes that were asked as well and have not answered in time, or died.
     missing: list[NodeId] = []

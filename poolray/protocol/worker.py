@@ -198,6 +198,11 @@ class WorkerOutput(msgspec.Struct, frozen=True, array_like=True, tag=19, kw_only
     label: str = ""  #: of the task or actor
     pid: int = 0
     job_id: bytes = b""
+    worker_id: WorkerId = WorkerId(b"")
+    task_id: TaskId = TaskId(b"")  #: that ran when it was written
+    #: The place behind it in the worker's own file (0: it has none), and how much was written.
+    log_end: int = 0
+    log_bytes: int = 0
 
 
 class NoteTopic(enum.IntEnum):

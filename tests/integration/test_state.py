@@ -267,9 +267,10 @@ def test_placement_groups_are_listed_with_their_bundles() -> None:
 
 
 def test_there_are_no_logs_of_workers() -> None:
-    for ask in (state.list_logs, state.get_log):
-        with pytest.raises(NotSupportedError, match="goes to the driver"):
-            ask()
+    with pytest.raises(NotSupportedError, match="straight to the driver's terminal"):
+        state.list_logs(node_ip="127.0.0.1")
+    with pytest.raises(NotSupportedError, match="straight to the driver's terminal"):
+        state.get_log(task_id="ab" * 24)
 
 
 # ---- jobs and nodes ------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ FLOORS = (
         open_plan=True,
     ),
     Floor(("dashboard", "launcher")),
-    Floor((PACKAGE, "__main__", "state_command"), open_plan=True),
+    Floor((PACKAGE, "__main__", "state_command", "logs_command"), open_plan=True),
 )
 HEIGHT_BY_ROOM = {room: height for height, floor in enumerate(FLOORS) for room in floor.rooms}
 
@@ -93,7 +93,7 @@ HEIGHT_BY_ROOM = {room: height for height, floor in enumerate(FLOORS) for room i
 SIDEWAYS_LINES = {
     ("cluster", "local"): {
         *("workers", "channel", "reactor", "node_shell", "fork_server", "machine", "process_state"),
-        *("callbacks", "news", "direct_host"),
+        *("callbacks", "news", "direct_host", "log_files"),
     }
 }
 

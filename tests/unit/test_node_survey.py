@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from poolray.ids import ClientId, NodeId, TaskId, WorkerId
-from poolray.node.effects import Reply, SendPeer
+from poolray.node.effects import LookIntoLogs, Reply, SendPeer
 from poolray.protocol.node import (
     ClientLeft,
     ClusterView,
+    LogsSeen,
     NodeDied,
     NodeView,
     PeerQuery,
     PeerRows,
     Tick,
 )
-from poolray.protocol.state import Condition, QueryState, StateKind, StateRows, TaskRow
-from tests.unit.node_harness import CPU, DRIVER, Bench
+from poolray.protocol.state import (
+    Condition,
+    LogRow,
+    LogTextRow,
+    LogWish,
+    QueryState,
+    StateKind,
+    StateRows,
+    TaskRow,
+)
+from tests.unit.node_harness import CPU, DRIVER, NODE, Bench
 
 B, C = NodeId(b"B" * 28), NodeId(b"C" * 28)
 
@@ -165,3 +175,79 @@ def test_filters_hold_at_each_node_before_its_limit() -> None:
         for rows in (own.rows, told.rows):
             assert len(rows) == 3
             assert {row.name for row in rows if isinstance(row, TaskRow)} == names
+
+
+# ---- files of logs -------------------------------------------------------------------------------
+
+WISH = LogWish(name="head.log", start=-10, size_bytes=10)
+TEXT = LogTextRow(name="head.log", data=b"words", start=5, first=0, end=10)
+
+
+def ask_for_text(bench: Bench, node_id: NodeId, client: ClientId = DRIVER) -> None:
+    question = QueryState(
+        request_id=7, kind=StateKind.LOG_TEXT, of_node=node_id, log=WISH, timeout_s=5.0
+    )
+    bench.tell(question, client)
+
+
+def looks(bench: Bench) -> list[LookIntoLogs]:
+    return [effect for effect in bench.effects if isinstance(effect, LookIntoLogs)]
+
+
+def test_the_shell_reads_the_own_files_and_nobody_else_is_asked() -> None:
+    for node_id in (NodeId(b""), NODE):
+        bench = bench_with(B)
+        ask_for_text(bench, node_id)
+        (look,) = looks(bench)
+        assert (look.kind, look.wish) == (StateKind.LOG_TEXT, WISH)
+        assert not asked(bench)
+        assert not replies(bench)
+        bench.tell(LogsSeen(number=look.number, rows=[TEXT]))
+        (reply,) = replies(bench)
+        assert (reply.request_id, reply.rows, reply.more) == (7, [TEXT], False)
+
+
+def test_another_node_is_asked_alone_and_its_answer_passed_on() -> None:
+    bench = bench_with(B, C)
+    ask_for_text(bench, B)
+    questions = asked(bench)
+    assert questions.keys() == {B}
+    assert questions[B].log == WISH
+    assert not looks(bench)
+    bench.tell(PeerRows(request_id=questions[B].request_id, now_s=bench.now, rows=[TEXT]), B)
+    rows = [each for part in replies(bench) for each in part.rows]
+    assert [(each.node_id, each.data) for each in rows if isinstance(each, LogTextRow)] == [
+        (B, b"words")
+    ]
+    assert not replies(bench)[-1].more
+
+
+def test_a_peer_that_asks_for_files_is_answered_under_its_number() -> None:
+    bench = bench_with(B)
+    bench.tell(PeerQuery(request_id=3, kind=StateKind.LOGS, log=LogWish(pattern="*.out")), B)
+    (look,) = looks(bench)
+    rows = [LogRow(name=f"worker-{number}.out", size_bytes=1) for number in range(300)]
+    bench.tell(LogsSeen(number=look.number, rows=list(rows)))
+    told = [e.message for e in bench.effects if isinstance(e, SendPeer)]
+    answers = [message for message in told if isinstance(message, PeerRows)]
+    assert [answer.more for answer in answers] == [True] * (len(answers) - 1) + [False]
+    assert [each for answer in answers for each in answer.rows] == rows
+    assert {answer.request_id for answer in answers} == {3}
+
+
+def test_a_node_that_is_dead_or_silent_is_named() -> None:
+    bench = bench_with(B)
+    ask_for_text(bench, C)  # nobody knows it
+    assert [(part.missing, part.more) for part in replies(bench)] == [([C], False)]
+    for end in (NodeDied(node_id=B), Tick()):
+        bench = bench_with(B)
+        ask_for_text(bench, B)
+        bench.now += 5.1
+        bench.tell(end)
+        assert [(part.missing, part.more) for part in replies(bench)] == [([B], False)]
+    ask_for_text(bench, B, ClientId(b"another"))
+    bench.tell(ClientLeft(client_id=ClientId(b"another")))
+    bench.tell(NodeDied(node_id=B))
+    bench.effects.clear()
+    ask_for_text(bench, B)
+    assert [part.missing for part in replies(bench)] == [[B]]
