@@ -273,7 +273,7 @@ def get_log(
     >>> poolray.shutdown()
     >>> cluster = Cluster(initialize_head=True)
     >>> context = poolray.init(address=cluster.address, log_to_driver=False)
-    >>> ref = poolray.remote(print).remote("some words")
+    >>> ref = poolray.remote(lambda: print("some words")).remote()
     >>> poolray.get(ref)
     >>> text = "".join(get_log(task_id=ref.task_id().hex()))
     >>> poolray.shutdown()
