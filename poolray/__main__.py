@@ -12,11 +12,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from poolray import logs_command
+from poolray import logs_command, state_command
 from poolray._version import __version__
 from poolray.exceptions import PoolrayError
 from poolray.local import inspection
-from poolray.util.memory import GROUPS, ORDERS, UNITS, format_table
+from poolray.util.memory import GROUPS, ORDERS, UNITS, format_table, memory_summary
 
 __all__ = ["main"]
 
@@ -36,7 +36,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    from poolray import state_command
     from poolray.cluster.commands import add_commands
 
     add_commands(commands)
@@ -44,11 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     logs_command.add_logs(commands)
     memory = commands.add_parser(
         "memory",
-        help="objects of running drivers: sizes, places, and who holds them",
-        description="Print the objects of this user's running drivers: sizes, places, and which "
-        "process, task or object holds them.",
+        help="objects of running drivers, or of a cluster: sizes, places, and who holds them",
+        description="Print the objects of this user's running drivers without a cluster, or of all "
+        "nodes of one: sizes, places, and which process, task or object holds them.",
     )
     memory.set_defaults(run=_memory)
+    memory.add_argument("--address", help="of a cluster: HOST:PORT, auto or poolray://HOST:PORT")
     memory.add_argument("--pid", type=int, help="only this driver (default: all of this user)")
     memory.add_argument("--list", action="store_true", help="print the pids of drivers, no more")
     memory.add_argument("--group-by", type=str.upper, choices=sorted(GROUPS), default="PID")
@@ -72,6 +72,8 @@ def _count(text: str) -> int:
 
 
 def _memory(options: argparse.Namespace) -> int:
+    if options.address is not None:
+        return _memory_of_cluster(options)
     found = inspection.drivers()
     if options.pid is not None:
         found = {pid: names for pid, names in found.items() if pid == options.pid}
@@ -102,6 +104,23 @@ def _memory(options: argparse.Namespace) -> int:
                 )
             )
     return code
+
+
+def _memory_of_cluster(options: argparse.Namespace) -> int:
+    if options.pid is not None or options.list:
+        sys.stderr.write("poolray: --pid and --list are for drivers without a cluster.\n")
+        return 1
+
+    def ask() -> str:
+        return memory_summary(
+            group_by=options.group_by,
+            sort_by=options.sort_by,
+            units=options.units,
+            stats_only=options.stats_only,
+            num_entries=options.num_entries,
+        )
+
+    return state_command.asking(options, ask)
 
 
 if __name__ == "__main__":

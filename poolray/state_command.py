@@ -85,7 +85,7 @@ def add_commands(commands: Any) -> None:
         )
 
 
-def _asking(options: argparse.Namespace, ask: Callable[[], str]) -> int:
+def asking(options: argparse.Namespace, ask: Callable[[], str]) -> int:
     """Attach to the cluster, ask, print; gives the exit code."""
     from poolray import session
     from poolray.cluster import launch
@@ -132,7 +132,7 @@ def _list(options: argparse.Namespace) -> int:
         found = [dataclasses.asdict(row) for row in rows]
         return _json(found) if options.format == "json" else _table(options.resource, found)
 
-    return _asking(options, ask)
+    return asking(options, ask)
 
 
 def _value(text: str) -> Any:
@@ -154,7 +154,7 @@ def _get(options: argparse.Namespace) -> int:
         rows = found if isinstance(found, list) else [found]
         return _json([dataclasses.asdict(row) for row in rows])
 
-    return _asking(options, ask)
+    return asking(options, ask)
 
 
 def _summary(options: argparse.Namespace) -> int:
@@ -164,7 +164,7 @@ def _summary(options: argparse.Namespace) -> int:
         count = getattr(state, f"summarize_{options.resource}")
         return _json(count(timeout=options.timeout, raise_on_missing_output=False)["cluster"])
 
-    return _asking(options, ask)
+    return asking(options, ask)
 
 
 def _timeline(options: argparse.Namespace) -> int:
@@ -176,7 +176,7 @@ def _timeline(options: argparse.Namespace) -> int:
         timeline(path)
         return f"Written to {path}: open it in chrome://tracing or at https://ui.perfetto.dev"
 
-    return _asking(options, ask)
+    return asking(options, ask)
 
 
 def _json(value: Any) -> str:

@@ -16,12 +16,14 @@ import msgspec
 
 from poolray.exceptions import StateApiError
 from poolray.ids import NodeId
+from poolray.protocol.memory import MemoryTable
 from poolray.protocol.state import (
     ActorRow,
     Condition,
     LogRow,
     LogTextRow,
     LogWish,
+    MemoryRow,
     ObjectRow,
     QueryState,
     StateKind,
@@ -147,6 +149,19 @@ def object_rows(
     """Objects of all nodes: of one that several nodes hold, a row of each."""
     rows = _ask_all(StateKind.OBJECTS, timeout_s, limit=limit, where=where, strict=strict)
     return cast("list[ObjectRow]", rows)
+
+
+def memory_tables(timeout_s: float, limit: int) -> list[MemoryTable]:
+    """The memory of each node, this process's first: its `limit` largest objects."""
+    rows = _ask_all(StateKind.MEMORY, timeout_s, limit=limit, where=(), strict=False)
+    found: dict[NodeId, MemoryTable] = {}
+    for row in cast("list[MemoryRow]", rows):
+        known = found.get(row.table.node_id)
+        if known is None:
+            found[row.table.node_id] = row.table
+        else:
+            known.objects.extend(row.table.objects)
+    return list(found.values())
 
 
 def log_rows(node_id: NodeId, pattern: str, timeout_s: float) -> list[LogRow]:

@@ -519,6 +519,7 @@ class NodeDaemon(NodeShell):
         group_id = group_of_job(job_id)
         session.job_id = job_id
         self._sessions[session.client_id] = session
+        self.node.state.pids[session.client_id] = hello.pid
         job = JobStarted(
             job_id=job_id,
             group_id=group_id,
@@ -560,6 +561,7 @@ class NodeDaemon(NodeShell):
     def on_left(self, session: Session) -> None:
         """A driver is gone: what it held is let go, and its job ends everywhere."""
         self._sessions.pop(session.client_id, None)
+        self.node.state.pids.pop(session.client_id, None)
         _logger.info("job=%s ends", session.job_id.hex())
         with self.guard:
             self.feed(SHELL, ClientLeft(client_id=session.client_id))

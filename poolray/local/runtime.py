@@ -25,8 +25,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
-import msgspec
-
 from poolray.client import Client
 from poolray.client_link import NO_WATCH, WatchStep
 from poolray.config import Config
@@ -40,6 +38,7 @@ from poolray.local.callbacks import CallbackThread
 from poolray.local.collected import Submission, take_together
 from poolray.local.direct_host import DirectHost, sooner
 from poolray.local.machine import Machine, Wishes, describe, usable_cpus
+from poolray.local.memory_views import with_views
 from poolray.local.node_shell import GroupHandle, NodeShell, store_bytes
 from poolray.local.reactor import Interrupts, Waitable
 from poolray.node.effects import (
@@ -69,7 +68,7 @@ from poolray.protocol.client import (
     WaitObjects,
     WaitReply,
 )
-from poolray.protocol.memory import HolderKind, MemoryTable, ObjectEntry, ObjectHolder
+from poolray.protocol.memory import MemoryTable
 from poolray.protocol.values import InArena, InFile, Outcome, TaskClass, TaskSpec
 from poolray.protocol.worker import WorkerNews, WorkerOutput
 
@@ -604,12 +603,7 @@ class LocalRuntime(NodeShell):
         with self.guard:
             self._tell_behind()
             table = self.node.memory_table(self.pid, limit)
-        # Of this process it is known better than the node knows what is a ref and what a view.
-        viewed = dict.fromkeys(self.client.viewed_only(entry.object_id for entry in table.objects))
-        if not viewed:
-            return table
-        objects = [_pinned(e, self.pid) if e.object_id in viewed else e for e in table.objects]
-        return msgspec.structs.replace(table, objects=objects)
+        return with_views(table, self.client, self.pid)
 
     def shutdown(self) -> None:
         """End everything that this runtime has started, and wait for its end."""
@@ -658,17 +652,6 @@ def group_has_ended() -> PoolrayError:
         "The workers of this Pool or Executor were shut down before this call was submitted: make "
         "a new one."
     )
-
-
-def _pinned(entry: ObjectEntry, pid: int) -> ObjectEntry:
-    """An object that a process holds by views only."""
-    holders = [
-        ObjectHolder(kind=HolderKind.PINNED_IN_MEMORY, pid=pid)
-        if holder.pid == pid and holder.kind is HolderKind.LOCAL_REFERENCE
-        else holder
-        for holder in entry.holders
-    ]
-    return msgspec.structs.replace(entry, holders=holders)
 
 
 def _write_out(stream: Any, text: str) -> None:

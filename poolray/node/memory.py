@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from poolray.ids import ClientId, ObjectId
+from poolray.node.borrowing import is_peer, node_of
 from poolray.node.state import NodeState
-from poolray.node.store_records import StoreStatistics
 from poolray.objects.directory import READY, ObjectRecord
 from poolray.protocol.memory import (
     HolderKind,
@@ -24,32 +27,23 @@ from poolray.protocol.memory import (
     PlaceUse,
     SpillingUse,
 )
+from poolray.protocol.state import MemoryRow
 from poolray.protocol.values import InArena, InFile
 from poolray.tasks.lifecycle import TaskRecord
 
+if TYPE_CHECKING:
+    from poolray.node.parts import Parts
 
-def memory_table(
-    state: NodeState,
-    *,
-    pid: int,
-    tasks: Iterable[TaskRecord],
-    lineage: Iterable[TaskRecord],
-    streams: Iterable[ObjectId],
-    call_sites: Mapping[ObjectId, str],
-    store: StoreStatistics,
-    limit: int | None,
-) -> MemoryTable:
+_OBJECTS_PER_ROW = 500
+
+
+def memory_table(state: NodeState, parts: Parts, pid: int, limit: int | None) -> MemoryTable:
     """The table of a node.
 
     Parameters
     ----------
     pid : int
         The node's own process, where its local client lives.
-    tasks, lineage : iterables of TaskRecord
-        Those that hold their dependencies and borrowed refs: tasks that workers may still read
-        the arguments of, and ended ones that are kept to be run again.
-    streams : iterable of ObjectId
-        Items of generators that nobody has taken.
     limit : int or None
         Objects to list: the largest ones.
     """
@@ -67,13 +61,15 @@ def memory_table(
     holders: dict[ObjectId, list[ObjectHolder]] = {object_id: [] for object_id in ids}
     _add_clients(state, pid, holders)
     _add_functions(state, holders)
-    _add_tasks(state, tasks, HolderKind.USED_BY_PENDING_TASK, holders)
-    _add_tasks(state, lineage, HolderKind.USED_BY_LINEAGE, holders)
-    for object_id in streams:
+    kept = [record for record in parts.tasks.lineage.tasks.values() if record.owner_pins]
+    _add_tasks(state, _reading(state), HolderKind.USED_BY_PENDING_TASK, holders)
+    _add_tasks(state, kept, HolderKind.USED_BY_LINEAGE, holders)
+    for object_id in parts.streams.holds():  # items of generators that nobody has taken
         if (known := holders.get(object_id)) is not None:
             known.append(ObjectHolder(kind=HolderKind.WAITING_IN_STREAM, name="generator"))
     _add_containers(objects, holders)
-    arena = state.allocator.statistics()
+    arena, store = state.allocator.statistics(), parts.store.statistics()
+    call_sites = parts.objects.call_sites
     return MemoryTable(
         node_id=state.node_id,
         pid=pid,
@@ -98,6 +94,28 @@ def memory_table(
             restore_s=store.restore_s,
         ),
     )
+
+
+def _reading(state: NodeState) -> list[TaskRecord]:
+    """Tasks that workers may still read the arguments of, and whose refs they borrow."""
+    found = [record for record in state.tasks.values() if record.owner_pins]
+    for worker in state.workers.values():
+        for packet in worker.packets:
+            found.extend(packet.cancelled or ())
+    return found
+
+
+def in_rows(table: MemoryTable) -> list[MemoryRow]:
+    """A table as rows, each with so many of its objects that it is no large message."""
+    starts = range(0, max(1, len(table.objects)), _OBJECTS_PER_ROW)
+    return [
+        MemoryRow(
+            table=msgspec.structs.replace(
+                table, objects=table.objects[start : start + _OBJECTS_PER_ROW]
+            )
+        )
+        for start in starts
+    ]
 
 
 def _place_of(record: ObjectRecord) -> tuple[Place, int]:
@@ -130,14 +148,16 @@ def _add_clients(
     state: NodeState, local_pid: int, holders: dict[ObjectId, list[ObjectHolder]]
 ) -> None:
     pid_by_client: dict[ClientId, int] = {w.client_id: w.pid for w in state.workers.values()}
+    pid_by_client.update(state.pids)
     pid_by_client[state.local_client] = local_pid
     for client_id, client in state.clients.items():
         pid = pid_by_client.get(client_id, 0)
+        name = f"node {node_of(client_id).hex()[:12]}" if is_peer(client_id) else ""
         for object_id in client.held:
             if (known := holders.get(object_id)) is not None:
                 viewed = object_id in client.viewed
                 kind = HolderKind.PINNED_IN_MEMORY if viewed else HolderKind.LOCAL_REFERENCE
-                known.append(ObjectHolder(kind=kind, pid=pid))
+                known.append(ObjectHolder(kind=kind, pid=pid, name=name))
 
 
 def _add_functions(state: NodeState, holders: dict[ObjectId, list[ObjectHolder]]) -> None:

@@ -285,7 +285,7 @@ class Node:
         self._functions = parts.functions
         self._groups = parts.groups
         self._objects = parts.objects
-        self._survey = Survey(state, parts.observer)
+        self._survey = Survey(state, parts.observer, self.memory_table)
         self._observer = parts.observer
         self._peers = parts.peers
         self._protection = parts.protection
@@ -760,21 +760,7 @@ class Node:
 
     def memory_table(self, pid: int, limit: int | None = None) -> MemoryTable:
         """Which objects there are, where, and who holds them; `pid` is the node's own process."""
-        state = self.state
-        tasks = [record for record in state.tasks.values() if record.owner_pins]
-        for worker in state.workers.values():
-            for packet in worker.packets:
-                tasks.extend(packet.cancelled or ())
-        return memory_table(
-            state,
-            pid=pid,
-            tasks=tasks,
-            lineage=[record for record in self._tasks.lineage.tasks.values() if record.owner_pins],
-            streams=self._streams.holds(),
-            call_sites=self._objects.call_sites,
-            store=self._store.statistics(),
-            limit=limit,
-        )
+        return memory_table(self.state, self._parts, pid, limit)
 
     def check_invariants(self) -> None:
         """Raise AssertionError when tables do not agree; for tests and the simulator."""

@@ -36,6 +36,7 @@ from poolray.protocol.node import WorkerLost
 from poolray.protocol.state import (
     ActorRow,
     Condition,
+    MemoryRow,
     NodeRow,
     ObjectRow,
     StateKind,
@@ -449,6 +450,8 @@ def _text_size(row: StateRow) -> int:
     """Characters of those texts in a row that may be long."""
     if isinstance(row, TaskRow):
         return len(row.error_message)
+    if isinstance(row, MemoryRow):
+        return _TEXT_BYTES_MAX
     return len(row.death_cause) + len(row.repr_name) if isinstance(row, ActorRow) else 0
 
 

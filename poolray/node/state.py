@@ -43,6 +43,7 @@ class NodeState:
         "node_id",
         "now",
         "objects",
+        "pids",
         "resources",
         "tasks",
         "workers",
@@ -79,6 +80,8 @@ class NodeState:
         self.objects: dict[ObjectId, ObjectRecord] = {}
         self.clients: dict[ClientId, ClientRecord] = {}  # objects
         self.workers: dict[WorkerId, WorkerRecord] = {}  # groups
+        #: Processes of drivers that live elsewhere, for those who look on.  (the shell)
+        self.pids: dict[ClientId, int] = {}
         self.groups: dict[GroupId, Group] = {}  # groups
         self.classes: dict[ClassId, ClassQueue] = {}  # functions
         self.functions: dict[FunctionId, FunctionDefinition] = {}  # functions

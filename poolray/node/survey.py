@@ -3,8 +3,8 @@
     client ──QueryState(everywhere)──▶ its node ──PeerQuery──▶ the others
            ◀──StateRows, in parts────           ◀──PeerRows───
 
-What: tells a client of every node's tasks, workers, objects or actors, and which nodes did not
-answer in time; of one node's files of logs, which its shell reads (`LookIntoLogs`, `LogsSeen`).
+What: tells a client of every node's tasks, workers, objects, actors or memory, and which nodes did
+not answer in time; of one node's files of logs, which its shell reads (`LookIntoLogs`, `LogsSeen`).
 Who calls: `node/node.py`, with questions of clients and peers, answers, deaths and ticks.
 May touch: nothing.
 Invariants: each question is answered with a last part once, in the time that it names at the
@@ -13,15 +13,18 @@ latest; times in rows of other nodes are on this node's clock, as good as half a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import final
 
 import msgspec
 
 from poolray.ids import ClientId, NodeId
 from poolray.node.effects import LookIntoLogs, SendPeer
+from poolray.node.memory import in_rows
 from poolray.node.observer import Observer, in_parts
 from poolray.node.state import NodeState
 from poolray.protocol.directory import NodeStatus
+from poolray.protocol.memory import MemoryTable
 from poolray.protocol.node import LogsSeen, PeerQuery, PeerRows
 from poolray.protocol.state import LogWish, QueryState, StateKind, StateRow
 
@@ -59,11 +62,18 @@ class _Open:
 class Survey:
     """The questions of this node's clients to all nodes."""
 
-    __slots__ = ("_looks", "_next", "_observer", "_open", "_state")
+    __slots__ = ("_looks", "_memory_table", "_next", "_observer", "_open", "_state")
 
-    def __init__(self, state: NodeState, observer: Observer) -> None:
+    def __init__(
+        self,
+        state: NodeState,
+        observer: Observer,
+        memory_table: Callable[[int, int | None], MemoryTable],
+    ) -> None:
         self._state = state
         self._observer = observer
+        #: Makes one, of the pid of the node's process and the number of objects (None: all).
+        self._memory_table = memory_table
         self._next = 0
         #: our number -> question.
         self._open: dict[int, _Open] = {}
@@ -75,7 +85,7 @@ class Survey:
         if message.kind in _IN_FILES:
             self._on_query_of_files(client_id, message)
             return
-        rows = self._observer.rows(message.kind, message.limit, message.where)
+        rows = self._rows(message)
         peers: dict[NodeId, None] = {}
         if message.everywhere and message.kind not in _KNOWN_EVERYWHERE:
             views = self._observer.peers.views.values()
@@ -83,6 +93,13 @@ class Survey:
         self._observer.reply(client_id, message.request_id, rows, more=bool(peers))
         if peers:
             self._ask(client_id, message, peers)
+
+    def _rows(self, message: QueryState | PeerQuery) -> list[StateRow]:
+        if message.kind is not StateKind.MEMORY:
+            return self._observer.rows(message.kind, message.limit, message.where)
+        own = self._observer.peers.own
+        pid = int(own.info.get("pid", 0)) if own is not None else 0
+        return [*in_rows(self._memory_table(pid, message.limit or None))]
 
     def _on_query_of_files(self, client_id: ClientId, message: QueryState) -> None:
         node_id, number = message.of_node, message.request_id
@@ -131,7 +148,7 @@ class Survey:
         if message.kind in _IN_FILES:
             self._look(node_id, False, message.request_id, message.kind, message.log)
             return
-        rows = self._observer.rows(message.kind, message.limit, message.where)
+        rows = self._rows(message)
         self._tell_peer(node_id, message.request_id, rows)
 
     def _tell_peer(self, node_id: NodeId, number: int, rows: list[StateRow]) -> None:

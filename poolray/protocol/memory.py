@@ -45,7 +45,8 @@ class ObjectHolder(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
     kind: HolderKind
     pid: int = 0  #: the process; 0: none, or one on another node
-    name: str = ""  #: of the task or function; of the containing object, its id
+    #: Of the task or function; of the containing object, its id; of another node, its id's start.
+    name: str = ""
 
 
 class ObjectEntry(msgspec.Struct, frozen=True, array_like=True, kw_only=True):

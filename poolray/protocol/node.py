@@ -62,6 +62,7 @@ from poolray.protocol.state import (
     LogRow,
     LogTextRow,
     LogWish,
+    MemoryRow,
     NodeRow,
     ObjectRow,
     StateKind,
@@ -465,7 +466,9 @@ class PeerRows(msgspec.Struct, frozen=True, array_like=True, tag=218, kw_only=Tr
 
     request_id: int
     now_s: float  #: on the clock that the rows' times are of
-    rows: list[TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow | LogRow | LogTextRow]
+    rows: list[
+        TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow | LogRow | LogTextRow | MemoryRow
+    ]
     more: bool = False
 
 

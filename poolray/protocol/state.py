@@ -15,6 +15,7 @@ from typing import TypeAlias
 import msgspec
 
 from poolray.ids import ActorId, GroupId, NodeId, ObjectId, TaskId, WorkerId
+from poolray.protocol.memory import MemoryTable
 from poolray.protocol.values import CallKind
 
 
@@ -28,6 +29,7 @@ class StateKind(enum.IntEnum):
     ACTORS = 8
     LOGS = 9  #: files of logs
     LOG_TEXT = 10  #: a part of one of them
+    MEMORY = 11  #: objects with who holds them, and the store
 
 
 class Condition(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -169,14 +171,25 @@ class LogTextRow(msgspec.Struct, frozen=True, array_like=True, tag=10, kw_only=T
     node_id: NodeId = NodeId(b"")  #: the node that tells of it; empty: the one that was asked
 
 
-StateRow: TypeAlias = TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow | LogRow | LogTextRow
+class MemoryRow(msgspec.Struct, frozen=True, array_like=True, tag=11, kw_only=True):
+    """A node's memory, or a part of it: some of its objects, and all else as in each part."""
+
+    table: MemoryTable
+    node_id: NodeId = NodeId(b"")  #: the node that tells of it; empty: the one that was asked
+
+
+StateRow: TypeAlias = (
+    TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow | LogRow | LogTextRow | MemoryRow
+)
 
 
 class StateRows(msgspec.Struct, frozen=True, array_like=True, tag=160, kw_only=True):
     """Node to client: the rows, or a part of them; `more` is true for all but the last."""
 
     request_id: int
-    rows: list[TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow | LogRow | LogTextRow]
+    rows: list[
+        TaskRow | WorkerRow | ObjectRow | NodeRow | ActorRow | LogRow | LogTextRow | MemoryRow
+    ]
     more: bool = False
     #: In the last part: nodes that were asked as well and have not answered in time, or died.
     missing: list[NodeId] = []

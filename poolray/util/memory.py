@@ -2,34 +2,45 @@
 
 What: `memory_summary`; `format_table`, which `poolray memory` uses as well.
 Who calls: users; the command line.
-May touch: this process's runtime, which makes the table.
+May touch: this process's runtime, which makes the table, or asks all nodes of its cluster.
 Invariants: a snapshot; nothing is changed or kept by looking.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 from poolray import cluster_connection
+from poolray.cluster_state import ask
 from poolray.exceptions import NotSupportedError, PoolrayError
 from poolray.local import process_state
 from poolray.local import runtime as local_runtime
+from poolray.local.machine import NODE_ADDRESS
+from poolray.local.memory_views import with_views
 from poolray.protocol.memory import HolderKind, MemoryTable, ObjectEntry, ObjectHolder, Place
+from poolray.protocol.state import NodeRow, StateKind
+from poolray.survey import memory_tables
+
+if TYPE_CHECKING:
+    from poolray.cluster.driver import DriverRuntime
 
 __all__ = ["format_table", "memory_summary"]
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
-#: One line of the table: an object and one reason for which it is kept.
-_Row = tuple[ObjectEntry, ObjectHolder]
+#: One line of the table: an object, one reason for which it is kept, and the node that says so.
+_Row = tuple[ObjectEntry, ObjectHolder, str]
+#: Objects of each node that are asked for; these do nothing else while they make their tables.
+_OBJECTS_MAX = 10_000
+_TIMEOUT_S = 30.0
 
 _NOBODY = ObjectHolder(kind=HolderKind.LOCAL_REFERENCE, name="nobody: it is being freed")
 
 GROUPS: dict[str, Callable[[_Row], str]] = {
-    "NODE_ADDRESS": lambda row: "127.0.0.1",
+    "NODE_ADDRESS": lambda row: row[2] or NODE_ADDRESS,
     "STACK_TRACE": lambda row: row[0].call_site or "unknown",
-    "PID": lambda row: _pid(row[1]),
+    "PID": lambda row: _pid(row[1]) + (f" at {row[2]}" if row[2] and row[1].pid else ""),
     "REFERENCE_TYPE": lambda row: row[1].kind.name,
 }
 ORDERS: dict[str, Callable[[_Row], Any]] = {
@@ -56,7 +67,8 @@ def memory_summary(
     stats_only: bool = False,
     num_entries: int | None = None,
 ) -> str:
-    """The objects of this process's runtime: sizes, places, and who holds them.
+    """The objects of this process's runtime, or of all nodes of its cluster: sizes, places, and who
+    holds them.
 
     Parameters
     ----------
@@ -75,7 +87,8 @@ def memory_summary(
     Returns
     -------
     str
-        Lines of text: per object and holder one, then the use of the object store.
+        Lines of text: per object and holder one, then the use of the object store; on a cluster of
+        each node's.
 
     Raises
     ------
@@ -84,11 +97,19 @@ def memory_summary(
     PoolrayError
         There is no runtime in this process.
     NotSupportedError
-        Called in a task: ask the driver. Called by a driver of a cluster: its objects are on many
-        nodes, and `poolray.util.state.list_objects` or `poolray list objects` tells of all of them.
+        Called in a task: ask the driver.
+
+    Warns
+    -----
+    UserWarning
+        A node of the cluster has not answered within 30 s, or died meanwhile: it is named, and the
+        others' objects are shown.
 
     Notes
     -----
+    On a cluster each node tells of its 10,000 largest objects, also of those of other programs. An
+    object that a node keeps for another one, or has a copy of, is in the lists of both.
+
     A process holds an object by refs (`LOCAL_REFERENCE`) or only by looking at its memory, as an
     array from `get` does (`PINNED_IN_MEMORY`). What a worker holds is told when its task ends.
 
@@ -106,23 +127,37 @@ def memory_summary(
             "memory_summary() in a task: the table is the driver's, ask there, or run "
             "`poolray memory` beside it."
         )
-    if cluster_connection.runtime() is not None:
-        raise NotSupportedError(
-            "memory_summary() tells of one machine without a cluster; here "
-            "poolray.util.state.list_objects() and `poolray list objects` tell of all nodes."
-        )
+    connection = cluster_connection.runtime()
     runtime = local_runtime.current()
-    if runtime is None:
+    if connection is not None:
+        title, tables = _of_cluster(connection, 1 if stats_only else _OBJECTS_MAX)
+    elif runtime is not None:
+        table = runtime.memory_table(0 if stats_only else None)
+        title, tables = _title(table), {"": table}
+    else:
         raise PoolrayError("There is no runtime to look at: call poolray.init() first.")
-    limit = 0 if stats_only else None
-    return format_table(
-        runtime.memory_table(limit),
+    return _format(
+        title,
+        tables,
         group_by=group_by,
         sort_by=sort_by,
         units=units,
         stats_only=stats_only,
         num_entries=num_entries,
     )
+
+
+def _of_cluster(connection: DriverRuntime, limit: int) -> tuple[str, dict[str, MemoryTable]]:
+    """A headline; and the tables of all nodes by their addresses."""
+    connection.client.sync_references()
+    rows = cast("list[NodeRow]", ask(StateKind.NODES))
+    addresses = {row.node_id: row.address for row in rows}
+    tables = {}
+    for table in memory_tables(_TIMEOUT_S, limit):
+        if table.node_id == connection.node_id:
+            table = with_views(table, connection.client, connection.pid)
+        tables[addresses.get(table.node_id) or table.node_id.hex()] = table
+    return f"Objects of the cluster at {connection.welcome.head_address}", tables
 
 
 def check_options(group_by: str, sort_by: str, units: str, num_entries: int | None) -> None:
@@ -148,7 +183,33 @@ def format_table(
     num_entries: int | None,
 ) -> str:
     """A table as text; the parameters are those of `memory_summary`, checked."""
-    lines = [f"======== Objects of the runtime in process {table.pid} ========"]
+    return _format(
+        _title(table),
+        {"": table},
+        group_by=group_by,
+        sort_by=sort_by,
+        units=units,
+        stats_only=stats_only,
+        num_entries=num_entries,
+    )
+
+
+def _title(table: MemoryTable) -> str:
+    return f"Objects of the runtime in process {table.pid}"
+
+
+def _format(
+    title: str,
+    tables: Mapping[str, MemoryTable],
+    *,
+    group_by: str,
+    sort_by: str,
+    units: str,
+    stats_only: bool,
+    num_entries: int | None,
+) -> str:
+    """Tables by the addresses of their nodes (empty: there is one machine) as text."""
+    lines = [f"======== {title} ========"]
     if not stats_only:
         key, order = GROUPS[group_by.upper()], ORDERS[sort_by.upper()]
         shown = "all" if num_entries is None else str(num_entries)
@@ -159,27 +220,32 @@ def format_table(
             f"Display {shown} entries per group..."
         )
         groups: dict[str, list[_Row]] = {}
-        for entry in table.objects:
-            for holder in entry.holders or (_NOBODY,):
-                groups.setdefault(key((entry, holder)), []).append((entry, holder))
+        for node, table in tables.items():
+            for entry in table.objects:
+                for holder in entry.holders or (_NOBODY,):
+                    row = entry, holder, node
+                    groups.setdefault(key(row), []).append(row)
         for name, rows in groups.items():
             rows.sort(key=order)
             lines += _group_lines(name, what, rows, units.upper(), num_entries)
-        if table.left_out:
-            lines += ["", f"{table.left_out} smaller objects are not shown."]
-        if table.objects and not table.records_call_sites:
+        if left_out := sum(table.left_out for table in tables.values()):
+            lines += ["", f"{left_out} smaller objects are not shown."]
+        if groups and not any(table.records_call_sites for table in tables.values()):
             lines += ["", "Call sites: set POOLRAY_record_ref_creation_sites=1 to record them."]
-    return "\n".join([*lines, "", *_store_lines(table, units.upper()), ""])
+    for node, table in tables.items():
+        lines += ["", *_store_lines(node, table, units.upper())]
+    return "\n".join([*lines, ""])
 
 
 def _group_lines(
     name: str, what: str, rows: list[_Row], units: str, num_entries: int | None
 ) -> list[str]:
-    sizes = {entry.object_id: max(0, entry.size_bytes) for entry, _ in rows}
+    # (Of one that several nodes have each has its own.)
+    sizes = {(entry.object_id, node): max(0, entry.size_bytes) for entry, _, node in rows}
     counts = []
     for kind, title in _KINDS.items():
-        ids = {entry.object_id for entry, holder in rows if holder.kind is kind}
-        total = _size(sum(sizes[object_id] for object_id in ids), units)
+        ids = {(entry.object_id, node) for entry, holder, node in rows if holder.kind is kind}
+        total = _size(sum(sizes[each] for each in ids), units)
         counts.append((title, f"{len(ids)}, ({total})"))
     summary = [("Mem Used by Objects", _size(sum(sizes.values()), units)), *counts]
     columns = [("PID", "Place", "Size", "Reference Type", "Holder", "Object Ref", "Call Site")]
@@ -193,7 +259,7 @@ def _group_lines(
             entry.object_id.hex(),
             entry.call_site or "-",
         )
-        for entry, holder in rows[:num_entries]
+        for entry, holder, _ in rows[:num_entries]
     ]
     hidden = len(rows) - (len(columns) - 1)
     return [
@@ -207,12 +273,12 @@ def _group_lines(
     ]
 
 
-def _store_lines(table: MemoryTable, units: str) -> list[str]:
+def _store_lines(node: str, table: MemoryTable, units: str) -> list[str]:
     free = table.capacity_bytes - table.used_bytes
     percent = 100 * table.used_bytes / table.capacity_bytes if table.capacity_bytes else 0.0
     torn = 100 * (1 - table.largest_free_bytes / free) if free else 0.0
     lines = [
-        "--- Object store ---",
+        f"--- Object store of {node} ---" if node else "--- Object store ---",
         f"Shared memory: {_size(table.used_bytes, units)} used of "
         f"{_size(table.capacity_bytes, units)} ({percent:.1f} %); "
         f"{_size(table.high_water_bytes, units)} touched so far",

@@ -19,8 +19,8 @@ import pytest
 import poolray
 from poolray.__main__ import main
 from poolray.cluster_utils import Cluster, ClusterNode
-from poolray.exceptions import NotSupportedError, StateApiError
-from poolray.util import memory_summary
+from poolray.exceptions import StateApiError
+from poolray.util import memory, memory_summary
 from poolray.util.state import (
     get_task,
     list_actors,
@@ -151,9 +151,30 @@ def test_workers_and_objects_are_those_of_all_nodes(cluster: Cluster) -> None:
     assert [row.task_status for row in list_objects(filters=[("object_id", "=", ref.hex())])]
 
 
-def test_the_memory_of_one_machine_is_refused_by_name(cluster: Cluster) -> None:
-    with pytest.raises(NotSupportedError, match="list_objects"):
-        memory_summary()
+def test_the_memory_of_all_nodes_is_told_with_who_holds_what(cluster: Cluster) -> None:
+    mine = poolray.put(np.ones(400_000))
+    theirs = there.remote(np.ones(300_000))
+    poolray.wait([theirs], timeout=30)
+    viewed = poolray.get(poolray.put(np.ones(200_000)))
+    text = memory_summary()
+    addresses = {n.address for n in cluster.list_all_nodes()}
+    for address in addresses:
+        assert f"node address: {address} ---" in text
+        assert f"Object store of {address} ---" in text
+    lines = text.splitlines()
+
+    def kinds(object_id: str) -> list[tuple[str, str]]:
+        rows = [line.split() for line in lines if object_id in line]
+        return sorted((row[0], row[4]) for row in rows)
+
+    assert kinds(mine.hex()) == [(str(os.getpid()), "LOCAL_REFERENCE")]
+    assert (str(os.getpid()), "LOCAL_REFERENCE") in kinds(theirs.hex())
+    own = poolray.get_runtime_context().get_node_id()
+    assert any(theirs.hex() in line and f"node {own[:12]}" in line for line in lines)
+    assert any("PINNED_IN_MEMORY" in line and str(os.getpid()) in line for line in lines)
+    assert f"pid: {os.getpid()} at " in memory_summary(group_by="PID", units="MB")
+    assert mine.hex() not in memory_summary(stats_only=True)
+    del viewed
 
 
 def test_numbers_count_each_task_once(cluster: Cluster) -> None:
@@ -185,7 +206,9 @@ def test_a_worker_sees_the_same(cluster: Cluster) -> None:
     ]
 
 
-def test_a_node_that_does_not_answer_is_named(cluster: Cluster) -> None:
+def test_a_node_that_does_not_answer_is_named(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     poolray.get(there.remote(1), timeout=30)  # the second node has a worker to tell of
     third: ClusterNode = cluster.add_node(num_cpus=1, resources={"third": 1})
     wait_until(
@@ -211,6 +234,11 @@ def test_a_node_that_does_not_answer_is_named(cluster: Cluster) -> None:
         assert time.monotonic() - began_s < 20
         with pytest.warns(UserWarning, match=node_id):
             rows = list_workers(timeout=1, raise_on_missing_output=False)
+        monkeypatch.setattr(memory, "_TIMEOUT_S", 1.0)
+        with pytest.warns(UserWarning, match=node_id):
+            text = memory.memory_summary()
+        assert cluster.head_node is not None
+        assert cluster.head_node.address in text
         assert second(cluster) in {row.node_id for row in rows}
     finally:
         cluster.remove_node(third, allow_graceful=False)  # SIGKILL, while it is asked
@@ -252,6 +280,7 @@ def test_the_same_from_a_shell(
     assert counts["state_counts"]["FINISHED"] >= 3
     assert "ALIVE" in said(capsys, "list", "nodes", address)
     assert said(capsys, "list", "objects", address, "--limit=0") == "objects: 0\n"
+    assert "--- Object store of " in said(capsys, "memory", address, "--stats-only")
     trace = tmp_path / "trace.json"
     said(capsys, "timeline", address, "-o", str(trace))
     assert "by shell" in {event["name"] for event in json.loads(trace.read_text())}
