@@ -197,6 +197,9 @@ def sweep(directories: Sequence[str]) -> None:
 def _sweep_folder(folder: str) -> None:
     try:
         status = os.lstat(folder)
+    except OSError:
+        return  # somebody else has removed it since it was listed
+    try:
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             return
         descriptor = os.open(os.path.join(folder, _LOCK), os.O_RDWR | os.O_CLOEXEC)

@@ -511,6 +511,17 @@ def test_folders_of_the_living_are_left_alone_and_those_of_the_dead_removed(
     assert not Path(folder).exists()
 
 
+def test_a_folder_that_somebody_else_removes_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = tmp_path / "poolray-2-bb-0"
+    dead.mkdir()
+    (dead / "lock").touch()
+    monkeypatch.setattr(os, "listdir", lambda _: ["poolray-1-aa-0", "poolray-2-bb-0"])
+    sweep([os.fspath(tmp_path)])
+    assert not dead.exists()
+
+
 def test_a_folder_that_is_swept_while_it_is_made_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
