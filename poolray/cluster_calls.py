@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from poolray import api, cluster_connection
 from poolray.client_functions import function_id_of
+from poolray.cluster_insights import Measures, PoolWatch, WorkerWatch
 from poolray.cluster_state import cluster_resources
 from poolray.exceptions import (
     ActorError,
@@ -43,6 +44,7 @@ from poolray.protocol.values import CallKind
 
 if TYPE_CHECKING:
     from poolray.cluster.driver import DriverRuntime
+    from poolray.local.pool_insights import PoolInsights
     from poolray.objects.object_ref import ObjectRef
 
 #: Calls that are with one worker at a time, at the most.
@@ -63,11 +65,15 @@ class _PoolWorker:
         #: What each call is given before its own arguments: the state, if there is one.
         self._given: tuple[Any, ...] = ()
         self._exit: Callable[..., Any] | None = None
+        #: How long what takes, where somebody wants to know.
+        self._measures: Measures | None = None
         try:
+            if extras:
+                make_state, init, self._exit, measures = deserialize(extras, True)
+                self._measures = Measures() if measures else None
             if initializer:
                 deserialize(initializer, True)(*deserialize(arguments, True))
             if extras:
-                make_state, init, self._exit = deserialize(extras, True)
                 if make_state is not None:
                     self._given = (make_state(),)
                 if init is not None:
@@ -76,20 +82,34 @@ class _PoolWorker:
             from poolray.local import worker_errors
 
             self._failure = worker_errors.encode_plain(error)
+        if self._measures is not None:
+            self._measures.on_ready()
+
+    def facts(self) -> tuple[Any, ...]:
+        """What it has done with its time."""
+        assert self._measures is not None
+        return self._measures.facts()
 
     def pid(self) -> int:
         """The process that it is."""
         return os.getpid()
 
-    def wind_up(self) -> tuple[bool, bytes] | None:
+    def wind_up(self) -> Any:
         """The worker leaves: (whether it is a result, as opposed to an error; what it left)."""
-        if self._exit is None or self._failure:
-            return None
+        began_s = time.perf_counter()
+        left = None if self._exit is None or self._failure else self._leave(self._exit)
+        if self._measures is None:
+            return left
+        if left is not None:
+            self._measures.on_exit(time.perf_counter() - began_s)
+        return left, self._measures.facts()
+
+    def _leave(self, leave: Callable[..., Any]) -> tuple[bool, bytes]:
         from poolray.local import worker_errors
 
         try:
             serializer = Serializer(main_definitions={}, out_of_band_all=False, modules=frozenset())
-            return True, _flat(serializer.dumps(self._exit(*self._given)))
+            return True, _flat(serializer.dumps(leave(*self._given)))
         except BaseException as error:
             traceback.print_exc()
             return False, worker_errors.encode_plain(error)
@@ -102,7 +122,7 @@ class _PoolWorker:
         payload: bytes,
         refs: list[Any],
         limit_s: float = 0.0,
-    ) -> tuple[bool, Any, float]:
+    ) -> Any:
         """Run one call; one that takes longer than its limit is the end of this process.
 
         Returns
@@ -111,7 +131,14 @@ class _PoolWorker:
         value : Any
             The call's value; without success the encoded exception.
         elapsed_s : float
+            With measures these three are the first of two values; the others are the facts.
         """
+        result = self._run(key, function, kind, payload, limit_s)
+        return result if self._measures is None else (result, self._measures.facts())
+
+    def _run(
+        self, key: bytes, function: bytes, kind: int, payload: bytes, limit_s: float
+    ) -> tuple[bool, Any, float]:
         from poolray.local import worker_errors
 
         if self._failure:
@@ -141,7 +168,8 @@ class _PoolWorker:
         return [call(*each) for each in arguments]
 
     def _dressed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(call, *self._given) if self._given else call
+        call = functools.partial(call, *self._given) if self._given else call
+        return call if self._measures is None else self._measures.dress(call)
 
 
 @final
@@ -166,10 +194,12 @@ class _Limit:
 class _Worker:
     """An actor as the driver sees it."""
 
-    __slots__ = ("actor", "calls_left", "elapsed_s", "is_exclusive", "under_way")
+    __slots__ = ("actor", "calls_left", "elapsed_s", "is_exclusive", "under_way", "watch")
 
-    def __init__(self, actor: Any, calls_left: int) -> None:
+    def __init__(self, actor: Any, calls_left: int, watch: WorkerWatch | None = None) -> None:
         self.actor = actor
+        #: Told what it does with its time, if somebody wants to know.
+        self.watch = watch
         #: Calls that it may still be given; below 0: any number.
         self.calls_left = calls_left
         #: It is at a call whose time is limited: its end may be the end of the process.
@@ -327,6 +357,7 @@ class ClusterCalls:
         make_worker: Callable[[], _Worker],
         max_retries: int,
         has_exit: bool,
+        watch: PoolWatch | None,
     ) -> None:
         self.runtime = runtime
         self.handle = handle
@@ -336,6 +367,8 @@ class ClusterCalls:
         self._make_worker = make_worker
         self._max_retries = max_retries
         self._has_exit = has_exit
+        #: What workers do with their time; None: nobody wants to know.
+        self._watch = watch
         #: Workers that wind up.
         self._leaving = 0
         #: What those that have done so left: (whether it is a result; bytes).
@@ -388,6 +421,11 @@ class ClusterCalls:
     def exits(self) -> list[tuple[bool, bytes]]:
         """What workers have left: (whether it is a result, as opposed to an error; bytes)."""
         return list(self._exits)
+
+    def insights(self, *_: object) -> PoolInsights:
+        """What the workers have done with their time (they have been made to measure it)."""
+        assert self._watch is not None
+        return self._watch.insights()
 
     def apply_stream(self) -> ClusterStream:
         """Calls that bring their callable along."""
@@ -457,13 +495,17 @@ class ClusterCalls:
             frame = bytearray(payload.size_bytes)
             payload.write_into(memoryview(frame))
             payload = bytes(frame)
-        run = worker.actor.run
+        run, watch, facts_ref = worker.actor.run, worker.watch, None
         if stream.limit_s:  # whether it is tried again is decided here
             run = run.options(max_task_retries=0)
+        if watch is not None:
+            run = run.options(num_returns=2)
         try:
             ref = run.remote(
                 stream.key, stream.function, int(stream.kind), payload, refs, stream.limit_s
             )
+            if watch is not None:
+                ref, facts_ref = ref
         except PoolrayError as error:
             receiver.on_result(error)
             return
@@ -475,6 +517,8 @@ class ClusterCalls:
         def arrive(reply: Any) -> None:
             worker.under_way -= 1
             worker.is_exclusive = False
+            if watch is not None:
+                watch.expect(self.runtime.connection.client, facts_ref)
             error = self._loss(ref, reply) if stream.limit_s and reply.errors else None
             if error is not None:
                 self._replace(worker, politely=False)
@@ -524,13 +568,20 @@ class ClusterCalls:
         from poolray.actor import kill as kill_actor
 
         actor, worker.actor = worker.actor, None  # the last handle: it ends after its calls
+        watch = worker.watch
+        if watch is not None and self._watch is not None:
+            self._watch.end(watch)
         if kill:
             kill_actor(actor)
-        elif self._has_exit:
+        elif self._has_exit or watch is not None:
             self._leaving += 1
-            ref = actor.wind_up.remote()
+            wind_up = actor.wind_up if watch is None else actor.wind_up.options(num_returns=2)
+            found = wind_up.remote()
+            ref = found if watch is None else found[0]
 
             def arrive(reply: Any) -> None:
+                if watch is not None:
+                    watch.expect(self.runtime.connection.client, found[1])
                 self._leaving -= 1
                 error, left = self.runtime.connection.client.read_reply(reply, ref, True)
                 if error is None and left is not None:
@@ -657,20 +708,28 @@ def make_calls(
         )
     wanted = b""
     if extras is not None:
-        wanted = _flat(serializer.dumps((extras.make_state, extras.init, extras.exit)))
+        wanted = _flat(
+            serializer.dumps((extras.make_state, extras.init, extras.exit, extras.measures))
+        )
     retries = runtime.config.max_retries if max_retries is None else max_retries
     worker_class = api.remote(
         num_cpus=1, max_restarts=-1 if retries else 0, max_task_retries=retries
     )(_PoolWorker)
 
+    watch = PoolWatch() if extras is not None and extras.measures else None
+
     def make_worker() -> _Worker:
-        return _Worker(worker_class.remote(*prepared, wanted), max_tasks or -1)
+        actor = worker_class.remote(*prepared, wanted)
+        if watch is None:
+            return _Worker(actor, max_tasks or -1)
+        first = watch.begin(runtime.connection.client, actor.facts.remote())
+        return _Worker(actor, max_tasks or -1, first)
 
     workers = [make_worker() for _ in range(processes)]
     handle = ClusterHandle(workers, serializer)
     has_exit = extras is not None and extras.exit is not None
     runtime.calls = ClusterCalls(
-        runtime, handle, workers, cancellable, make_worker, retries, has_exit
+        runtime, handle, workers, cancellable, make_worker, retries, has_exit, watch
     )
     return runtime.calls
 

@@ -21,7 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar, cast
 
 from poolray import cluster_connection
-from poolray.exceptions import NotSupportedError, PoolrayError
+from poolray.exceptions import PoolrayError
 from poolray.local import runtime as local_runtime
 from poolray.local.calls import CallGroup, CallStream, check_timeout, split_error
 from poolray.local.feed import PASSIVE, Feed, chunks_of
@@ -96,8 +96,7 @@ class Pool:
     address : str, optional
         A cluster's, as `init` takes it: the workers are spread over its nodes, one per CPU by
         default. None takes what `POOLRAY_ADDRESS` says, if it is set; "local" is this machine.
-        Functions go by value; workers are fresh processes, so a "fork" context is refused, and so
-        is `insights`.
+        Functions go by value; workers are fresh processes, so a "fork" context is refused.
 
     Raises
     ------
@@ -177,10 +176,6 @@ class Pool:
     def _start_on_cluster(self, address: str, context: Any, max_retries: int | None) -> None:
         from poolray.cluster_calls import make_calls
 
-        if self._extras is not None and self._extras.measures:
-            raise NotSupportedError(
-                "A Pool with an address cannot have insights in this version of poolray."
-            )
         calls = make_calls(
             address=address,
             processes=self._processes,

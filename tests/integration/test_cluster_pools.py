@@ -192,13 +192,57 @@ def test_a_call_with_a_limit_whose_worker_is_killed_runs_again(
         assert pool.apply(abs, (-1,)) == 1
 
 
+def test_a_pool_on_a_cluster_tells_what_its_workers_do_with_their_time(cluster: Cluster) -> None:
+    address = cluster.address
+    with Pool(2, time.sleep, (0.05,), insights=True, address=address) as pool:
+        pool.map(time.sleep, [0.02, 0.15, *[0.02] * 8], chunksize=2)
+        found = pool.insights()
+        assert found.tasks == 10
+        assert len({worker.pid for worker in found.workers}) == 2
+        for worker in found.workers:
+            assert worker.alive
+            assert worker.init_s >= 0.05
+            assert worker.start_up_s > 0
+            assert worker.waiting_s >= 0
+            assert worker.exit_s == 0
+        assert sum(worker.working_s for worker in found.workers) >= 0.33
+        assert found.slowest[0].arguments == "0.15"
+        assert found.slowest[0].seconds >= 0.15
+        assert pool.apply(np.ones, (200_000,)).sum() == 200_000  # a result that is not small
+        with pytest.raises(ZeroDivisionError):
+            pool.apply(lambda n: 1 // n, (0,))
+        assert pool.insights().tasks == 12
+        pids = {worker.pid for worker in found.workers}
+
+        def die(path: str) -> int:
+            if not os.path.exists(path):
+                open(path, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return os.getpid()
+
+        pids.add(pool.apply(die, (os.path.join(cluster.session_folder, "died"),)))
+        found = pool.insights()
+        assert {worker.pid for worker in found.workers} == pids
+        assert found.tasks == 13
+    options = {"maxtasksperchild": 2, "worker_exit": lambda: time.sleep(0.05)}
+    pool = Pool(1, insights=True, address=address, **options)
+    pool.map(abs, range(6), chunksize=1)
+    pool.close()
+    pool.join()
+    found = pool.insights()
+    assert [worker.tasks for worker in found.workers if worker.tasks] == [2, 2, 2]
+    assert not any(worker.alive for worker in found.workers)
+    assert all(worker.exit_s >= 0.05 for worker in found.workers)
+    assert "slowest calls" in str(found)
+    with Pool(1, address=address) as plain, pytest.raises(ValueError, match="insights=True"):
+        plain.insights()
+
+
 def test_what_a_pool_on_a_cluster_cannot_do_is_refused(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="only has 3 CPUs"):
         Pool(4, address=cluster.address)
-    with pytest.raises(NotSupportedError, match="insights"):
-        Pool(1, insights=True, address=cluster.address)
     forks = multiprocessing.get_context("fork")
     with pytest.raises(NotSupportedError, match="forks of this process"):
         Pool(1, context=forks, address=cluster.address)

@@ -80,7 +80,7 @@ FLOORS = (
             "multiprocessing",
             "backends",
             "experimental",
-            *("cluster_utils", "cluster_calls"),
+            *("cluster_utils", "cluster_calls", "cluster_insights"),
         ),
         open_plan=True,
     ),
