@@ -719,11 +719,11 @@ def make_calls(
     watch = PoolWatch() if extras is not None and extras.measures else None
 
     def make_worker() -> _Worker:
+        begun = None if watch is None else watch.begin()
         actor = worker_class.remote(*prepared, wanted)
-        if watch is None:
-            return _Worker(actor, max_tasks or -1)
-        first = watch.begin(runtime.connection.client, actor.facts.remote())
-        return _Worker(actor, max_tasks or -1, first)
+        if begun is not None:
+            begun.expect(runtime.connection.client, actor.facts.remote())
+        return _Worker(actor, max_tasks or -1, begun)
 
     workers = [make_worker() for _ in range(processes)]
     handle = ClusterHandle(workers, serializer)

@@ -12,6 +12,7 @@ nothing compares clocks of two machines: workers tell how long something took.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -89,6 +90,8 @@ class WorkerWatch:
     """In the driver: one worker, with all processes that it has been (others replace dead ones)."""
 
     def __init__(self) -> None:
+        #: Guards all fields: facts come in several threads.
+        self._lock = threading.Lock()
         self._asked_s = time.monotonic()
         #: When the process that told last was ready; 0: none was.
         self._ready_s = 0.0
@@ -98,7 +101,7 @@ class WorkerWatch:
         #: The facts that come last: a ref; None: none were asked for.
         self._latest: Any = None
         #: Processes before this one.
-        self.earlier: deque[WorkerInsights] = deque(maxlen=_ENDED_MAX)
+        self._earlier: deque[WorkerInsights] = deque(maxlen=_ENDED_MAX)
 
     def expect(self, client: Client, ref: Any) -> None:
         """These facts will come: mostly they are beside a result that has come."""
@@ -113,10 +116,14 @@ class WorkerWatch:
 
     def on_facts(self, facts: Facts) -> None:
         """A process tells; it may have told since."""
+        with self._lock:
+            self._take(facts)
+
+    def _take(self, facts: Facts) -> None:
         known, now = self._facts, time.monotonic()
         if known is None or known.pid != facts.pid:
             if known is not None:
-                self.earlier.append(self._insights(known, alive=False))
+                self._earlier.append(self._insights(known, alive=False))
             self._ready_s = now
             self._start_up_s = max(0.0, now - self._asked_s - facts.init_s) if not known else 0.0
         elif facts.tasks < known.tasks or facts.exit_s < known.exit_s:
@@ -130,8 +137,9 @@ class WorkerWatch:
     def insights(self) -> list[WorkerInsights]:
         """What is known of it: nothing while its first process is being set up."""
         self._catch_up()
-        own = [] if self._facts is None else [self._insights(self._facts, not self._ended_s)]
-        return [*self.earlier, *own]
+        with self._lock:
+            own = [] if self._facts is None else [self._insights(self._facts, not self._ended_s)]
+            return [*self._earlier, *own]
 
     def _catch_up(self) -> None:
         try:
@@ -166,10 +174,9 @@ class PoolWatch:
         #: Of workers that have ended, the latest.
         self._ended: deque[WorkerWatch] = deque(maxlen=_ENDED_MAX)
 
-    def begin(self, client: Client, first: Any) -> WorkerWatch:
-        """A worker was asked for; `first` is a ref to the facts that it begins with."""
+    def begin(self) -> WorkerWatch:
+        """A worker is about to be asked for; it is to be asked for its first facts, too."""
         made = WorkerWatch()
-        made.expect(client, first)
         self._workers[made] = None
         return made
 

@@ -120,6 +120,9 @@ class Config:
     heartbeat_interval_s: float = 0.5
     #: A message to a peer that is not acknowledged for this long is sent again.
     resend_after_s: float = 0.2
+    #: Bytes that wait for one peer: with more, a node takes nothing from its drivers and workers
+    #: until half of them have left.
+    peer_backlog_max_bytes: int = 256 * 1024 * 1024
     #: A driver outside of the cluster that was cut off may come back within this long: until then
     #: its node keeps what it holds, and it waits.
     client_reconnect_grace_period_s: float = 30.0

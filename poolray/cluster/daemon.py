@@ -135,6 +135,23 @@ def owner_pidfd(pid: int, stop: Callable[[], None]) -> int:
 
 
 @final
+class Polled:
+    """A descriptor among what the reactor polls, whose owner looks himself what it has."""
+
+    def __init__(self, descriptor: int, on_news: Callable[[int], None]) -> None:
+        self._descriptor = descriptor
+        self._on_news = on_news
+
+    def fileno(self) -> int:
+        """What to poll."""
+        return self._descriptor
+
+    def answer(self) -> None:
+        """It may have something."""
+        self._on_news(self._descriptor)
+
+
+@final
 class Owner:
     """Whoever started this daemon, and whose end is its end."""
 

@@ -32,6 +32,7 @@ from poolray.cluster.head_daemon import HEAD_ID
 from poolray.cluster.jobs import Job, Jobs, groups_in
 from poolray.cluster.node_answers import answer
 from poolray.cluster.options import NodeOptions, Ready
+from poolray.cluster.pressure import Pressure
 from poolray.cluster.remote_sessions import RemoteReception
 from poolray.cluster.sessions import DriverSession, Reception, Session
 from poolray.cluster.storage_threads import StorageThreads
@@ -99,25 +100,6 @@ _HEAD_SILENCE_MAX_S = 60.0
 _FAREWELL_S = 5.0
 #: Threads that speak with storage elsewhere for peers and drivers, at the most.
 _STORAGE_THREADS_MAX = 8
-#: A driver's or worker's channel that was full is tried again after this long.
-_FLUSH_AGAIN_S = 0.001
-
-
-@final
-class _Channel:
-    """A ZeroMQ socket's descriptor among what the reactor polls."""
-
-    def __init__(self, descriptor: int, daemon_: NodeDaemon) -> None:
-        self._descriptor = descriptor
-        self._daemon = daemon_
-
-    def fileno(self) -> int:
-        """What to poll."""
-        return self._descriptor
-
-    def answer(self) -> None:
-        """It may have something: `settle` looks."""
-        self._daemon.on_socket_news(self._descriptor)
 
 
 @final
@@ -173,7 +155,9 @@ class NodeDaemon(NodeShell):
             credentials=Credentials.of(options.token) if options.token else None,
             resend_after_s=config.resend_after_s,
             on_message=self._on_message,
+            crowd_bytes=config.peer_backlog_max_bytes,
         )
+        self._pressure = Pressure(self._switch, self.reactor, self._sources)
         self._switch.answer = self._answer_question
         self._switch.on_restarted = self._on_restarted
         self._switch.on_refused = self._on_refused
@@ -184,7 +168,7 @@ class NodeDaemon(NodeShell):
         self._outside = RemoteReception(
             self, self._switch, config.client_reconnect_grace_period_s, self._storage
         )
-        self._channels: dict[int, _Channel] = {}
+        self._channels: dict[int, daemon.Polled] = {}
         port = self._switch.listen(options.host, options.port)
         self.address = f"{options.host}:{port}"
         self._bulk = Bulk(
@@ -293,7 +277,7 @@ class NodeDaemon(NodeShell):
         self.reactor.unwatch_other(channel)
 
     def _watch_socket(self, descriptor: int) -> None:
-        channel = self._channels[descriptor] = _Channel(descriptor, self)
+        channel = self._channels[descriptor] = daemon.Polled(descriptor, self.on_socket_news)
         self.reactor.watch_other(channel, channel)  # type: ignore[arg-type]
         self.is_switch_due = True
 
@@ -304,7 +288,7 @@ class NodeDaemon(NodeShell):
 
     def on_server_news(self, host: Any) -> None:
         """A channel has something: a fork server's, a driver's, or the network's."""
-        if isinstance(host, (DriverSession, Reception, _Channel, daemon.Owner)):
+        if isinstance(host, (DriverSession, Reception, daemon.Polled, daemon.Owner)):
             host.answer()
         else:
             super().on_server_news(host)
@@ -362,6 +346,8 @@ class NodeDaemon(NodeShell):
             more = self._switch.service(time.monotonic(), self._looks_everywhere)
             self._looks_everywhere = False
             self.is_switch_due = more or self.is_switch_due
+            if self._switch.crowded or self._pressure.is_on:
+                self._pressure.look(time.monotonic())
         if self._spill_news or self._bulk.has_news:
             self._take_threads_news()
         self._storage.settle()
@@ -371,6 +357,11 @@ class NodeDaemon(NodeShell):
             self._users.hand_over(self._deliveries.popleft())
         if self._farewell is not None:
             self._leave_when_heard()
+
+    def _sources(self) -> list[socket.socket]:
+        """Where drivers and workers of this node write."""
+        drivers = [s.channel for s in self._sessions.values() if isinstance(s, DriverSession)]
+        return [*drivers, *(host.reports for host in self._hosts.values())]
 
     def _on_spill_news(self, message: Any) -> None:
         """A thread has written or read a file: what follows is done on the daemon's own."""
@@ -395,8 +386,6 @@ class NodeDaemon(NodeShell):
         opening = self._bulk.next_deadline()
         if opening is not None:
             deadline = opening if deadline is None else min(deadline, opening)
-        if any(session.waits for session in self._sessions.values()):
-            deadline = time.monotonic() + _FLUSH_AGAIN_S
         if self._farewell is not None:
             leave_s = self._farewell[1]
             deadline = leave_s if deadline is None else min(deadline, leave_s)
@@ -404,6 +393,9 @@ class NodeDaemon(NodeShell):
             return timeout
         left = deadline - time.monotonic()
         return left if timeout is None else min(timeout, left)
+
+    def _has_unsent(self) -> bool:
+        return super()._has_unsent() or any(session.waits for session in self._sessions.values())
 
     def tick(self) -> None:
         """Time has passed."""

@@ -146,6 +146,11 @@ class DriverSession:
         self._closed = False
         host.watch(channel, self)
 
+    @property
+    def channel(self) -> socket.socket:
+        """What it comes by."""
+        return self._channel
+
     def answer(self) -> None:
         """Read what has come."""
         try:

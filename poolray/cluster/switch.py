@@ -150,6 +150,9 @@ class Switch:
         Pause before what was not acknowledged is sent again.
     on_message : callable
         Given a peer's id and what it sent, once and in order.
+    crowd_bytes : int
+        With more than this waiting for a peer, it is `crowded`; with four times as much it is given
+        up.
     """
 
     def __init__(
@@ -160,12 +163,17 @@ class Switch:
         credentials: Credentials | None,
         resend_after_s: float,
         on_message: Callable[[bytes, bytes], None],
+        crowd_bytes: int = 256 << 20,
     ) -> None:
         self._own_id = own_id
         self._session = session
         self._credentials = credentials
         self._resend_after_s = resend_after_s
         self._on_message = on_message
+        self._crowd_bytes = crowd_bytes
+        #: Peer for which too much waits -> when it acknowledged something last, or was found to be.
+        #: (Of a driver outside of the cluster little waits here: see `outlet.py`.)
+        self.crowded: dict[bytes, float] = {}
         #: Called with the id of a peer that was started again, and with the messages under way to
         #: it: whether these arrived nobody can tell.
         self.on_restarted: Callable[[bytes, list[bytes]], None] = _ignore
@@ -281,6 +289,7 @@ class Switch:
         """A peer is gone for good: drop what waits for it."""
         peer = self._peers.pop(peer_id, None)
         self._timed.pop(peer_id, None)
+        self.crowded.pop(peer_id, None)
         if peer is not None and peer.dealer is not None:
             del self._dealers[peer.dealer]
             self._due.pop(peer.dealer, None)
@@ -332,7 +341,8 @@ class Switch:
             resend_after_s = self._resend_after_s
             if OUTSIDE in (peer_id[: len(OUTSIDE)], self._own_id[: len(OUTSIDE)]):
                 resend_after_s = max(resend_after_s, _RESEND_OUTSIDE_S)
-            peer = self._peers[peer_id] = _Peer(peer_id, PeerLink(self._session, resend_after_s))
+            link = PeerLink(self._session, resend_after_s, 4 * self._crowd_bytes)
+            peer = self._peers[peer_id] = _Peer(peer_id, link)
         return peer
 
     def send(self, peer_id: bytes, payload: bytes) -> None:
@@ -343,6 +353,14 @@ class Switch:
         peer = self._peer(peer_id)
         if peer is not None:
             peer.outbox.append(payload)
+            self._unsent[peer_id] = None
+
+    def give_up(self, peer_id: bytes) -> None:
+        """Nothing will ever reach this peer again; `on_given_up` is told with `service`."""
+        peer = self._peers.get(peer_id)
+        self.crowded.pop(peer_id, None)
+        if peer is not None:
+            peer.link.give_up()
             self._unsent[peer_id] = None
 
     def _send_out(self, now: float) -> None:
@@ -367,8 +385,11 @@ class Switch:
                 body = _SEVERAL + self._encode(several) if len(several) > 1 else _WHOLE + payload
                 self._carry(peer, peer.link.send(body, now))
             self._timed[peer_id] = None
+            if peer.link.backlog_bytes > self._crowd_bytes:
+                self.crowded.setdefault(peer_id, now)
             if peer.link.state is LinkState.BROKEN and not peer.is_given_up:
                 peer.is_given_up = True
+                self.crowded.pop(peer_id, None)
                 self.on_given_up(peer_id)
 
     def _send_parts(self, peer: _Peer, payload: bytes, now: float) -> None:
@@ -515,7 +536,12 @@ class Switch:
         if route is not None:
             peer.route = route
         peer.heard_s = now
+        before_bytes = peer.link.backlog_bytes
         arrival = peer.link.receive(frame, now)
+        if sender in self.crowded and peer.link.backlog_bytes < before_bytes:
+            self.crowded[sender] = now
+            if peer.link.backlog_bytes <= self._crowd_bytes // 2:
+                del self.crowded[sender]
         if arrival.restarted:
             peer.parts, peer.parts_bytes = [], 0
             self.on_restarted(sender, _whole(arrival.lost))

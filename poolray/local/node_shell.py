@@ -108,6 +108,8 @@ _ARENA_SHARE = 0.3
 _ARENA_MIN_BYTES = 64 << 20
 #: How often a leader looks at calls that wait for room (results make it look at once).
 _LOOK_AT_BATCHES_S = 0.02
+#: What found a channel full is tried again after this long.
+_FLUSH_AGAIN_S = 0.001
 
 
 @final
@@ -194,6 +196,8 @@ class NodeShell(abc.ABC):
         #: Results and other user-visible news, to be handed over outside of the guard.
         self._deliveries: deque[Any] = deque()
         self._output = OutputParts()
+        #: When to try again what found a channel full; 0: nothing has.
+        self._flush_s = 0.0
         #: The workers of plain tasks, once there are any.
         self.default_group: GroupHandle | None = None
         #: Batches under construction, flushed before the machine hands out more work.
@@ -555,17 +559,26 @@ class NodeShell(abc.ABC):
         """Seconds until the machine wants a tick."""
         with self.guard:
             deadline = self.node.next_deadline()
-            hosts = self._hosts.values()
-            if any(handle.outbox for host in hosts for handle in host.workers.values()):
-                deadline = time.monotonic() + 0.001
+            if not self._has_unsent():
+                self._flush_s = 0.0
+            else:
+                # (From when it was found so: one that moves on with the clock is never reached.)
+                self._flush_s = self._flush_s or time.monotonic() + _FLUSH_AGAIN_S
+                deadline = self._flush_s if deadline is None else min(deadline, self._flush_s)
         if self.open_batches:
             soon = time.monotonic() + _LOOK_AT_BATCHES_S
             deadline = soon if deadline is None else min(deadline, soon)
         return None if deadline is None else deadline - time.monotonic()
 
+    def _has_unsent(self) -> bool:
+        """Whether a channel was full; under the guard."""
+        hosts = self._hosts.values()
+        return any(handle.outbox for host in hosts for handle in host.workers.values())
+
     def tick(self) -> None:
         """The machine's time has come."""
         with self.guard:
+            self._flush_s = 0.0
             for host in self._hosts.values():
                 host.flush()
             if self.open_batches:

@@ -26,7 +26,7 @@ import time
 import types
 from _signal import getsignal as _getsignal  # type: ignore[import-not-found]
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar, final
 
 from poolray.exceptions import PoolrayError
@@ -348,6 +348,8 @@ class Reactor:
         self._poller.register(self._bell.descriptor, select.POLLIN)
         #: file descriptor -> (channel or None for a server's channel, host).
         self._watched: dict[int, tuple[socket.socket | None, Any]] = {}
+        #: descriptor -> channel that is watched, and not polled for now.
+        self._paused: dict[int, socket.socket] = {}
         self._background: threading.Thread | None = None
         #: One caller waits for as long as there is anything to do: no background thread is needed.
         self.is_always_led = False
@@ -376,8 +378,27 @@ class Reactor:
 
     def unwatch_other(self, channel: socket.socket) -> None:
         """Stop polling a channel that `watch_other` was given, before it is closed."""
-        if self._watched.pop(channel.fileno(), None) is not None:
+        self._forget(channel)
+
+    def _forget(self, channel: socket.socket) -> None:
+        descriptor = channel.fileno()
+        is_paused = self._paused.pop(descriptor, None) is not None
+        if self._watched.pop(descriptor, None) is not None and not is_paused:
             self._poller.unregister(channel)
+
+    def pause(self, channels: Iterable[socket.socket]) -> None:
+        """Do not read these for now, if they are watched: whoever writes there waits."""
+        for channel in channels:
+            descriptor = channel.fileno()
+            if descriptor in self._watched and descriptor not in self._paused:
+                self._paused[descriptor] = channel
+                self._poller.unregister(channel)
+
+    def resume(self) -> None:
+        """Read what was paused."""
+        for channel in self._paused.values():
+            self._poller.register(channel, select.POLLIN)
+        self._paused.clear()
 
     def unwatch(self, host: Any) -> None:
         """Stop polling a host's channels, before they are closed."""
@@ -387,8 +408,7 @@ class Reactor:
     def unwatch_server(self, host: Any) -> None:
         """A server is gone, and its workers with it: their channels would be readable for ever."""
         for channel in (host.reports, host.commands):
-            if self._watched.pop(channel.fileno(), None) is not None:
-                self._poller.unregister(channel)
+            self._forget(channel)
 
     def ring_if_parked(self) -> None:
         """From finalizers: let the background thread look at what they have noted."""

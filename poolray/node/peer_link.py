@@ -26,6 +26,8 @@ from poolray.protocol.link import LinkFrame
 _WINDOW = 64
 #: Messages that wait for the window; with more than this the peer counts as out of reach.
 _BACKLOG_MAX = 100_000
+#: And so many bytes, unless its owner says otherwise.
+_BACKLOG_BYTES_MAX = 1 << 30
 #: Repeats in one go, oldest first: after a pause the first few tell whether the way is open.
 _RESEND_COUNT = 8
 #: The pause between repeats grows up to this many times the first, no further: heartbeats go over
@@ -62,11 +64,14 @@ class PeerLink:
         Number of this life of the process, at least 1 and larger than those of earlier ones.
     resend_after_s : float
         Pause before a message that is not acknowledged is sent again, at first.
+    backlog_max_bytes : int
+        With more than this waiting for the window the peer counts as out of reach.
     """
 
     __slots__ = (
         "_back_off",
         "_backlog",
+        "_backlog_max_bytes",
         "_deadline_s",
         "_early",
         "_next_in",
@@ -78,9 +83,12 @@ class PeerLink:
         "_state",
         "_suspect",
         "_unacked",
+        "backlog_bytes",
     )
 
-    def __init__(self, session: int, resend_after_s: float) -> None:
+    def __init__(
+        self, session: int, resend_after_s: float, backlog_max_bytes: int = _BACKLOG_BYTES_MAX
+    ) -> None:
         self._session = session
         self._resend_after_s = resend_after_s
         self._state = LinkState.GREETING
@@ -88,6 +96,9 @@ class PeerLink:
         self._peer_session = 0
         #: Messages that the window has no room for.
         self._backlog: deque[bytes] = deque()
+        #: Bytes of them.
+        self.backlog_bytes = 0
+        self._backlog_max_bytes = backlog_max_bytes
         #: number -> message that is under way, in order.
         self._unacked: dict[int, bytes] = {}
         self._next_out = 1
@@ -117,8 +128,9 @@ class PeerLink:
         if self._state is LinkState.BROKEN:
             return []
         self._backlog.append(payload)
-        if len(self._backlog) > _BACKLOG_MAX:
-            self._break()
+        self.backlog_bytes += len(payload)
+        if len(self._backlog) > _BACKLOG_MAX or self.backlog_bytes > self._backlog_max_bytes:
+            self.give_up()
             return []
         if self._state is LinkState.GREETING:
             if self._deadline_s is not None:
@@ -201,6 +213,7 @@ class PeerLink:
         if restarted:
             # Whether these arrived nobody can tell: who sends again decides, not the link.
             self._backlog.clear()
+            self.backlog_bytes = 0
         self._unacked.clear()
         self._next_out = 1
         self._suspect = self._resent = 0
@@ -232,6 +245,7 @@ class PeerLink:
         while self._backlog and len(self._unacked) < _WINDOW:
             sequence = self._next_out
             payload = self._backlog.popleft()
+            self.backlog_bytes -= len(payload)
             self._next_out += 1
             self._unacked[sequence] = payload
             frames.append(self._frame(sequence, payload))
@@ -239,9 +253,11 @@ class PeerLink:
             self._deadline_s = now + self._resend_after_s
         return frames
 
-    def _break(self) -> None:
+    def give_up(self) -> None:
+        """Nothing goes to the peer any more, or is taken from it."""
         self._state = LinkState.BROKEN
         self._backlog.clear()
+        self.backlog_bytes = 0
         self._unacked.clear()
         self._early.clear()
         self._deadline_s = None
@@ -252,6 +268,7 @@ class PeerLink:
             self._state is LinkState.BROKEN
         )
         assert len(self._unacked) <= _WINDOW
+        assert self.backlog_bytes == sum(map(len, self._backlog)) <= self._backlog_max_bytes
         numbers = list(self._unacked)
         assert numbers == list(range(self._next_out - len(numbers), self._next_out))
         assert all(self._next_in < n < self._next_in + _WINDOW for n in self._early)

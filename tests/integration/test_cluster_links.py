@@ -235,6 +235,40 @@ def test_a_peer_for_which_too_much_waits_is_given_up_and_told_of_once(
         end.switch.close()
 
 
+def test_a_peer_is_crowded_while_too_many_bytes_wait_and_given_up_at_four_times_as_many() -> None:
+    one, other = End(b"one"), End(b"other")
+    one.switch._crowd_bytes = 10_000
+    given_up: list[bytes] = []
+    one.switch.on_given_up = given_up.append
+    port = other.switch.listen("127.0.0.1", 0)
+    one.switch.connect(b"other", "127.0.0.1", port)
+    sent = 0
+
+    def send() -> None:
+        nonlocal sent
+        one.switch.send(b"other", b"%05d" % sent + bytes(995))
+        one.turn()
+        sent += 1
+
+    try:
+        send()
+        run([one, other], lambda: bool(other.received))
+        while not one.switch.crowded:  # it is silent: the window fills, then the backlog
+            send()
+        assert 64 + 10 <= sent <= 64 + 13
+        run([one, other], lambda: len(other.received) == sent)
+        assert not one.switch.crowded
+        assert [int(data[:5]) for _, data in other.received] == list(range(sent))
+        while not given_up:
+            send()
+        assert sent <= 2 * (64 + 13) + 40
+        assert one.switch.waiting(b"other") == 0
+        assert not one.switch.crowded
+    finally:
+        one.switch.close()
+        other.switch.close()
+
+
 # ---- what makes no sense -------------------------------------------------------------------------
 
 
