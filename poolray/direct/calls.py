@@ -741,7 +741,7 @@ class DirectCalls:
             self.send_notes()
         if self.pending:
             with self._lock:
-                for connection in self._connections:
+                for connection in list(self._connections):
                     late_s = connection.first_sent_s + _NUDGE_AFTER_S
                     if connection.waits_behind() and now >= late_s:
                         connection.nudge()

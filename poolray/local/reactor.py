@@ -726,7 +726,8 @@ class Reactor:
         if self._target.has_work() or self._stopped:
             self._parked = False
             return
-        servers = {d: host for d, (channel, host) in self._watched.items() if channel is None}
+        watched = list(self._watched.items())  # (other threads add to it)
+        servers = {d: host for d, (channel, host) in watched if channel is None}
         heard = self._park.wait_with(list(servers), self._target.next_timeout())
         self._parked = False
         for descriptor in heard:
