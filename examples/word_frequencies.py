@@ -129,7 +129,8 @@ WAYS: dict[str, Callable[[list[str], argparse.Namespace], Iterator[Report]]] = {
 
 def where(options: argparse.Namespace) -> dict[str, Any]:
     """The cluster to work on, as keyword arguments: none means this machine."""
-    return {"address": options.address} if options.address else {}
+    address = options.address or os.environ.get("POOLRAY_ADDRESS")
+    return {"address": address} if address else {}
 
 
 # Files in, tables out

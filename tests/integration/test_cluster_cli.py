@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -14,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+import poolray
+from poolray.__main__ import main
+from poolray.util.state import list_workers
 from tests.integration.support import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons need Linux")
@@ -225,3 +229,73 @@ def test_output_of_another_machine_names_its_address(poolray_command: Run, folde
     assert done.returncode == 0, done.stderr
     assert re.search(r"\(speaks pid=\d+\).* it says near", done.stdout), done.stdout
     assert re.search(r"\(speaks pid=\d+, ip=127\.0\.0\.2\).* it says distance", done.stdout)
+
+
+# ---- what the page on clusters shows -------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "cluster.md"
+#: Commands in its blocks, and those in its text that say all that they need.
+SHOWN = re.compile(
+    r"^\$ poolray (?P<block>[^\n#]+)"
+    r"|`poolray (?P<text>(?:list|get|summary|timeline|memory) [^`]+)`",
+    re.MULTILINE,
+)
+
+
+@pytest.mark.timeout(120)
+def test_the_commands_of_the_page_work_in_the_order_that_it_shows_them_in(
+    folder: Path,
+    poolray_command: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shown = [match["block"] or match["text"] for match in SHOWN.finditer(PAGE.read_text("utf-8"))]
+    assert shown[0].strip() == "start --head"
+    address = start_head(poolray_command)
+    joined = poolray_command("start", f"--address={address}", "--num-cpus=1")
+    assert joined.returncode == 0, joined.stderr
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("POOLRAY_TMPDIR", str(folder / "runs"))
+    for name in ("POOLRAY_ADDRESS", "POOLRAY_AUTH_TOKEN", "POOLRAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+    @poolray.remote
+    class Speaker:
+        def say(self) -> int:
+            print("words")
+            return os.getpid()
+
+    poolray.init(address="auto", log_to_driver=False)
+    try:
+        speaker = Speaker.options(name="speaker", lifetime="detached").remote()
+        pid = poolray.get(speaker.say.remote(), timeout=30)
+        ref = poolray.remote(lambda: print("words")).remote()
+        poolray.get(ref, timeout=30)
+        task, actor = ref.task_id().hex(), speaker._actor_id.hex()
+        (row,) = [row for row in list_workers() if row.pid == pid]
+        (drained,) = [n["NodeID"] for n in poolray.nodes() if n["NodeID"] != row.node_id]
+    finally:
+        poolray.shutdown()
+    told: dict[str, str] = {}
+    # (What a drained node has printed cannot be asked for: that is last here.)
+    for command in sorted(shown[1:], key=lambda command: "drain-node" in command):
+        words = shlex.split(command)
+        thing = actor if "actor" in words else task
+        node = drained if words[0] == "drain-node" else row.node_id
+        filled = {"--id=…": f"--id={thing}", "--node-id=…": f"--node-id={node}", "ID": task}
+        filled |= {"--pid=4711": f"--pid={pid}", "--address=HOST:PORT": f"--address={address}"}
+        capsys.readouterr()
+        # (What goes on for ever is looked at up to now.)
+        code = main([filled.get(word, word) for word in words if word != "--follow"])
+        told[command.strip()], err = capsys.readouterr()
+        assert code == 0, f"{command}: {err}"
+    assert {command.split()[0] for command in told} == {
+        *("drain-node", "list", "get", "summary", "timeline", "memory", "logs"),
+    }
+    assert told["logs task --id=…"] == "words\n"
+    assert "words\n" in told["logs worker --pid=4711 --node-id=…"]
+    assert "gcs_server:\n- head.err" in told["logs"]
+    assert "the head listens" in told["logs head.log --tail=100 --follow"]
+    assert '"FINISHED"' in told["get tasks ID"]
+    assert (folder / "trace.json").exists()
