@@ -132,7 +132,7 @@ class TaskError(PoolrayError):
     """
 
     def __init__(
-        self, *, function_name: str, traceback_str: str, cause: BaseException, pid: int
+        self, function_name: str, traceback_str: str, cause: BaseException, *, pid: int = 0
     ) -> None:
         super().__init__(traceback_str)
         self.function_name = function_name
@@ -241,13 +241,14 @@ class WorkerCrashedError(PoolrayError):
 
     def __init__(
         self,
+        message: str = "",
         *,
-        task_name: str,
-        task_id: str,
-        pid: int,
-        exit_code: int | None,
-        signal: int | None,
-        attempts: int,
+        task_name: str = "",
+        task_id: str = "",
+        pid: int = 0,
+        exit_code: int | None = None,
+        signal: int | None = None,
+        attempts: int = 0,
     ) -> None:
         self.task_name = task_name
         self.task_id = task_id
@@ -255,6 +256,9 @@ class WorkerCrashedError(PoolrayError):
         self.exit_code = exit_code
         self.signal = signal
         self.attempts = attempts
+        if message or not task_id:
+            super().__init__(message or "The worker that ran a task died unexpectedly.")
+            return
         super().__init__(
             f"Task {task_name} ({task_id[:12]}) lost its worker: pid {pid} "
             f"{describe_exit(exit_code, signal)}. It was tried {attempts} time(s). "
@@ -316,16 +320,17 @@ class OutOfMemoryError(PoolrayError):
 
     def __init__(
         self,
+        message: str = "",
         *,
-        task_name: str,
-        task_id: str,
-        node_id: str,
-        pid: int,
-        worker_bytes: int,
-        used_bytes: int,
-        total_bytes: int,
-        threshold: float,
-        attempts: int,
+        task_name: str = "",
+        task_id: str = "",
+        node_id: str = "",
+        pid: int = 0,
+        worker_bytes: int = 0,
+        used_bytes: int = 0,
+        total_bytes: int = 0,
+        threshold: float = 0.0,
+        attempts: int = 0,
         limit_bytes: int = 0,
         processes: tuple[tuple[int, int, str], ...] = (),
     ) -> None:
@@ -340,7 +345,10 @@ class OutOfMemoryError(PoolrayError):
         self.attempts = attempts
         self.limit_bytes = limit_bytes
         self.processes = processes
-        super().__init__(self._limit_text() if limit_bytes else self._shortage_text())
+        if message or not task_id:
+            super().__init__(message or "A task was ended because memory was short.")
+        else:
+            super().__init__(self._limit_text() if limit_bytes else self._shortage_text())
 
     @property
     def message(self) -> str:
@@ -478,11 +486,16 @@ class ActorError(PoolrayError):
         What happened to it.
     """
 
-    def __init__(self, *, actor_id: str, class_name: str, reason: str) -> None:
+    def __init__(
+        self, actor_id: str = "", error_msg: str = "", *, class_name: str = "", reason: str = ""
+    ) -> None:
         self.actor_id = actor_id
         self.class_name = class_name
         self.reason = reason
-        super().__init__(f"{self._what} {class_name} ({actor_id}) {reason}")
+        if error_msg or not reason:
+            super().__init__(error_msg or f"{self._what} failed before it had finished a call.")
+        else:
+            super().__init__(f"{self._what} {class_name} ({actor_id}) {reason}")
 
     #: How the message begins.
     _what = "The actor"
@@ -511,12 +524,12 @@ class ActorDiedError(ActorError):
 
     def __init__(
         self,
-        *,
-        actor_id: str,
-        class_name: str,
-        reason: str,
-        pid: int = 0,
         cause: TaskError | None = None,
+        *,
+        actor_id: str = "",
+        class_name: str = "",
+        reason: str = "",
+        pid: int = 0,
     ) -> None:
         super().__init__(actor_id=actor_id, class_name=class_name, reason=reason)
         self.pid = pid
@@ -533,6 +546,11 @@ class ActorUnavailableError(ActorError):
     actor may succeed.
     """
 
+    def __init__(
+        self, error_message: str = "", actor_id: str = "", *, class_name: str = "", reason: str = ""
+    ) -> None:
+        super().__init__(actor_id, error_message, class_name=class_name, reason=reason)
+
 
 class ActorAlreadyExistsError(PoolrayError, ValueError):
     """The name is that of another actor that lives in the namespace.
@@ -542,11 +560,12 @@ class ActorAlreadyExistsError(PoolrayError, ValueError):
     name, namespace : str
     """
 
-    def __init__(self, *, name: str, namespace: str) -> None:
+    def __init__(self, error_message: str = "", *, name: str = "", namespace: str = "") -> None:
         self.name = name
         self.namespace = namespace
         super().__init__(
-            f"The name {name} (namespace={namespace}) is already taken. Use a different name, get "
+            error_message
+            or f"The name {name} (namespace={namespace}) is already taken. Use a different name, get "
             f"the existing actor with get_actor({name!r}, namespace={namespace!r}), or create it "
             "with get_if_exists=True."
         )
@@ -567,11 +586,13 @@ class ObjectStoreFullError(PoolrayError):
         What was tried and failed.
     """
 
-    def __init__(self, *, size_bytes: int, reason: str) -> None:
+    def __init__(self, message: str = "", *, size_bytes: int = 0, reason: str = "") -> None:
         self.size_bytes = size_bytes
         self.reason = reason
+        what = f"an object of {size_bytes} bytes: {reason}" if reason else "an object"
         super().__init__(
-            f"No room for an object of {size_bytes} bytes: {reason}. Drop refs and arrays that are "
+            message
+            or f"No room for {what}. Drop refs and arrays that are "
             "not needed any more, give the runtime more memory with init(object_store_memory=...) "
             "or another disk with init(object_spilling_directory=...)."
         )
@@ -592,10 +613,20 @@ class ObjectLostError(PoolrayError):
         What happened to it.
     """
 
-    def __init__(self, *, object_id: str, reason: str) -> None:
-        self.object_id = object_id
+    def __init__(
+        self,
+        object_ref_hex: str = "",
+        owner_address: bytes | None = None,
+        call_site: str = "",
+        *,
+        object_id: str = "",
+        reason: str = "",
+    ) -> None:
+        self.object_id = object_id or object_ref_hex
+        self.owner_address = owner_address
+        self.call_site = call_site
         self.reason = reason
-        super().__init__(f"Object {object_id} is lost: {reason}")
+        super().__init__(f"Object {self.object_id} is lost{': ' + reason if reason else ''}")
 
 
 class ObjectFreedError(ObjectLostError):
@@ -621,11 +652,22 @@ class NodeDiedError(PoolrayError):
         How often the task was tried.
     """
 
-    def __init__(self, *, task_name: str, task_id: str, node_id: str, attempts: int) -> None:
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        task_name: str = "",
+        task_id: str = "",
+        node_id: str = "",
+        attempts: int = 0,
+    ) -> None:
         self.task_name = task_name
         self.task_id = task_id
         self.node_id = node_id
         self.attempts = attempts
+        if message or not task_id:
+            super().__init__(message or "The node that ran a task died.")
+            return
         super().__init__(
             f"Task {task_name} ({task_id[:12]}) lost its node {node_id[:12]} after {attempts} "
             "attempt(s); allow more attempts with max_retries=."

@@ -638,3 +638,38 @@ def test_errors_and_deaths_share_the_attempts(tmp_path: Path) -> None:
     ref = call.options(max_retries=3, retry_exceptions=True).remote(alternate, tmp_path)
     assert isinstance(failure(ref), ValueError)
     assert attempts(tmp_path) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("ActorDiedError", ()),
+        ("ActorPlacementGroupRemoved", ()),
+        ("ActorUnavailableError", ("it is busy", b"\x01" * 16)),
+        ("GetTimeoutError", ()),
+        ("LocalRayletDiedError", ()),
+        ("NodeDiedError", ("it is gone",)),
+        ("ObjectFetchTimedOutError", ("ab" * 28, None, "")),
+        ("ObjectFreedError", ("ab" * 28, None, "")),
+        ("ObjectLostError", ("ab" * 28, None, "")),
+        ("ObjectReconstructionFailedError", ("ab" * 28,)),
+        ("ObjectStoreFullError", ()),
+        ("OutOfDiskError", ()),
+        ("OutOfMemoryError", ("it was too much",)),
+        ("OwnerDiedError", ("ab" * 28, None, "")),
+        ("PendingCallsLimitExceeded", ()),
+        ("RayActorError", ()),
+        ("RayTaskError", ("f", "its traceback", ValueError("cause"))),
+        ("RuntimeEnvSetupError", ()),
+        ("TaskCancelledError", ()),
+        ("TaskPlacementGroupRemoved", ()),
+        ("WorkerCrashedError", ()),
+    ],
+)
+def test_programs_can_raise_the_errors_themselves(name: str, args: tuple[Any, ...]) -> None:
+    error = getattr(ray.exceptions, name)(*args)
+    with pytest.raises(getattr(ray.exceptions, name)) as caught:
+        raise error
+    assert isinstance(caught.value, ray.exceptions.RayError)
+    if args and name != "RayTaskError":
+        assert args[0] in str(caught.value)
