@@ -565,9 +565,9 @@ class ActorAlreadyExistsError(PoolrayError, ValueError):
         self.namespace = namespace
         super().__init__(
             error_message
-            or f"The name {name} (namespace={namespace}) is already taken. Use a different name, get "
-            f"the existing actor with get_actor({name!r}, namespace={namespace!r}), or create it "
-            "with get_if_exists=True."
+            or f"The name {name} (namespace={namespace}) is already taken. Use a different name, "
+            f"get the existing actor with get_actor({name!r}, namespace={namespace!r}), or create "
+            "it with get_if_exists=True."
         )
 
 

@@ -1,6 +1,7 @@
 """Channels: `SOCK_SEQPACKET` pairs, one packet a message.
 
-What: makes pairs, sends and receives without blocking, polls briefly before it sleeps.
+What: makes pairs, sends and receives without blocking, polls briefly before it sleeps; cuts what is
+too large for a packet.
 Who calls: the reactor, the fork server, the worker's main loop.
 May touch: sockets.
 Invariants: a packet arrives whole, once and in order; what is unread can be taken back by whoever
@@ -10,6 +11,7 @@ holds the reading end (the kernel gives each packet to exactly one reader).
 from __future__ import annotations
 
 import array
+import itertools
 import mmap
 import os
 import select
@@ -17,9 +19,19 @@ import socket
 import time
 from typing import final
 
+from poolray.ids import WORKER_ID_BYTES, WorkerId
+
 #: Larger than any packet we send (see `Config.packet_bytes_max` and `inline_max_bytes`).
 RECEIVE_BYTES = 1 << 20
 _SEND_BUFFER_BYTES = 1 << 20
+#: Most systems take no larger packet, whatever buffer is asked for.
+PART_BYTES_MAX = 256 << 10
+#: How a part begins: no message does, as msgpack leaves this byte out.
+_PART_MARK = b"\xc1"
+PART_MARK = _PART_MARK[0]
+_SENDER_END = 1 + WORKER_ID_BYTES
+_NUMBER_END = _SENDER_END + 8
+_part_numbers = itertools.count()
 _DONT_WAIT = socket.MSG_DONTWAIT
 _YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))
 
@@ -71,6 +83,47 @@ class PacketBuffer:
             return None
         except ConnectionResetError:
             return b""
+
+
+def send_whole(channel: socket.socket, packet: bytes, sender: WorkerId) -> None:
+    """Send a packet of any size: a large one in parts, between which others' may come."""
+    if len(packet) <= PART_BYTES_MAX:
+        channel.send(packet)
+        return
+    head = _PART_MARK + sender + next(_part_numbers).to_bytes(8, "big")
+    view = memoryview(packet)
+    for start in range(0, len(packet), PART_BYTES_MAX):
+        stop = start + PART_BYTES_MAX
+        mark = b"\x00" if stop < len(packet) else b"\x01"
+        channel.send(b"".join((head, mark, view[start:stop])))
+
+
+@final
+class PartJoiner:
+    """Puts packets together that were sent in parts, of many senders."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self) -> None:
+        #: sender -> number of the packet -> what has come of it.
+        self._parts: dict[bytes, dict[bytes, list[bytes]]] = {}
+
+    def join(self, part: bytes) -> bytes | None:
+        """The packet that this was the last part of, or None."""
+        sender, number = part[1:_SENDER_END], part[_SENDER_END:_NUMBER_END]
+        packets = self._parts.setdefault(sender, {})
+        parts = packets.setdefault(number, [])
+        parts.append(part[_NUMBER_END + 1 :])
+        if part[_NUMBER_END : _NUMBER_END + 1] != b"\x01":
+            return None
+        del packets[number]
+        if not packets:
+            del self._parts[sender]
+        return b"".join(parts)
+
+    def forget(self, sender: WorkerId) -> None:
+        """A sender is gone, maybe in the middle of a packet."""
+        self._parts.pop(sender, None)
 
 
 def send_nowait(channel: socket.socket, packet: bytes) -> bool:

@@ -38,6 +38,7 @@ from poolray.ids import (
     NodeId,
     WorkerId,
 )
+from poolray.local.channel import PART_MARK, PartJoiner
 from poolray.local.collected import Submission, take_together
 from poolray.local.fork_server import WorkerSetup
 from poolray.local.machine import Machine, memory_bytes, usable_cpus
@@ -209,6 +210,7 @@ class NodeShell(abc.ABC):
             self.arena, self._folders, config.max_io_workers, self._on_spill_news
         )
         self._decode = msgspec.msgpack.Decoder(FromWorkers).decode
+        self._joiner = PartJoiner()
         self._closed = False
         #: What has become of it, as a verb; empty: nothing, it is of use.
         self.ended = ""
@@ -383,7 +385,16 @@ class NodeShell(abc.ABC):
         bool
             Calls were collected: more of them may follow; `on_all_read` tells the machine.
         """
-        message = self._decode(packet)
+        if packet[0] == PART_MARK:
+            whole = self._joiner.join(packet)
+            if whole is None:
+                return False
+            packet = whole
+        try:
+            message = self._decode(packet)
+        except msgspec.DecodeError as error:
+            self._end_workers_of(host, f"{error} (a packet of {len(packet)} bytes)")
+            return False
         sender = SHELL
         if type(message) is ClientMessage:
             submitted = message.message
@@ -458,6 +469,20 @@ class NodeShell(abc.ABC):
     def _flush_batches(self) -> None:  # noqa: B027 (a daemon collects none)
         """Give the machine the calls that were collected; under the guard."""
 
+    def _end_workers_of(self, host: WorkerHost, reason: str) -> None:
+        """One of these workers has said what nobody can read, and waits for an answer maybe: which
+        one cannot be told, so all of them end, and their tasks are tried again or fail.
+        """
+        import logging
+
+        logging.getLogger("poolray").error(
+            "System error: a worker's report cannot be read: %s. Its group's workers are replaced. "
+            "Please report this.",
+            reason,
+        )
+        for worker_id in [w for w, each in self._host_by_worker.items() if each is host]:
+            host.terminate(WorkerId(worker_id))
+
     def on_server_news(self, host: Any) -> None:
         """A fork server reports exits, or is gone."""
         if host.closed:
@@ -497,6 +522,7 @@ class NodeShell(abc.ABC):
         self.arena.clear_slot(handle.slot)
         self._deliver_unfinished_output(handle.pid)
         host.forget(worker_id)
+        self._joiner.forget(worker_id)
         self._host_by_worker.pop(worker_id, None)
         self.feed(
             SHELL,

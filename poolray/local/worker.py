@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from poolray.exceptions import ObjectLostError
+from poolray.exceptions import InternalError, ObjectLostError
 from poolray.ids import WorkerId
 from poolray.local import process_state, worker_process
 from poolray.local.actor_reports import cancelled_outcome
-from poolray.local.channel import SpinningReader
+from poolray.local.channel import SpinningReader, send_whole
 from poolray.local.reactor import Guard
 from poolray.local.worker_client import WorkerClient, WorkerLink
 from poolray.local.worker_errors import DependencyFailed, OutOfTime, UnpicklableResult
@@ -156,7 +156,7 @@ class Worker:
         self.inline_max_bytes = config.inline_max_bytes
         self.streams = WorkerStreams(self, config.result_delay_max_s)
         self.encode = msgspec.msgpack.Encoder().encode
-        self.decode = msgspec.msgpack.Decoder(ToWorkerQueue).decode
+        self._decode = msgspec.msgpack.Decoder(ToWorkerQueue).decode
         self.functions = Functions(self)
         self.outcomes = Outcomes(self)
         #: Once an actor lives here: gives its methods by name.
@@ -239,6 +239,24 @@ class Worker:
         self.send(self.encode(WorkerReady(worker_id=self.worker_id, pid=os.getpid())))
         return True
 
+    def decode(self, packet: bytes) -> Any:
+        """A packet of the task queue.
+
+        Raises
+        ------
+        InternalError
+            It makes no sense. The worker ends, and the node gives its tasks to others or fails
+            them.
+        """
+        try:
+            return self._decode(packet)
+        except msgspec.DecodeError as error:
+            raise InternalError(
+                f"System error: worker {self.worker_id.hex()[:12]} (pid {os.getpid()}) ends, for "
+                f"its node sent {len(packet)} bytes that cannot be read: {error}. Please report "
+                "this."
+            ) from error
+
     def run(self) -> None:
         """Packets until told to stop or until the node is gone."""
         receive, decode = self.reader.receive, self.decode
@@ -267,7 +285,7 @@ class Worker:
     def send(self, data: bytes) -> None:
         """Tell the node something."""
         try:
-            self._reports.send(data)
+            send_whole(self._reports, data, self.worker_id)
         except (BrokenPipeError, ConnectionResetError):
             raise ToldToExit(0) from None  # the node is gone, and with it who wants results
 

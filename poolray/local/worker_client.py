@@ -30,7 +30,7 @@ from poolray.client_values import deadline_of
 from poolray.exceptions import PoolrayError
 from poolray.ids import ObjectId, TaskId, TaskIdSource, WorkerId
 from poolray.local import process_state
-from poolray.local.channel import SpinningReader
+from poolray.local.channel import SpinningReader, send_whole
 from poolray.local.reactor import Doorbell
 from poolray.objects.serialization import Serialized, Serializer
 from poolray.objects.shared_memory import Arena
@@ -77,6 +77,11 @@ _Reply = (
     | StreamReply
 )
 _Parts = list[_Reply]
+
+#: The last words of a worker that its node said nonsense to.
+_UNREADABLE = (
+    b"poolray: worker %d ends, for its node's answer cannot be read: %s. Please report this.\n"
+)
 
 #: A thread that has handed all awaited values over waits for more this long.
 _LINGER_S = 1.0
@@ -140,7 +145,8 @@ class WorkerLink:
 
     def send(self, message: Any) -> None:
         """Tell the node something."""
-        self._reports.send(self._encode(ClientMessage(worker_id=self._worker_id, message=message)))
+        packet = self._encode(ClientMessage(worker_id=self._worker_id, message=message))
+        send_whole(self._reports, packet, self._worker_id)
 
     def send_news(self, topic: str, data: bytes, wait: bool) -> bool:
         """Tell the driver something; False: it needs waiting, or there is no driver."""
@@ -429,7 +435,12 @@ class WorkerLink:
         self._bell.ring()
 
     def _take(self, packet: bytes) -> None:
-        message = self._decode(packet)
+        try:
+            message = self._decode(packet)
+        except msgspec.DecodeError as error:
+            # Whoever waits for this would wait for ever: nobody can tell who it was for.
+            os.write(2, _UNREADABLE % (os.getpid(), str(error).encode()))
+            os._exit(1)
         if isinstance(message, InterruptTask):
             self._on_order(message)
             return
