@@ -386,10 +386,10 @@ class NodeShell(abc.ABC):
             Calls were collected: more of them may follow; `on_all_read` tells the machine.
         """
         if packet[0] == PART_MARK:
-            whole = self._joiner.join(packet)
-            if whole is None:
+            joined = self._joiner.join(packet)
+            if joined is None:
                 return False
-            packet = whole
+            packet = joined
         try:
             message = self._decode(packet)
         except msgspec.DecodeError as error:
