@@ -425,9 +425,13 @@ def make(cls: type[PoolrayError]) -> PoolrayError:
 
 
 def parameters_of(cls: type[PoolrayError]) -> list[str]:
-    """Names of the constructor's parameters; none if it takes just a text."""
-    is_ours = isinstance(cls.__init__, types.FunctionType)
-    return list(inspect.signature(cls).parameters) if is_ours else []
+    """Names of the constructor's parameters; none if it takes just a text. What programs that raise
+    an error themselves say instead, as Ray's classes take it, is not among them.
+    """
+    if not isinstance(cls.__init__, types.FunctionType):
+        return []
+    theirs = ("message", "error_message", "error_msg", "object_ref_hex", "owner_address")
+    return [p for p in inspect.signature(cls).parameters if p not in (*theirs, "call_site")]
 
 
 def copies(error: BaseException) -> Iterator[BaseException]:
