@@ -171,6 +171,8 @@ class DirectCalls:
         self._worth_calls = worth_calls
         #: Guards routes, connections and calls; never held while user code runs.
         self._lock = threading.Lock()
+        #: Held while calls of a lost connection are given to the node: later ones come after.
+        self._losing = threading.RLock()
         self.routes: dict[ActorId, Route] = {}
         #: Objects that exist in this process only, while it has refs to them.
         self.unknown: dict[ObjectId, None] = {}
@@ -238,7 +240,7 @@ class DirectCalls:
         if connection.wants_flush():
             self._flush(connection)
         elif connection.is_lost:
-            self.on_lost(connection)  # it was just now, and would wait for ever
+            self._flush(connection)  # it was just now, and would wait for ever
         route.unread += 1
         if route.unread >= _READ_EVERY:
             route.unread = 0
@@ -250,8 +252,9 @@ class DirectCalls:
         link.enter()
         try:
             with self._lock:
-                connection.flush()
                 is_lost = connection.is_lost
+                if not is_lost:
+                    connection.flush()
             if is_lost:
                 self.on_lost(connection)
             self._host.on_sent()
@@ -261,9 +264,13 @@ class DirectCalls:
     def before_other_call(self, actor_id: ActorId) -> None:
         """A call is about to go by way of the nodes: those that were made before begin before."""
         route = self.routes.get(actor_id)
+        if route is not None and route.is_losing:
+            with self._losing:
+                pass  # what was made before is at the node now
         connection = None if route is None else route.connection
         if connection is not None and connection.is_busy:
             with self._lock:
+                connection.flush()  # the worker is to wait for these: they must not wait for us
                 arguments = (connection.connection_id, connection.made)
             self._send_own(actor_id, AFTER, arguments)
 
@@ -319,7 +326,11 @@ class DirectCalls:
             calls=[client.inline((arguments, {}))],
         )
         client.link.submit(CallActor(actor_id=actor_id, task=spec))
-        client.link.send(ReleaseReferences(object_ids=[return_id(task_id, 0)]))
+        object_id = return_id(task_id, 0)
+        ref = make_ref(object_id, client)
+        client.counts[object_id] = 1
+        # (Asked for, for if it fails with the actor, that is nothing to show to users.)
+        client.link.when_ready(object_id, lambda reply: _ignore(client.read_reply(reply, ref)))
 
     def _own_class(self, method: str, name: str) -> TaskClass:
         """A method that every actor has; under the user's name when it brings a user's result."""
@@ -394,6 +405,14 @@ class DirectCalls:
 
     def on_lost(self, connection: Connection) -> None:
         """A connection has ended: so has the actor, or its way to us."""
+        with self._losing:
+            connection.route.is_losing = True
+            try:
+                self._lose(connection)
+            finally:
+                connection.route.is_losing = False
+
+    def _lose(self, connection: Connection) -> None:
         self._host.unwatch(connection)
         route = connection.route
         with self._lock:
@@ -411,6 +430,10 @@ class DirectCalls:
             if begun or waiting:
                 route.is_clear = False  # whatever is made from now on comes after these
         if not self.is_closed:
+            if begun:
+                # If only the way was cut: what the worker has is not to run after what follows.
+                arguments = (connection.connection_id, connection.made)
+                self._send_own(route.actor_id, AFTER, arguments)
             self._decide_lost(route, begun, waiting)
             self._release_handle(route.actor_id)
 
@@ -458,7 +481,7 @@ class DirectCalls:
         told: list[PutObject] = []
         with self._lock:
             for object_id in object_ids:
-                if self.pending.pop(object_id, None) is not None:
+                if object_id in self.pending:
                     self._end(object_id, error, True, told)
         self._tell(told)
 
@@ -482,16 +505,15 @@ class DirectCalls:
                     continue
                 outcome = result.results[0]
                 if type(outcome) is bytes:
-                    del pending[object_id]
                     if self._promised or self._waiters or object_id not in counts:
                         self._end(object_id, outcome, False, told)
                     else:
                         prefetched[object_id] = outcome
+                        del pending[object_id]  # (last: `values` looks without the lock)
                 elif not outcome.values:  # type: ignore[union-attr]
                     held.append(call)  # (it is pending until the node has it)
                     continue
                 else:
-                    del pending[object_id]
                     self._end(object_id, outcome.values[0], True, told)  # type: ignore[union-attr]
                     errors[len(ended)] = outcome.summary  # type: ignore[union-attr]
                 ended.append(call)
@@ -508,7 +530,7 @@ class DirectCalls:
             self._release_handle(connection.route.actor_id)
 
     def _end(self, object_id: ObjectId, value: Any, is_error: bool, told: list[PutObject]) -> None:
-        """A call is over; under the lock."""
+        """A call that was pending is over; under the lock."""
         client = self._client
         if self._promised and self._promised.pop(object_id, self) is None:
             told.append(PutObject(object_id=object_id, value=value, is_error=is_error))
@@ -519,6 +541,8 @@ class DirectCalls:
             self._errors[object_id] = value
         else:
             client.prefetched[object_id] = value
+        # Last: who finds it no longer pending, without the lock, has to find what became of it.
+        del self.pending[object_id]
         if not self._waiters:
             return
         for waiter in self._waiters.pop(object_id, ()):
@@ -676,7 +700,6 @@ class DirectCalls:
                 return True  # its result is on its way
             if waiting is not None:
                 # It will be sent, for the worker counts, and is not run.
-                del self.pending[object_id]
                 error = TaskCancelledError(task_id=call[1].hex(), task_name=call[2].name)
                 self._end(object_id, pickle.dumps(error), True, told)
             connection.cancel(call[1], recursive)
@@ -729,6 +752,9 @@ class DirectCalls:
         deadline = self._notes_since_s + _NOTE_AFTER_S if self._notes else None
         if self.pending:
             for connection in list(self._connections):
+                push_s = connection.push_due_s()
+                if push_s is not None:
+                    deadline = push_s if deadline is None else min(deadline, push_s)
                 if connection.waits_behind():
                     nudge_s = connection.first_sent_s + _NUDGE_AFTER_S
                     deadline = nudge_s if deadline is None else min(deadline, nudge_s)
@@ -742,6 +768,9 @@ class DirectCalls:
         if self.pending:
             with self._lock:
                 for connection in list(self._connections):
+                    push_s = connection.push_due_s()
+                    if push_s is not None and now >= push_s:
+                        connection.push()
                     late_s = connection.first_sent_s + _NUDGE_AFTER_S
                     if connection.waits_behind() and now >= late_s:
                         connection.nudge()
@@ -804,6 +833,10 @@ def _is_plain(task_class: TaskClass) -> bool:
         and not task_class.timeout_s
         and not task_class.method.startswith("__")
     )
+
+
+def _ignore(answer: object) -> None:
+    """Nobody wants to know."""
 
 
 def _unavailable(actor_id: ActorId, name: str) -> bytes:

@@ -6,8 +6,8 @@
 What: numbers packets, decides how many calls go in one, proves who we are.
 Who calls: `direct/calls.py`, whose lock guards it; the loop that reads, `answer`.
 May touch: its socket; a signal to the worker's process.
-Invariants: calls are sent in the order in which they were made; two packets fit into a socket that
-nobody reads, so sending does not wait.
+Invariants: calls are sent in the order in which they were made; sending never waits: what a worker
+has no room for (hundreds of cancelled calls, while it is busy outside of Python) is kept for later.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ ARGUMENTS_BYTES_MAX = 32 << 10
 #: About so much work is given at once to a worker that is quick.
 _PACKET_TARGET_S = 1e-3
 _NEW_WEIGHT = 0.4
+#: What the worker had no room for is tried again after so long.
+_PUSH_AFTER_S = 0.005
 
 #: No call is meant.
 _NUDGE = InterruptTask(task_id=TaskId(b""), sequence=0, force=False)
@@ -105,6 +107,8 @@ class Connection:
         #: Since when the oldest packet is the worker's first, and whether it was told to hurry.
         self.first_sent_s = 0.0
         self.is_nudged = False
+        #: When to send what waits for room; 0: nothing is known to.
+        self._push_at_s = 0.0
         #: Calls that were sent.
         self._count = 0
         #: Class -> the worker's name of it.
@@ -195,6 +199,28 @@ class Connection:
         if estimate * _PACKET_CALLS_MAX <= _PACKET_TARGET_S:
             return _PACKET_CALLS_MAX
         return max(1, int(_PACKET_TARGET_S / estimate))
+
+    def push_due_s(self) -> float | None:
+        """When to `push` what waits; None: nothing does. It waits for room, or, if Ctrl-C has
+        struck between the making of a call and its sending, for somebody to send it.
+        """
+        if not self._end.has_unsent and (self.packets or not self.outbox):
+            self._push_at_s = 0.0
+            return None
+        if not self._push_at_s:
+            self._push_at_s = time.monotonic() + _PUSH_AFTER_S
+        return self._push_at_s
+
+    def push(self) -> None:
+        """Send what waits, as far as there is room."""
+        self._push_at_s = 0.0
+        if self.is_lost:
+            return
+        try:
+            self._end.push()
+        except ConnectionLost:
+            return  # who reads will see it
+        self.flush()
 
     def _send(self, message: RunTasks | InterruptTask, flags: int = 0) -> None:
         if self.is_lost:

@@ -123,3 +123,12 @@ class End:
     def send(self, body: bytes, flags: int = 0) -> None:
         """Send a frame, see `Frames.send`."""
         self._frames.send(body, flags)
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether something waits for room."""
+        return self._frames.has_unsent
+
+    def push(self) -> None:
+        """Send what waits for room, see `Frames.push`."""
+        self._frames.push()

@@ -34,11 +34,13 @@ class Frames:
     channel : socket
     """
 
-    __slots__ = ("_buffer", "_channel", "opens", "seals")
+    __slots__ = ("_buffer", "_channel", "_unsent", "opens", "seals")
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._buffer = b""
+        #: What the system has not taken yet.
+        self._unsent = b""
         #: What closes our frames, and opens those of the other end; None: they go in the open.
         self.seals: Seal | None = None
         self.opens: Seal | None = None
@@ -99,7 +101,7 @@ class Frames:
         return frames
 
     def send(self, body: bytes, flags: int = 0) -> None:
-        """Send a frame; waits while the other end does not read.
+        """Send a frame, without waiting: what the other end has no room for is kept, see `push`.
 
         Parameters
         ----------
@@ -113,7 +115,28 @@ class Frames:
         """
         if self.seals is not None:
             body = self.seals.close(body)
+        frame = len(body).to_bytes(_LENGTH_BYTES, "little") + body
+        self._unsent = self._unsent + frame if self._unsent else frame
+        self.push(flags)
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether something waits for room."""
+        return bool(self._unsent)
+
+    def push(self, flags: int = 0) -> None:
+        """Send what was kept, as far as there is room now.
+
+        Raises
+        ------
+        ConnectionLost
+            The other end is gone.
+        """
         try:
-            self._channel.sendall(len(body).to_bytes(_LENGTH_BYTES, "little") + body, flags)
+            while self._unsent:
+                sent = self._channel.send(self._unsent, flags | _DONT_WAIT)
+                self._unsent = self._unsent[sent:]
+        except BlockingIOError:
+            return
         except OSError as error:
             raise ConnectionLost(str(error)) from error

@@ -27,6 +27,7 @@ class Route:
         "connection",
         "is_asking",
         "is_clear",
+        "is_losing",
         "is_off",
         "last",
         "promises",
@@ -42,6 +43,8 @@ class Route:
         self.is_clear = True
         #: The worker has been asked for a way in, which is not open yet.
         self.is_asking = False
+        #: Calls of a lost connection are being given to the node.
+        self.is_losing = False
         #: There is none, or it does not pay.
         self.is_off = False
         self.connection: Connection | None = None

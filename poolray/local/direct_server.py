@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 _YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))
 #: Doors that wait for whoever asked for them.
 _DOORS_MAX = 64
+#: A caller that reads takes what it is sent within less.
+_PATIENCE_S = 1.0
+#: Results that a gone caller has not fetched are kept for so long: what it asked for by way of the
+#: nodes may still be under way, if only the connection was cut.
+_KEEP_S = 60.0
 #: A gone caller is noticed after this long where only its calls are waited for.
 _LOOK_AGAIN_MS = 1000.0
 
@@ -58,6 +63,8 @@ class Caller:
         self._packets: deque[RunTasks] = deque()
         #: Calls that are not wanted -> whether nothing that they have submitted is, either.
         self.cancelled: dict[TaskId, bool] = {}
+        #: What its channel is polled for.
+        self.wanted = select.POLLIN
         #: Calls that have run, or will not.
         self.ended = 0
         self.opened_s = time.monotonic()
@@ -93,11 +100,35 @@ class Caller:
         return self._packets.popleft() if self._packets else None
 
     def report(self, report: TasksFinished) -> None:
-        """Send results."""
+        """Send results; those that a caller does not take for a second wait for `push`: a stopped
+        process must not hold up the actor for others.
+        """
         if self.is_gone:
             return
+        end = self._end
+        is_slow = end.has_unsent
         try:
-            self._end.send(_encode(report))
+            end.send(_encode(report))
+            if not end.has_unsent or is_slow:
+                return
+            poller = select.poll()
+            poller.register(self.channel, select.POLLOUT)
+            latest_s = time.monotonic() + _PATIENCE_S
+            while end.has_unsent and (left_s := latest_s - time.monotonic()) > 0:
+                poller.poll(left_s * 1000.0)
+                end.push()
+        except ConnectionLost:
+            self.is_gone = True
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether results wait until it reads."""
+        return self._end.has_unsent and not self.is_gone
+
+    def push(self) -> None:
+        """Send what waits, as far as there is room."""
+        try:
+            self._end.push()
         except ConnectionLost:
             self.is_gone = True
 
@@ -114,8 +145,12 @@ class DirectServer:
         self._spinner = Spinner(worker.config.spin_s)
         self._doors: dict[int, tuple[socket.socket, Offer]] = {}
         self._callers: dict[int, Caller] = {}
-        #: Results that the nodes have to bring.
-        self._held: dict[TaskId, Any] = {}
+        #: Results that the nodes have to bring, and whose they are.
+        self._held: dict[TaskId, tuple[Caller, Any]] = {}
+        #: Whose calls run; None: the node's.
+        self._at_hand: Caller | None = None
+        #: Gone callers with such results -> when these are let go of; the oldest first.
+        self._leavers: dict[Caller, float] = {}
         process_state.on_fork_in_child(self._abandon)
 
     # ---- what callers ask for by way of the nodes ------------------------------------------------
@@ -145,30 +180,38 @@ class DirectServer:
             self._run(caller)
             if caller.is_gone or caller.ended >= count:
                 return
+            if caller.has_unsent:  # it reads these before it sends more
+                poller.modify(caller.channel, select.POLLIN | select.POLLOUT)
+                caller.push()
+            else:
+                poller.modify(caller.channel, select.POLLIN)
             if poller.poll(_LOOK_AGAIN_MS):
                 caller.read()
 
     def hold(self, task_id: TaskId, result: Any) -> Outcome:
         """Keep a result until the nodes bring it; what the caller is told instead."""
-        self._held[task_id] = result
+        assert self._at_hand is not None, "only calls that came past the node are held"
+        self._held[task_id] = self._at_hand, result
         return Outcome(values=[])
 
     def give_held(self, task_id: TaskId) -> Any:
         """Such a result, once."""
-        return self._held.pop(task_id)
+        return self._held.pop(task_id)[1]
 
     # ---- the loop --------------------------------------------------------------------------------
 
     def receive(self) -> bytes:
         """The node's next packet; runs direct calls until it is there. Empty: the node is gone."""
         while True:
-            for descriptor, _ in self._wait():
+            for descriptor, events in self._wait():
                 if descriptor == self._tasks:
                     packet = self._worker.reader.take_nowait()
                     if packet is not None:
                         return packet
                 elif descriptor in self._callers:
                     caller = self._callers[descriptor]
+                    if events & select.POLLOUT:
+                        caller.push()
                     caller.read()
                     self._run(caller)
                     if caller.is_gone:
@@ -178,6 +221,11 @@ class DirectServer:
 
     def _wait(self) -> list[tuple[int, int]]:
         poll, spinner = self._poller.poll, self._spinner
+        for caller in self._callers.values():
+            wanted = select.POLLIN | (select.POLLOUT if caller.has_unsent else 0)
+            if wanted != caller.wanted:
+                caller.wanted = wanted
+                self._poller.modify(caller.channel, wanted)
         ready = poll(0)
         if ready:
             spinner.note(0.0)
@@ -190,7 +238,8 @@ class DirectServer:
             if ready:
                 spinner.note(time.perf_counter() - started_s)
                 return ready
-        ready = poll(CONNECT_S * 1000.0 if self._doors or self._strangers() else None)
+        is_waiting = self._doors or self._leavers or self._strangers()
+        ready = poll(CONNECT_S * 1000.0 if is_waiting else None)
         spinner.note(time.perf_counter() - started_s)
         if not ready:
             self._close_late()
@@ -201,10 +250,14 @@ class DirectServer:
 
     def _run(self, caller: Caller) -> None:
         """Run what a caller has sent."""
-        while (packet := caller.next_packet()) is not None:
-            self._worker.run_direct(packet, caller)
-            # The last call's values must not live on while we wait.
-            packet = None
+        before, self._at_hand = self._at_hand, caller
+        try:
+            while (packet := caller.next_packet()) is not None:
+                self._worker.run_direct(packet, caller)
+                # The last call's values must not live on while we wait.
+                packet = None
+        finally:
+            self._at_hand = before
 
     def _let_in(self, descriptor: int) -> None:
         """Somebody is at a door, which closes behind him."""
@@ -236,6 +289,7 @@ class DirectServer:
         for descriptor, caller in list(self._callers.items()):
             if not caller.is_open and caller.opened_s < too_early:
                 self._forget(descriptor, caller)
+        self._let_go()
 
     def _abandon(self) -> None:
         """In a forked child: callers must hear of this process's end, not of the child's."""
@@ -247,8 +301,21 @@ class DirectServer:
         self._doors.clear()
         self._callers.clear()
 
+    def _let_go(self) -> None:
+        """Of what nobody will fetch."""
+        now = time.monotonic()
+        while self._leavers:
+            caller, until_s = next(iter(self._leavers.items()))
+            if until_s > now:
+                return
+            del self._leavers[caller]
+            self._held = {t: held for t, held in self._held.items() if held[0] is not caller}
+
     def _forget(self, descriptor: int, caller: Caller) -> None:
         caller.is_gone = True
         self._poller.unregister(caller.channel)
         del self._callers[descriptor]
         caller.channel.close()
+        self._let_go()
+        if any(holder is caller for holder, _ in self._held.values()):
+            self._leavers[caller] = time.monotonic() + _KEEP_S

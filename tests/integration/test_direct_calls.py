@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ import pytest
 
 import poolray
 from poolray.cluster_utils import Cluster
+from poolray.direct.calls import DirectCalls
 from poolray.direct.connection import Connection
 from poolray.exceptions import (
     ActorDiedError,
@@ -331,6 +335,60 @@ def test_what_a_call_has_submitted_is_cancelled_with_it(recorder: Any, gates: Ga
     assert poolray.get(recorder.child_was_cancelled.remote())
 
 
+def test_cancelling_hundreds_of_calls_does_not_wait_for_a_worker_that_does_not_read(
+    recorder: Any,
+) -> None:
+    poolray.get([recorder.note.remote(number) for number in range(1_000)])
+    pid = poolray.get(recorder.pid.remote())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        refs = [recorder.note.remote(number) for number in range(2_000)]
+
+        def cancel() -> None:
+            for _ in range(3):
+                for ref in refs:
+                    poolray.cancel(ref)
+
+        thread = threading.Thread(target=cancel)
+        thread.start()
+        thread.join(30)
+        waits = thread.is_alive()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert not waits
+    ended = 0
+    for ref in refs:
+        try:
+            poolray.get(ref, timeout=20)
+        except TaskCancelledError:
+            ended += 1
+    assert ended >= 1_000
+    assert poolray.get(recorder.echo.remote(1)) == 1
+
+
+def test_ctrl_c_between_the_making_of_a_call_and_its_sending_leaves_nothing_waiting(
+    recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strike(self: Connection) -> bool:
+        raise KeyboardInterrupt
+
+    client = process_state.client()
+    assert client is not None
+    assert client.direct is not None
+    pending = client.direct.pending
+    for follow in (lambda: recorder.echo.remote(b"x" * 100_000), lambda: None):
+        open_way(recorder)
+        with monkeypatch.context() as patch:
+            patch.setattr(Connection, "wants_flush", strike)
+            with pytest.raises(KeyboardInterrupt):
+                recorder.note.remote(1)
+        other = follow()  # by way of the node, behind the call that was not sent
+        if other is not None:
+            assert len(poolray.get(other, timeout=20)) == 100_000
+        wait_until(lambda: not pending, "the end of the call")
+    assert poolray.get(recorder.all.remote()) == [1, 1]
+
+
 # ---- ends ----------------------------------------------------------------------------------------
 
 
@@ -393,6 +451,37 @@ def test_an_actor_that_is_made_again_gets_a_way_of_its_own(gates: Gates) -> None
     wait_until(is_back, "the actor")
     assert open_way(actor) is not old
     assert poolray.get(actor.note.remote(1)) == 1
+
+
+def test_calls_keep_their_order_when_the_way_to_the_actor_is_cut(
+    recorder: Any, monkeypatch: pytest.MonkeyPatch, gates: Gates
+) -> None:
+    decide = DirectCalls._decide_lost
+
+    def decide_late(self: DirectCalls, *arguments: Any) -> None:
+        time.sleep(0.3)  # the main thread makes calls meanwhile
+        decide(self, *arguments)
+
+    monkeypatch.setattr(DirectCalls, "_decide_lost", decide_late)
+    started, release = gates
+    way = way_to(recorder)
+    assert way is not None
+    running = recorder.wait.remote(started, release)
+    started.wait()
+    refs = [recorder.note.remote(number) for number in range(300)]
+    way.channel.shutdown(socket.SHUT_RDWR)
+    wait_until(lambda: way_to(recorder) is None, "the loss of the way")
+    refs += [recorder.note.remote(number) for number in range(300, 310)]
+    release.open()
+    with pytest.raises(ActorUnavailableError):
+        poolray.get(running, timeout=20)
+    for ref in refs[:-10]:
+        with contextlib.suppress(ActorUnavailableError):
+            poolray.get(ref, timeout=20)
+    poolray.get(refs[-10:], timeout=20)
+    seen = poolray.get(recorder.all.remote())
+    assert seen == sorted(seen)
+    assert seen[-200:] == list(range(110, 310))
 
 
 def test_calls_of_a_handle_that_died_still_run(recorder: Any, tmp_path: Path, gates: Gates) -> None:
@@ -501,6 +590,36 @@ def test_an_error_that_nobody_has_read_is_shown(tmp_path: Path) -> None:
         """,
     )
     assert "nobody looked" in found.stderr
+
+
+def test_our_own_calls_that_fail_with_an_actor_are_not_shown(tmp_path: Path) -> None:
+    found = run_script(
+        tmp_path / "script.py",
+        """
+        import os, signal, time, poolray
+        from poolray.exceptions import ActorDiedError
+        poolray.init(num_cpus=2)
+
+        @poolray.remote
+        class Sleeper:
+            def pid(self):
+                return os.getpid()
+            def sleep(self, seconds):
+                time.sleep(seconds)
+
+        actor = Sleeper.remote()
+        for _ in range(60):
+            pid = poolray.get(actor.pid.remote())
+        refs = [actor.sleep.remote(60), actor.pid.remote(), actor.sleep.remote(poolray.put(1))]
+        os.kill(pid, signal.SIGKILL)
+        for ref in refs:
+            try:
+                poolray.get(ref)
+            except ActorDiedError:
+                pass
+        """,
+    )
+    assert "Unhandled" not in found.stderr
 
 
 def test_actors_on_other_nodes_of_this_machine_are_called_over_a_socket_of_its_own() -> None:
