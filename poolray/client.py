@@ -82,6 +82,8 @@ if TYPE_CHECKING:
     import asyncio
 
 _REF = ObjectRef
+#: Refs among the arguments of one call (refs inside of other objects do not count).
+_REFS_MAX = 10_000
 #: Tasks that a call has submitted and that are stopped with it, at the most.
 _CHILDREN_MAX = 10_000
 _NO_TASK = TaskId(b"")
@@ -332,6 +334,7 @@ class Client(References):
             self.definitions.check_captured(task_class.name, data, args, kwargs, self._serializer)
         link = self.link
         if dependencies:
+            _check_count(dependencies)
             self._tell_node(dependencies)
         link.enter()
         try:
@@ -450,6 +453,7 @@ class Client(References):
         slots: list[int | str] = []
         args = self._take_refs(args, dependencies, slots)
         kwargs = self._take_keyword_refs(kwargs, dependencies, slots)
+        _check_count(dependencies)
         try:
             data = self._serializer.dumps((args, kwargs, more))
         except _PICKLING_ERRORS as error:
@@ -808,6 +812,14 @@ class Client(References):
     def install(self) -> None:
         """Unpickled handles belong to this client from now on."""
         object_ref.adopt_for(self, self._adopted)
+
+
+def _check_count(dependencies: list[ObjectId]) -> None:
+    if len(dependencies) > _REFS_MAX:
+        raise ValueError(
+            f"{len(dependencies):,} refs are too many for the arguments of one call, which takes "
+            f"{_REFS_MAX:,}: pass them in a list, and `get` them in the task."
+        )
 
 
 def stale_ref_error(ref: ObjectRef[Any]) -> ValueError:

@@ -724,16 +724,24 @@ class Worker:
         positional = list(args)
         for index in task.error_arguments:
             raise DependencyFailed(self.load(task.arguments[index], False))
-        for slot, value in zip(task.slots, task.arguments, strict=True):
+        values: Iterator[Any] = map(self._load_argument, task.arguments)
+        if task.fetch:
             try:
-                loaded = self.load(value, False)
-            except ObjectLostError as lost:
-                raise DependencyFailed(lost) from lost
+                values = iter(self.client.fetch(task.fetch))
+            except Exception as error:
+                raise DependencyFailed(error) from error
+        for slot, loaded in zip(task.slots, values, strict=True):
             if isinstance(slot, int):
                 positional[slot] = loaded
             else:
                 kwargs[slot] = loaded
         return positional, kwargs
+
+    def _load_argument(self, value: bytes | InArena | InFile) -> Any:
+        try:
+            return self.load(value, False)
+        except ObjectLostError as lost:
+            raise DependencyFailed(lost) from lost
 
     def load(self, value: bytes | InArena | InFile, writable: bool) -> Any:
         """A value from where it is."""

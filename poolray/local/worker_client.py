@@ -26,7 +26,7 @@ import msgspec
 
 from poolray.client import Client
 from poolray.client_link import NO_WATCH, WatchStep
-from poolray.client_values import deadline_of
+from poolray.client_values import deadline_of, named
 from poolray.exceptions import PoolrayError
 from poolray.ids import ObjectId, TaskId, TaskIdSource, WorkerId
 from poolray.local import process_state
@@ -184,6 +184,17 @@ class WorkerLink:
         assert parts is not None
         reply = _joined(parts)
         return reply if reply.values else None
+
+    def fetch(self, object_ids: list[ObjectId]) -> ObjectValues:
+        """Values of objects that are there, while no user code runs."""
+        request_id = self._open()
+        try:
+            self.send(GetObjects(request_id=request_id, object_ids=object_ids))
+            parts = self._await(request_id, None, tell=False)
+        finally:
+            self._close(request_id)
+        assert parts is not None
+        return _joined(parts)
 
     def wait(
         self,
@@ -584,6 +595,24 @@ class WorkerClient:
     def load(self, value: bytes | InArena | InFile, writable: bool) -> Any:
         """A value that a packet has brought; see `Client.load`."""
         return self.api.load(value, writable, is_counted=False)
+
+    def fetch(self, object_ids: list[ObjectId]) -> list[Any]:
+        """Arguments that were too much for a packet.
+
+        Raises
+        ------
+        Exception
+            One of them is an error, or is lost.
+        """
+        api = self.api
+        refs = [api.adopt(object_id) for object_id in object_ids]  # until all of them are loaded
+        api.sync_references()
+        reply = self.link.fetch(object_ids)
+        if reply.errors:
+            first = reply.errors[0]
+            raise api.load_error(named(reply.values[first], object_ids[first]))
+        pairs = zip(reply.values, refs, strict=True)
+        return [api.load(named(value, ref._id), False) for value, ref in pairs]
 
     def serializer_for(self, delivery: Delivery) -> Serializer:
         """The serializer of results."""

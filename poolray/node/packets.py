@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from poolray.node.tasks import Tasks
 
 
+#: Values of refs among the arguments of a call that go along in its packet, which has to fit what
+#: the system takes at once (some 400 KiB, where nobody has allowed more).
+_ARGUMENTS_BYTES_MAX = 256 << 10
+
+
 @final
 class News:
     """What a worker is told with a packet."""
@@ -129,9 +134,13 @@ class Packets:
         pins: list[ObjectId] = []
         arguments, errors = self._tasks.inputs.values_of(record, pins)
         packet.pins = (packet.pins or []) + pins
-        packet.size_bytes += sum(
-            len(value) if isinstance(value, bytes) else 128 for value in arguments
-        )
+        size = sum(len(value) if isinstance(value, bytes) else 128 for value in arguments)
+        fetch: list[ObjectId] = []
+        if size > _ARGUMENTS_BYTES_MAX:
+            # Of one that fails the error is all that it needs.
+            arguments, fetch = [arguments[index] for index in errors[:1]], record.dependencies
+            errors = [0] if errors else []
+        packet.size_bytes += 32 * len(fetch) if fetch else size
         return TaskCall(
             task_id=record.task_id,
             class_index=index,
@@ -139,6 +148,7 @@ class Packets:
             arguments=arguments,
             slots=record.slots,
             error_arguments=errors,
+            fetch=fetch,
         )
 
     def _current_payloads(self, payloads: list[Value], packet: Packet) -> list[Value]:

@@ -58,6 +58,8 @@ class TaskCall(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=Fa
     arguments: list[bytes | InArena | InFile] = []  #: values of the dependencies
     slots: list[int | str] = []
     error_arguments: list[int] = []  #: which arguments are errors (they fail the task)
+    #: Instead of `arguments`, where these are too much for a packet: the worker asks for them.
+    fetch: list[ObjectId] = []
 
 
 class ClassDefinition(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
