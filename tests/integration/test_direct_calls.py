@@ -29,9 +29,17 @@ from poolray.exceptions import (
 )
 from poolray.local import process_state
 from poolray.util import state
-from tests.integration.support import Gate, run_script, statistics, wait_until
+from tests.integration.support import DEADLINE_S, Gate, run_script, statistics, wait_until
 
 Gates: TypeAlias = tuple[Gate, Gate]
+
+
+def await_cancellation() -> None:
+    """In a call: until it is told that it is cancelled."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not poolray.get_runtime_context().is_canceled():
+        assert time.monotonic() < deadline, "nobody has told this call that it is cancelled"
+        time.sleep(0.001)
 
 
 @poolray.remote(num_cpus=0)
@@ -94,10 +102,10 @@ class Recorder:
     def task_id(self) -> str:
         return poolray.get_runtime_context().get_task_id()
 
-    def submit(self, started: Gate, release: Gate) -> None:
+    def submit(self, started: Gate) -> None:
         self.child = hold.remote(started)
         started.open()
-        release.wait()
+        await_cancellation()
 
     def child_was_cancelled(self) -> bool:
         try:
@@ -105,10 +113,9 @@ class Recorder:
         except TaskCancelledError:
             return True
 
-    def cancelled(self, started: Gate, release: Gate) -> bool:
+    def cancelled(self, started: Gate) -> None:
         started.open()
-        release.wait()
-        return bool(poolray.get_runtime_context().is_canceled)
+        await_cancellation()
 
 
 def way_to(actor: Any) -> Connection | None:
@@ -311,25 +318,21 @@ def test_calls_that_wait_are_cancelled_and_never_run(recorder: Any, gates: Gates
 
 
 def test_a_call_that_runs_learns_that_it_is_cancelled(recorder: Any, gates: Gates) -> None:
-    started, release = gates
-    running = recorder.cancelled.remote(started, release)
+    started, _ = gates
+    running = recorder.cancelled.remote(started)
     started.wait()
     poolray.cancel(running)
-    time.sleep(0.1)  # a signal, of which nobody tells that it has arrived
-    release.open()
     with pytest.raises(TaskCancelledError):
         poolray.get(running)
     assert poolray.get(recorder.echo.remote(1)) == 1
 
 
 def test_what_a_call_has_submitted_is_cancelled_with_it(recorder: Any, gates: Gates) -> None:
-    started, release = gates
-    parent = recorder.submit.remote(started, release)
+    started, _ = gates
+    parent = recorder.submit.remote(started)
     started.wait()
     started.wait()
     poolray.cancel(parent)
-    time.sleep(0.1)  # as above
-    release.open()
     with pytest.raises(TaskCancelledError):
         poolray.get(parent)
     assert poolray.get(recorder.child_was_cancelled.remote())
