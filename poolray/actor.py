@@ -22,7 +22,6 @@ from poolray.actor_methods import (
     constructor_of,
     encode_description,
     face_of,
-    identified,
     methods_of,
     unknown_group,
 )
@@ -48,7 +47,7 @@ from poolray.objects.serialization import note_reference
 from poolray.plain_values import plain_options, plain_string
 from poolray.protocol.actors import ActorSetup
 from poolray.protocol.streams import StreamMode
-from poolray.protocol.values import CallKind, TaskClass
+from poolray.protocol.values import CallKind, TaskClass, identified
 from poolray.remote_function import demand_of, retry_spec
 from poolray.remote_placement import make_placement
 from poolray.scheduling.resources import UNIT

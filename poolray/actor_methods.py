@@ -10,7 +10,6 @@ class can call it; equal descriptions share one face in a process.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from typing import Any, cast, final
 
@@ -21,7 +20,7 @@ from poolray.client import Client
 from poolray.generators import check_mode, stream_mode
 from poolray.ids import ClassId, FunctionId, GroupId
 from poolray.protocol.streams import StreamMode
-from poolray.protocol.values import CallKind, TaskClass
+from poolray.protocol.values import CallKind, TaskClass, identified
 from poolray.remote_function import retry_spec
 
 
@@ -209,11 +208,6 @@ def face_of(data: bytes) -> ActorFace:
             del _faces[next(iter(_faces))]
         face = _faces[data] = ActorFace(data)
     return face
-
-
-def identified(made: TaskClass) -> TaskClass:
-    digest = hashlib.blake2b(msgspec.msgpack.encode(made), digest_size=16).digest()
-    return msgspec.structs.replace(made, class_id=ClassId(digest))
 
 
 def methods_of(actor_class: type) -> list[Method]:

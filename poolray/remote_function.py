@@ -9,13 +9,10 @@ is captured at its first `.remote()` and shared by its `.options()`.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import pickle
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, final
-
-import msgspec
 
 from poolray import binding
 from poolray.client import Client
@@ -31,7 +28,7 @@ from poolray.ids import ClassId, FunctionId, PlacementGroupId
 from poolray.objects.object_ref import ObjectRef
 from poolray.plain_values import plain_options
 from poolray.protocol.streams import StreamMode
-from poolray.protocol.values import NUM_RETURNS_MAX, CallKind, Delivery, TaskClass
+from poolray.protocol.values import NUM_RETURNS_MAX, CallKind, Delivery, TaskClass, identified
 from poolray.remote_placement import (
     check_group,
     check_strategy,
@@ -325,8 +322,7 @@ class RemoteFunction(RemoteSignature[P, R, Callable[P, R], ObjectRef[R]], Generi
             backpressure=max(0, options.get("_generator_backpressure_num_objects") or 0),
             per_yield=int(options.get("_num_objects_per_yield") or 1),
         )
-        digest = hashlib.blake2b(msgspec.msgpack.encode(made), digest_size=16).digest()
-        return msgspec.structs.replace(made, class_id=ClassId(digest))
+        return identified(made)
 
     def bind(self, /, *args: Any, **kwargs: Any) -> Any:
         """A call of the function in a lazy graph; nothing runs before the graph's `execute`.

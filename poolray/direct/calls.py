@@ -19,18 +19,16 @@ here exactly if it is not in `unknown`.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, final
-
-import msgspec
+from typing import Any, final
 
 from poolray.direct.addresses import Offer, come_to, settle_in
 from poolray.direct.connection import ARGUMENTS_BYTES_MAX, Connection, Waiting
+from poolray.direct.interfaces import Host, Owner, Waiter
 from poolray.direct.route import Route
 from poolray.direct.seal import HandshakeError
 from poolray.exceptions import ActorUnavailableError, TaskCancelledError
@@ -38,13 +36,11 @@ from poolray.ids import (
     ActorId,
     ClassId,
     FunctionId,
-    GroupId,
     ObjectId,
-    TaskIdSource,
     actor_of_handle,
     return_id,
 )
-from poolray.objects.object_ref import ObjectRef, RefOwner, make_ref
+from poolray.objects.object_ref import ObjectRef, make_ref
 from poolray.protocol.actors import CallActor
 from poolray.protocol.client import (
     EndedCalls,
@@ -54,7 +50,7 @@ from poolray.protocol.client import (
     PutObject,
     ReleaseReferences,
 )
-from poolray.protocol.values import CallKind, TaskClass, TaskSpec
+from poolray.protocol.values import CallKind, TaskClass, TaskSpec, identified
 from poolray.protocol.worker import TasksFinished
 
 #: Methods that every actor has, for this alone.
@@ -76,80 +72,6 @@ _READ_EVERY = 48
 _FIRST_INDEX = 1 << 20
 #: What makes the id of a task's first result of the task's own.
 _FIRST_RESULT = b"\0\0\0\0"
-
-
-class Owner(RefOwner, Protocol):
-    """The client of the process."""
-
-    link: Any
-    task_ids: TaskIdSource
-    tasks_group: GroupId
-    definitions: Any
-    #: object id -> value that need not be asked for.
-    prefetched: dict[ObjectId, bytes]
-    #: object id -> handles here.
-    counts: dict[ObjectId, int]
-
-    def count_of(self, object_id: ObjectId) -> int:
-        """The same, with handles that were made just now."""
-
-    def inline(self, value: Any) -> bytes:
-        """A small value, serialized."""
-
-    def submit(
-        self,
-        task_class: TaskClass,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        actor_id: ActorId | None = None,
-    ) -> list[ObjectRef[Any]]:
-        """Make a call by way of the nodes."""
-
-    def read_reply(
-        self, reply: ObjectValues, ref: ObjectRef[Any]
-    ) -> tuple[BaseException | None, Any]:
-        """The error to raise for an object, or None and its value."""
-
-
-class Waiter(Protocol):
-    """What a thread waits for."""
-
-    done: bool
-    #: So many calls have to end.
-    remaining: int
-    #: One that has failed is enough.
-    ends_on_error: bool
-
-    def finish(self) -> None:
-        """Wake who waits."""
-
-
-class Host(Protocol):
-    """The loop that reads for a process."""
-
-    #: Tells this machine from others; equal to that of a node: its workers are near.
-    machine: str
-
-    def watch(self, connection: Connection) -> None:
-        """Call its `answer` when it can be read."""
-
-    def unwatch(self, connection: Connection) -> None:
-        """Do not, any more."""
-
-    def make_waiter(self) -> Waiter:
-        """Something to wait for."""
-
-    def wait(self, waiter: Waiter, timeout_s: float | None) -> bool:
-        """Wait until it is done; False when the time is up."""
-
-    def on_sent(self) -> None:
-        """Something was sent: somebody has to read what comes."""
-
-    def read_now(self) -> None:
-        """Take in what has come."""
-
-    def show_error(self, error: bytes) -> None:
-        """Nobody has asked for what failed."""
 
 
 @final
@@ -237,10 +159,9 @@ class DirectCalls:
         self.unknown[object_id] = None
         self.pending[object_id] = connection
         connection.outbox.append((object_id, task_id, task_class, payload))
-        if connection.wants_flush():
+        # (On one that was lost just now it would wait for ever.)
+        if connection.wants_flush() or connection.is_lost:
             self._flush(connection)
-        elif connection.is_lost:
-            self._flush(connection)  # it was just now, and would wait for ever
         route.unread += 1
         if route.unread >= _READ_EVERY:
             route.unread = 0
@@ -336,18 +257,18 @@ class DirectCalls:
         """A method that every actor has; under the user's name when it brings a user's result."""
         made = self._own_classes.get((method, name))
         if made is None:
-            made = TaskClass(
-                class_id=ClassId(b""),
-                function_id=FunctionId(b""),
-                name=name,
-                kind=CallKind.METHOD,
-                group_id=self._client.tasks_group,
-                max_retries=0,
-                method=method,
-                is_listed=method == RESULT,
+            made = identified(
+                TaskClass(
+                    class_id=ClassId(b""),
+                    function_id=FunctionId(b""),
+                    name=name,
+                    kind=CallKind.METHOD,
+                    group_id=self._client.tasks_group,
+                    max_retries=0,
+                    method=method,
+                    is_listed=method == RESULT,
+                )
             )
-            digest = hashlib.blake2b(msgspec.msgpack.encode(made), digest_size=16).digest()
-            made = msgspec.structs.replace(made, class_id=ClassId(digest))
             self._client.definitions.define_class(made)
             self._own_classes[method, name] = made
         return made

@@ -38,8 +38,6 @@ from poolray.protocol.worker import (
 if TYPE_CHECKING:
     from poolray.direct.route import Route
 
-#: Packets under way, so that the worker has the next one when it is done with one.
-PACKETS_MAX = 2
 #: What a packet holds at the most.
 _PACKET_CALLS_MAX = 256
 _PACKET_BYTES = 48 << 10
@@ -151,7 +149,7 @@ class Connection:
     # ---- packets ---------------------------------------------------------------------------------
 
     def wants_flush(self) -> bool:
-        """Whether the calls that wait are enough for a packet.
+        """Whether the calls that wait are enough for a packet; two are under way at the most.
 
         One at once where the worker has nothing. Behind a packet of many short calls the next one
         may fill up a little: a packet costs both sides as much as several calls.
@@ -163,8 +161,8 @@ class Connection:
         return waiting > packets[0][1] >> 1 or waiting >= self._calls_allowed()
 
     def flush(self) -> None:
-        """Send what the worker has room for."""
-        while self.outbox and self.wants_flush():
+        """Send what the worker has room for; on a lost one calls stay, for `on_lost` to find."""
+        while not self.is_lost and self.outbox and self.wants_flush():
             self._send_packet()
 
     def _send_packet(self) -> None:

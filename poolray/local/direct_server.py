@@ -1,6 +1,6 @@
 """Direct calls of an actor: the worker's side.
 
-    callers ══▶ doors ──proofs──▶ _Caller ──packets──▶ `Worker.run_direct`
+    callers ══▶ doors ──proofs──▶ Caller ──packets──▶  `Worker.run_direct`
        ▲                            │  ▲
        └────── reports ◀────────────┴──┘      the node's task queue ──▶ the main loop, as ever
 

@@ -1,0 +1,91 @@
+"""What direct calls need of the process that makes them.
+
+What: the interfaces alone; `client.py` and `local/direct_host.py` have the implementations.
+Who calls: `direct/calls.py`.
+May touch: nothing.
+Invariants: none.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from poolray.direct.connection import Connection
+from poolray.ids import ActorId, GroupId, ObjectId, TaskIdSource
+from poolray.objects.object_ref import ObjectRef, RefOwner
+from poolray.protocol.client import ObjectValues
+from poolray.protocol.values import TaskClass
+
+
+class Owner(RefOwner, Protocol):
+    """The client of the process."""
+
+    link: Any
+    task_ids: TaskIdSource
+    tasks_group: GroupId
+    definitions: Any
+    #: object id -> value that need not be asked for.
+    prefetched: dict[ObjectId, bytes]
+    #: object id -> handles here.
+    counts: dict[ObjectId, int]
+
+    def count_of(self, object_id: ObjectId) -> int:
+        """The same, with handles that were made just now."""
+
+    def inline(self, value: Any) -> bytes:
+        """A small value, serialized."""
+
+    def submit(
+        self,
+        task_class: TaskClass,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        actor_id: ActorId | None = None,
+    ) -> list[ObjectRef[Any]]:
+        """Make a call by way of the nodes."""
+
+    def read_reply(
+        self, reply: ObjectValues, ref: ObjectRef[Any]
+    ) -> tuple[BaseException | None, Any]:
+        """The error to raise for an object, or None and its value."""
+
+
+class Waiter(Protocol):
+    """What a thread waits for."""
+
+    done: bool
+    #: So many calls have to end.
+    remaining: int
+    #: One that has failed is enough.
+    ends_on_error: bool
+
+    def finish(self) -> None:
+        """Wake who waits."""
+
+
+class Host(Protocol):
+    """The loop that reads for a process."""
+
+    #: Tells this machine from others; equal to that of a node: its workers are near.
+    machine: str
+
+    def watch(self, connection: Connection) -> None:
+        """Call its `answer` when it can be read."""
+
+    def unwatch(self, connection: Connection) -> None:
+        """Do not, any more."""
+
+    def make_waiter(self) -> Waiter:
+        """Something to wait for."""
+
+    def wait(self, waiter: Waiter, timeout_s: float | None) -> bool:
+        """Wait until it is done; False when the time is up."""
+
+    def on_sent(self) -> None:
+        """Something was sent: somebody has to read what comes."""
+
+    def read_now(self) -> None:
+        """Take in what has come."""
+
+    def show_error(self, error: bytes) -> None:
+        """Nobody has asked for what failed."""
