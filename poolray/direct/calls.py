@@ -19,17 +19,18 @@ here exactly if it is not in `unknown`.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, final
 
 from poolray.direct.addresses import Offer, come_to, settle_in
 from poolray.direct.connection import ARGUMENTS_BYTES_MAX, Connection, Waiting
 from poolray.direct.interfaces import Host, Owner, Waiter
-from poolray.direct.route import Route
+from poolray.direct.route import Route, may_go_straight
 from poolray.direct.seal import HandshakeError
 from poolray.exceptions import ActorUnavailableError, TaskCancelledError
 from poolray.ids import (
@@ -93,8 +94,8 @@ class DirectCalls:
         self._worth_calls = worth_calls
         #: Guards routes, connections and calls; never held while user code runs.
         self._lock = threading.Lock()
-        #: Held while calls of a lost connection are given to the node: later ones come after.
-        self._losing = threading.RLock()
+        #: Held while calls that were not sent are given to the node: later ones come after.
+        self._turn = threading.RLock()
         self.routes: dict[ActorId, Route] = {}
         #: Objects that exist in this process only, while it has refs to them.
         self.unknown: dict[ObjectId, None] = {}
@@ -139,7 +140,7 @@ class DirectCalls:
             return False
         is_plain = self._is_plain.get(task_class.class_id)
         if is_plain is None:
-            is_plain = self._is_plain[task_class.class_id] = _is_plain(task_class)
+            is_plain = self._is_plain[task_class.class_id] = may_go_straight(task_class)
         return is_plain
 
     def call(self, route: Route, task_class: TaskClass, payload: bytes) -> ObjectRef[Any] | None:
@@ -158,9 +159,14 @@ class DirectCalls:
         client.counts[object_id] = 1  # (without the lock: nobody else knows the id yet)
         self.unknown[object_id] = None
         self.pending[object_id] = connection
-        connection.outbox.append((object_id, task_id, task_class, payload))
+        call = (object_id, task_id, task_class, payload)
+        with self._lock:  # (another thread may give what waits to the node: this one comes after)
+            if is_open := route.is_clear and route.connection is connection:
+                connection.outbox.append(call)
+        if not is_open:
+            self._go_around(route, call)
         # (On one that was lost just now it would wait for ever.)
-        if connection.wants_flush() or connection.is_lost:
+        elif connection.wants_flush() or connection.is_lost:
             self._flush(connection)
         route.unread += 1
         if route.unread >= _READ_EVERY:
@@ -185,15 +191,41 @@ class DirectCalls:
     def before_other_call(self, actor_id: ActorId) -> None:
         """A call is about to go by way of the nodes: those that were made before begin before."""
         route = self.routes.get(actor_id)
-        if route is not None and route.is_losing:
-            with self._losing:
+        if route is not None and route.is_giving:
+            with self._turn:
                 pass  # what was made before is at the node now
         connection = None if route is None else route.connection
         if connection is not None and connection.is_busy:
+            self._give_unsent(connection)
+
+    def _give_unsent(self, connection: Connection) -> None:
+        """The worker is to wait for what it was sent, and for nothing that waits here: if this
+        process is stopped, it would wait as long, and other callers with it.
+        """
+        route = connection.route
+        with self._giving(route):
             with self._lock:
-                connection.flush()  # the worker is to wait for these: they must not wait for us
+                connection.flush()
+                unsent = [call for call in connection.outbox if call[0] in self.pending]
+                connection.outbox.clear()
+                if unsent:  # what is made from now on comes after these
+                    self.lasts.pop(route.last, None)
+                    route.last, route.is_clear = ObjectId(b""), False
                 arguments = (connection.connection_id, connection.made)
-            self._send_own(actor_id, AFTER, arguments)
+            self._send_own(route.actor_id, AFTER, arguments)
+            for call in unsent:
+                self._give_call(route, call)
+
+    def _go_around(self, route: Route, call: Waiting) -> None:
+        """The way has closed between the making of a call and its turn."""
+        link = self._client.link
+        link.enter()
+        try:
+            self.before_other_call(route.actor_id)
+            self._give_call(route, call)
+            self.after_other_call(route.actor_id, call[0])
+        finally:
+            link.leave()
 
     def after_other_call(self, actor_id: ActorId, last: ObjectId) -> None:
         """A call went by way of the nodes."""
@@ -326,12 +358,18 @@ class DirectCalls:
 
     def on_lost(self, connection: Connection) -> None:
         """A connection has ended: so has the actor, or its way to us."""
-        with self._losing:
-            connection.route.is_losing = True
+        with self._giving(connection.route):
+            self._lose(connection)
+
+    @contextlib.contextmanager
+    def _giving(self, route: Route) -> Iterator[None]:
+        """Calls that were not sent are given to the node meanwhile, and others wait for it."""
+        with self._turn:
+            before, route.is_giving = route.is_giving, True
             try:
-                self._lose(connection)
+                yield
             finally:
-                connection.route.is_losing = False
+                route.is_giving = before
 
     def _lose(self, connection: Connection) -> None:
         self._host.unwatch(connection)
@@ -374,15 +412,19 @@ class DirectCalls:
 
             client.link.when_ready(ref._id, learn)
         for call in waiting:
-            object_id, task_id, task_class, payload = call
-            spec = TaskSpec(task_id=task_id, class_id=task_class.class_id, calls=[payload])
-            self._give_to_node(object_id, CallActor(actor_id=route.actor_id, task=spec))
+            self._give_call(route, call)
 
     def _release_handle(self, actor_id: ActorId) -> None:
         """Nothing is under way any more that a dead handle was kept for."""
         handle = self._kept.pop(actor_id, None)
         if handle is not None:
             self._client.dropped.append(handle)
+
+    def _give_call(self, route: Route, call: Waiting) -> None:
+        """A call goes by way of the nodes."""
+        object_id, task_id, task_class, payload = call
+        spec = TaskSpec(task_id=task_id, class_id=task_class.class_id, calls=[payload])
+        self._give_to_node(object_id, CallActor(actor_id=route.actor_id, task=spec))
 
     def _give_to_node(self, object_id: ObjectId, message: CallActor) -> None:
         """The node makes a call's result, and knows of it from now on."""
@@ -740,20 +782,6 @@ class DirectCalls:
         for connection in list(self._connections):
             connection.close()
         self._connections.clear()
-
-
-def _is_plain(task_class: TaskClass) -> bool:
-    """Whether the nodes have nothing to decide about calls of a class but where they go."""
-    return (
-        task_class.kind is CallKind.METHOD
-        and task_class.num_returns == 1
-        and task_class.max_retries == 0
-        and not task_class.retry_exceptions
-        and not task_class.stream
-        and not task_class.concurrency_group
-        and not task_class.timeout_s
-        and not task_class.method.startswith("__")
-    )
 
 
 def _ignore(answer: object) -> None:

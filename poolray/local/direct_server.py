@@ -47,6 +47,8 @@ _PATIENCE_S = 1.0
 _KEEP_S = 60.0
 #: A gone caller is noticed after this long where only its calls are waited for.
 _LOOK_AGAIN_MS = 1000.0
+#: They were sent: if nothing comes for so many looks, the caller was stopped in the middle of that.
+_LOOKS_MAX = 6
 
 _decode = msgspec.msgpack.Decoder(RunTasks | InterruptTask).decode
 _encode = msgspec.msgpack.Encoder().encode
@@ -173,10 +175,12 @@ class DirectServer:
         caller = next((c for c in self._callers.values() if c.connection_id == connection_id), None)
         if caller is None:
             return  # it is gone, and with it who would see the order
+        looks = 0
         poller = select.poll()
         poller.register(caller.channel, select.POLLIN)
         self._worker.send_results()
-        while True:
+        while looks < _LOOKS_MAX:
+            before = caller.ended
             self._run(caller)
             if caller.is_gone or caller.ended >= count:
                 return
@@ -185,8 +189,11 @@ class DirectServer:
                 caller.push()
             else:
                 poller.modify(caller.channel, select.POLLIN)
-            if poller.poll(_LOOK_AGAIN_MS):
+            has_come = poller.poll(_LOOK_AGAIN_MS)
+            if has_come:
                 caller.read()
+            looks = 0 if has_come or caller.ended > before else looks + 1
+        self._forget(caller.channel.fileno(), caller)  # others wait behind it
 
     def hold(self, task_id: TaskId, result: Any) -> Outcome:
         """Keep a result until the nodes bring it; what the caller is told instead."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import psutil
 import pytest
 
 import poolray
@@ -29,7 +30,14 @@ from poolray.exceptions import (
 )
 from poolray.local import process_state
 from poolray.util import state
-from tests.integration.support import DEADLINE_S, Gate, run_script, statistics, wait_until
+from tests.integration.support import (
+    DEADLINE_S,
+    Gate,
+    Script,
+    run_script,
+    statistics,
+    wait_until,
+)
 
 Gates: TypeAlias = tuple[Gate, Gate]
 
@@ -485,6 +493,73 @@ def test_calls_keep_their_order_when_the_way_to_the_actor_is_cut(
     seen = poolray.get(recorder.all.remote())
     assert seen == sorted(seen)
     assert seen[-200:] == list(range(110, 310))
+
+
+def test_calls_that_a_stopped_caller_has_not_sent_keep_nobody_waiting(tmp_path: Path) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        poolray.init(address=cluster.address, namespace="tests")
+        actor = Recorder.options(name="recorder").remote()
+        poolray.get(actor.pid.remote())
+        body = f"""
+            from tests.integration.test_direct_calls import open_way
+            poolray.init(address={cluster.address!r}, namespace="tests", log_to_driver=False)
+            actor = poolray.get_actor("recorder")
+            way = open_way(actor)
+            started, release = (Gate(os.path.abspath(name)) for name in ("started", "release"))
+            with started, release:
+                running = actor.wait.remote(started, release)
+                started.wait()
+                refs = [actor.note.remote(number) for number in range(300)]
+                assert way.outbox
+                refs.append(actor.note.remote(b"x" * 200_000))  # by way of the nodes
+                refs += [actor.note.remote(number) for number in range(300, 310)]
+                os.kill(os.getpid(), signal.SIGSTOP)
+                assert poolray.get(running, timeout=20) == "released"
+                assert poolray.get(refs, timeout=20) == list(range(1, 312))
+            assert poolray.get(actor.all.remote()) == [*range(300), 200_000, *range(300, 310)]
+            open_way(actor)
+            print("in order")
+        """
+        environment = {"POOLRAY_AUTH_TOKEN_PATH": cluster.auth_token_path}
+        with (
+            Gate(tmp_path / "release") as release,
+            Script(tmp_path / "script.py", body, environment=environment) as script,
+        ):
+            caller = psutil.Process(script.pid)
+            wait_until(lambda: caller.status() == psutil.STATUS_STOPPED, "the caller is stopped")
+            release.open()
+            assert poolray.get(actor.echo.remote(7), timeout=20) == 7
+            script.signal(signal.SIGCONT)
+            assert script.finish().lines() == ["in order"]
+    finally:
+        poolray.shutdown()
+        cluster.shutdown()
+
+
+def test_calls_of_several_threads_keep_their_order_whichever_way_they_go(recorder: Any) -> None:
+    failures: list[BaseException] = []
+
+    def call(first: int) -> None:
+        try:
+            for number in range(first, first + 2_000):
+                recorder.note.remote(number)
+                if number % 40 == 0:
+                    poolray.get(recorder.echo.remote(b"x" * 40_000))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=call, args=(first * 10_000,)) for first in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    seen = poolray.get(recorder.all.remote(), timeout=20)
+    assert len(seen) == 6_000
+    for first in range(3):
+        own = [number for number in seen if number // 10_000 == first]
+        assert own == sorted(own)
 
 
 def test_calls_of_a_handle_that_died_still_run(recorder: Any, tmp_path: Path, gates: Gates) -> None:

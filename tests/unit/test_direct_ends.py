@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from poolray.direct.addresses import come_to
-from poolray.direct.frames import Frames
+from poolray.direct.ends import End
+from poolray.direct.frames import ConnectionLost, Frames
 from poolray.ids import TaskId
 from poolray.local import direct_server
 from poolray.local.direct_server import DirectServer
@@ -71,3 +72,35 @@ def test_results_that_a_gone_caller_has_not_fetched_are_let_go_of_after_a_while(
         gc.collect()
         assert dead() is None
         assert not server._leavers
+
+
+def test_a_caller_that_was_stopped_in_the_middle_of_a_packet_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(direct_server, "_LOOK_AGAIN_MS", 1.0)
+    tasks, other = socket.socketpair()
+    with tasks, other:
+        worker: Any = SimpleNamespace(
+            tasks=tasks,
+            config=SimpleNamespace(spin_s=0.0),
+            setup=SimpleNamespace(machine="here", direct_host="", direct_ports=None),
+            send_results=lambda: None,
+        )
+        server = DirectServer(worker)
+        offer = server.listen("here")
+        assert offer is not None
+        with come_to(offer) as channel:
+            end = End(channel, offer, listens=False)
+            (door,) = server._doors
+            server._let_in(door)
+            (caller,) = server._callers.values()
+            caller.read()
+            end.read()
+            caller.read()
+            assert caller.is_open
+            channel.send((1_000).to_bytes(4, "little") + b"half of it")
+            server.run_until(caller.connection_id, 1)
+            assert caller.is_gone
+            assert not server._callers
+            with pytest.raises(ConnectionLost):
+                end.read()
