@@ -123,9 +123,9 @@ class Client(References):
         self.captured = PlacementGroupId(b"")
         #: In a worker: gives the task that runs.
         self.current_task: Callable[[], TaskId | None] | None = None
-        #: In a worker: tasks that the running call has submitted, if its caller has come past the
-        #: node, which else remembers them.
-        self.children: deque[TaskId] = deque(maxlen=_CHILDREN_MAX)
+        #: In a worker: (call, task that it has submitted), for calls whose caller has come past
+        #: the node, which else remembers them.
+        self.children: deque[tuple[TaskId, TaskId]] = deque(maxlen=_CHILDREN_MAX)
         self._arena = arena
         #: Writes large values instead of us, where the arena is another machine's.
         self.upload: Callable[[ObjectId, Serialized], InArena | InFile] | None = None
@@ -353,6 +353,7 @@ class Client(References):
                 refs = [self.own(return_id(task_id, i)) for i in range(task_class.num_returns)]
             if stream is not None:
                 link.send(msgspec.structs.replace(stream, task_id=task_id))
+            parent = (self.current_task and self.current_task()) or _NO_TASK
             spec = TaskSpec(
                 task_id=task_id,
                 class_id=task_class.class_id,
@@ -360,7 +361,7 @@ class Client(References):
                 dependencies=dependencies,
                 slots=slots,
                 borrows=borrows,
-                parent=(self.current_task and self.current_task()) or _NO_TASK,
+                parent=parent,
             )
             link.submit(
                 SubmitTasks(tasks=[spec])
@@ -370,7 +371,7 @@ class Client(References):
             if direct is not None and actor_id is not None:
                 direct.after_other_call(actor_id, refs[-1]._id if refs else _NO_OBJECT)
             if self._is_worker:
-                self.children.append(task_id)
+                self.children.append((parent, task_id))
             if self.config.record_ref_creation_sites:
                 self._note_call_site([ref._id for ref in refs], "(task call)")
                 if temporary is not None:
@@ -496,11 +497,11 @@ class Client(References):
         finally:
             self.link.leave()
 
-    def cancel_children(self) -> None:
-        """Stop what the running call has submitted, and what that has."""
-        while self.children:
-            task_id = self.children.popleft()
-            self.link.send(CancelTask(task_id=task_id, force=False, recursive=True))
+    def cancel_children(self, parent: TaskId) -> None:
+        """Stop what a call that runs has submitted, and what that has."""
+        for submitter, task_id in list(self.children):
+            if submitter == parent:
+                self.link.send(CancelTask(task_id=task_id, force=False, recursive=True))
 
     def _argument_error(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception

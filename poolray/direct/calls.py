@@ -20,6 +20,7 @@ here exactly if it is not in `unknown`.
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import threading
 import time
@@ -30,9 +31,9 @@ from typing import Any, final
 from poolray.direct.addresses import Offer, come_to, settle_in
 from poolray.direct.connection import ARGUMENTS_BYTES_MAX, Connection, Waiting
 from poolray.direct.interfaces import Host, Owner, Waiter
-from poolray.direct.route import Route, may_go_straight
+from poolray.direct.route import Route, may_go_straight, unavailable
 from poolray.direct.seal import HandshakeError
-from poolray.exceptions import ActorUnavailableError, TaskCancelledError
+from poolray.exceptions import TaskCancelledError
 from poolray.ids import (
     ActorId,
     ClassId,
@@ -69,7 +70,7 @@ _PROMISES_MAX = 32
 _PROMISES_SHARE = 0.25
 #: A caller that makes many calls looks as often what has come.
 _READ_EVERY = 48
-#: The worker's names of our classes must not be those that its node gives.
+#: The worker's names of our classes must not be those that its node gives, or other callers.
 _FIRST_INDEX = 1 << 20
 #: What makes the id of a task's first result of the task's own.
 _FIRST_RESULT = b"\0\0\0\0"
@@ -114,7 +115,7 @@ class DirectCalls:
         self._is_plain: dict[ClassId, bool] = {}
         #: Our own classes, by method and the name that users know.
         self._own_classes: dict[tuple[str, str], TaskClass] = {}
-        self._index = _FIRST_INDEX
+        self._index = _FIRST_INDEX + (int.from_bytes(os.urandom(5), "little") << 20)
         #: Ended calls that the node has not been told of, how many, and since when.
         self._notes: list[EndedCalls] = []
         self._notes_count = 0
@@ -161,7 +162,7 @@ class DirectCalls:
         self.pending[object_id] = connection
         call = (object_id, task_id, task_class, payload)
         with self._lock:  # (another thread may give what waits to the node: this one comes after)
-            if is_open := route.is_clear and route.connection is connection:
+            if is_open := route.usable() is connection:
                 connection.outbox.append(call)
         if not is_open:
             self._go_around(route, call)
@@ -195,7 +196,7 @@ class DirectCalls:
             with self._turn:
                 pass  # what was made before is at the node now
         connection = None if route is None else route.connection
-        if connection is not None and connection.is_busy:
+        if connection is not None and connection.is_busy and not connection.route.is_together:
             self._give_unsent(connection)
 
     def _give_unsent(self, connection: Connection) -> None:
@@ -312,14 +313,16 @@ class DirectCalls:
         (ref,) = client.submit(task_class, (self._host.machine,), {}, route.actor_id)
 
         def learn(reply: ObjectValues) -> None:
-            error, offer = client.read_reply(reply, ref)
+            error, answer = client.read_reply(reply, ref)
             if error is None:
                 self.note_values([ref._id])
-            if error is not None or offer is None or self.is_closed:
+            if error is not None or answer is None or self.is_closed:
                 # (One that died may be made again, and is asked again after as many calls.)
                 route.calls, route.is_asking = 0, False
                 route.is_off = error is None
-            elif offer[0]:
+                return
+            offer, route.is_together = answer
+            if offer[0]:
                 self._come(route, offer)
             else:
                 threading.Thread(
@@ -389,7 +392,7 @@ class DirectCalls:
             if begun or waiting:
                 route.is_clear = False  # whatever is made from now on comes after these
         if not self.is_closed:
-            if begun:
+            if begun and not route.is_together:
                 # If only the way was cut: what the worker has is not to run after what follows.
                 arguments = (connection.connection_id, connection.made)
                 self._send_own(route.actor_id, AFTER, arguments)
@@ -407,7 +410,7 @@ class DirectCalls:
                 data = reply.values[0] if reply.errors else None
                 client.read_reply(reply, ref)  # (what it names is seen)
                 if not isinstance(data, bytes):
-                    data = _unavailable(route.actor_id, begun[0][2].name)
+                    data = unavailable(route.actor_id, begun[0][2].name)
                 self._fail_all([call[0] for call in begun], data)
 
             client.link.when_ready(ref._id, learn)
@@ -662,10 +665,13 @@ class DirectCalls:
             if call is None:
                 return True  # its result is on its way
             if waiting is not None:
-                # It will be sent, for the worker counts, and is not run.
+                # (Where calls have an order it is sent, for the worker counts, and not run.)
                 error = TaskCancelledError(task_id=call[1].hex(), task_name=call[2].name)
                 self._end(object_id, pickle.dumps(error), True, told)
-            connection.cancel(call[1], recursive)
+            if waiting is not None and connection.route.is_together:
+                connection.outbox.remove(waiting)
+            else:
+                connection.cancel(call[1], recursive)
         self._tell(told)
         return True
 
@@ -786,13 +792,3 @@ class DirectCalls:
 
 def _ignore(answer: object) -> None:
     """Nobody wants to know."""
-
-
-def _unavailable(actor_id: ActorId, name: str) -> bytes:
-    error = ActorUnavailableError(
-        actor_id=actor_id.hex(),
-        class_name=name.partition(".")[0],
-        reason="is unavailable: its process died, or the way to it was cut. The call may or may "
-        "not have run; call again, or allow max_task_retries=.",
-    )
-    return pickle.dumps(error)

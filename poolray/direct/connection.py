@@ -230,11 +230,13 @@ class Connection:
 
     def note_reported(self, report: TasksFinished) -> None:
         """Learn how long calls take, and which packets have ended."""
-        count = len(report.results)
+        count, packets = len(report.results), self.packets
+        if self.route.is_together:  # they have been begun, and end when they like
+            taken = sum(calls for number, calls in packets if number <= report.sequence)
+            count = max(count, taken)
         if count:
             estimate, old = report.elapsed_ns * 1e-9 / count, self._estimate_s
             self._estimate_s = estimate if old is None else old + _NEW_WEIGHT * (estimate - old)
-        packets = self.packets
         while packets and packets[0][0] <= report.sequence:
             packets.popleft()
             self.first_sent_s, self.is_nudged = time.monotonic(), False
@@ -250,7 +252,9 @@ class Connection:
     def waits_behind(self) -> bool:
         """Whether results may wait in the worker for a long call behind theirs."""
         packets = self.packets
-        return bool(packets) and packets[0][1] > 1 and not self.is_nudged
+        if not packets or self.route.is_together:
+            return False
+        return packets[0][1] > 1 and not self.is_nudged
 
     def nudge(self) -> None:
         """The worker is to report what has ended."""
@@ -259,6 +263,9 @@ class Connection:
 
     def _interrupt(self, message: InterruptTask) -> None:
         """Tell the worker, and make it look also in the middle of a call."""
+        if self.route.is_together:
+            self._send(message)  # it reads while calls run
+            return
         if self._end.is_far:
             # (The other end reads urgent data in its place, so that this frame is one like others.)
             self._send(message, socket.MSG_OOB)

@@ -1,16 +1,18 @@
 """How calls of one actor go, as their caller knows.
 
-What: a record; and which calls may go straight at all.
+What: a record; which calls may go straight at all; what those get whose way was cut.
 Who calls: `direct/calls.py`, whose lock guards it.
 May touch: nothing.
 Invariants: `is_clear` says that all calls by way of the nodes are over; only then are direct ones
-made.
+made, where calls have an order.
 """
 
 from __future__ import annotations
 
+import pickle
 from typing import TYPE_CHECKING, final
 
+from poolray.exceptions import ActorUnavailableError
 from poolray.ids import ActorId, ObjectId
 from poolray.protocol.values import CallKind, TaskClass
 
@@ -30,6 +32,7 @@ class Route:
         "is_clear",
         "is_giving",
         "is_off",
+        "is_together",
         "last",
         "promises",
         "unread",
@@ -48,6 +51,8 @@ class Route:
         self.is_giving = False
         #: There is none, or it does not pay.
         self.is_off = False
+        #: The actor runs calls side by side, in no order: those that go straight wait for none.
+        self.is_together = False
         self.connection: Connection | None = None
         #: Results that the node was promised.
         self.promises = 0
@@ -56,7 +61,9 @@ class Route:
 
     def usable(self) -> Connection | None:
         """The way for a call that is made now; None: by way of the nodes."""
-        return self.connection if self.is_clear and not self.is_off else None
+        if self.is_off or not (self.is_clear or self.is_together):
+            return None
+        return self.connection
 
 
 def may_go_straight(task_class: TaskClass) -> bool:
@@ -67,7 +74,17 @@ def may_go_straight(task_class: TaskClass) -> bool:
         and task_class.max_retries == 0
         and not task_class.retry_exceptions
         and not task_class.stream
-        and not task_class.concurrency_group
         and not task_class.timeout_s
         and not task_class.method.startswith("__")
     )
+
+
+def unavailable(actor_id: ActorId, name: str) -> bytes:
+    """The error of a call that may have run, of an actor that goes on."""
+    error = ActorUnavailableError(
+        actor_id=actor_id.hex(),
+        class_name=name.partition(".")[0],
+        reason="is unavailable: its process died, or the way to it was cut. The call may or may "
+        "not have run; call again, or allow max_task_retries=.",
+    )
+    return pickle.dumps(error)

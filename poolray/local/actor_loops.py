@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import os
 import threading
 import time
@@ -25,6 +26,7 @@ from poolray.ids import TaskId
 from poolray.local import worker_process
 from poolray.local.actor_reports import Reports, cancelled_outcome
 from poolray.local.actor_threads import begin
+from poolray.local.direct_lines import AHEAD_MAX, Line, Lines, OwnCalls
 from poolray.local.spinning_selector import SpinningSelector, can_spin
 from poolray.local.worker import NUDGE_SIGNAL
 from poolray.protocol.values import Outcome
@@ -43,9 +45,11 @@ _ANSWER_MIN_S = 25e-6
 class _Running:
     """A call for which there is a coroutine."""
 
-    __slots__ = ("coroutine", "has_begun", "is_cancelled")
+    __slots__ = ("coroutine", "has_begun", "is_cancelled", "line")
 
-    def __init__(self) -> None:
+    def __init__(self, line: Line | None) -> None:
+        #: Whose it is; None: the node's.
+        self.line = line
         #: (asyncio itself keeps weak references only.)
         self.coroutine: asyncio.Task[None]
         self.has_begun = False
@@ -68,10 +72,12 @@ class _Lane:
         self._host = host
         self._reports = reports
         self.loop = loop
-        #: Calls that wait for one of those that run to end.
-        self._waiting: deque[TaskCall] = deque()
-        self._running: dict[TaskId, _Running] = {}
+        #: Calls that wait for one of those that run to end, and whose they are (None: the node's).
+        self.waiting: deque[tuple[TaskCall, Line | None]] = deque()
+        self.running: dict[TaskId, _Running] = {}
         self._free = concurrency
+        #: As an ordered set: those that have results which were not sent.
+        self._unsent: dict[Reports, None] = {}
         self._will_send = False
         self.sent_s = 0.0  # when results were sent last
 
@@ -83,16 +89,16 @@ class _Lane:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
 
-    def add(self, tasks: list[TaskCall]) -> None:
+    def add(self, tasks: list[TaskCall], line: Line | None = None) -> None:
         """Calls to run, from within the loop."""
-        self._waiting.extend(tasks)
+        self.waiting.extend([(task, line) for task in tasks])
         self._start()
 
     def _start(self) -> None:
-        while self._waiting and self._free:
+        while self.waiting and self._free:
             self._free -= 1
-            task = self._waiting.popleft()
-            running = self._running[task.task_id] = _Running()
+            task, line = self.waiting.popleft()
+            running = self.running[task.task_id] = _Running(line)
             running.coroutine = self.loop.create_task(self._run_call(task, running))
 
     async def _run_call(self, task: TaskCall, running: _Running) -> None:
@@ -117,6 +123,8 @@ class _Lane:
                 outcome = worker.outcomes.returned(result, task, function)
         except SystemExit as error:
             self._reports.send()  # calls that have ended keep their results
+            if worker.lines is not None:
+                worker.lines.send_last()
             await self._host.leave_loop(error)
             return
         except asyncio.CancelledError as error:
@@ -127,17 +135,19 @@ class _Lane:
         except BaseException as error:
             outcome = worker.outcomes.raised(error, task, function)
         result = None
-        del self._running[task.task_id]
-        self._report(task, outcome)
+        del self.running[task.task_id]
+        self._report(task, outcome, running.line)
         self._free += 1
-        if self._waiting:
+        if self.waiting:
             self._start()
 
-    def _report(self, task: TaskCall, outcome: bytes | Outcome) -> None:
-        self._reports.add(task, outcome)
+    def _report(self, task: TaskCall, outcome: bytes | Outcome, line: Line | None) -> None:
+        reports = self._reports if line is None else line.reports
+        reports.add(task, outcome)
+        self._unsent[reports] = None
         if self._will_send:
             return
-        if not self._running and not self._waiting:
+        if not self.running and not self.waiting:
             self._send()
         else:  # those that end in the same round of the loop go together
             self._will_send = True
@@ -145,24 +155,39 @@ class _Lane:
 
     def _send(self) -> None:
         self._will_send = False
-        self._reports.send()
+        unsent, self._unsent = self._unsent, {}
+        for reports in unsent:
+            reports.send()
+        lines = self._worker.lines
+        if lines is not None and lines.owing:
+            lines.give_word()
         self.sent_s = time.perf_counter()
 
     def stop_calls(self, orders: list[InterruptTask]) -> None:
         """Cancel those of the calls that are here, from within the loop."""
         for order in orders:
-            running = self._running.get(order.task_id)
-            if running is not None:
-                running.is_cancelled = True
-                if running.has_begun:
-                    running.coroutine.cancel()
-                continue
-            for task in self._waiting:
-                if task.task_id == order.task_id:
-                    self._waiting.remove(task)
-                    name = self._worker.functions.classes[task.class_index].task_class.name
-                    self._report(task, cancelled_outcome(task.task_id, name))
-                    break
+            self.stop_call(order.task_id, False)
+
+    def stop_call(self, task_id: TaskId, recursive: bool) -> None:
+        """Cancel a call, if it is here; with what it has submitted, if asked to."""
+        running = self.running.get(task_id)
+        if running is not None:
+            running.is_cancelled = True
+            if running.has_begun:
+                running.coroutine.cancel()
+            if recursive:
+                self._worker.client.api.cancel_children(task_id)
+            return
+        for index, (task, line) in enumerate(self.waiting):
+            if task.task_id == task_id:
+                del self.waiting[index]
+                name = self._worker.functions.classes[task.class_index].task_class.name
+                self._report(task, cancelled_outcome(task_id, name), line)
+                return
+
+
+def _class_of(task: TaskCall) -> int:
+    return task.class_index
 
 
 def _make_loop(selector: SpinningSelector | None) -> asyncio.AbstractEventLoop:
@@ -185,6 +210,7 @@ class Loops:
         self._loop = _make_loop(self._selector)
         asyncio.set_event_loop(self._loop)
         self._lanes: dict[str, _Lane] = {}
+        self._own: OwnCalls
         self._last_sequence = 0  # of the packets that were read
         #: Orders for calls that were not read yet.
         self._early: list[InterruptTask] = []
@@ -201,6 +227,7 @@ class Loops:
         """Run calls until told to stop; by then all of them have ended."""
         worker, host = self._worker, self._host
         reports, setup = Reports(worker), host.setup
+        self._own = OwnCalls(worker, reports)
         self._lanes[""] = _Lane(worker, host, reports, self._loop, setup.concurrency)
         for name, count in setup.groups.items():
             lane = _Lane(worker, host, reports, asyncio.new_event_loop(), count)
@@ -220,11 +247,7 @@ class Loops:
 
     def _read(self) -> None:
         worker = self._worker
-        if self._selector is not None:
-            # Calls that came sooner than an answer to the last results could are made without
-            # waiting: more of them are read, run and reported together where we sleep meanwhile.
-            since_s = time.perf_counter() - self._lanes[""].sent_s
-            self._selector.may_poll = since_s >= _ANSWER_MIN_S
+        self.note_read()
         while (packet := worker.reader.take_nowait()) is not None:
             message = worker.decode(packet) if packet else None
             if type(message) is not RunTasks:
@@ -232,22 +255,65 @@ class Loops:
                 return
             worker.functions.read(message)
             self._last_sequence = message.sequence
+            tasks = self._own.take(message)
             if len(self._lanes) == 1:
-                self._lanes[""].add(message.tasks)
-            else:
-                self._spread(message.tasks)
+                self._lanes[""].add(tasks)
+            elif tasks:
+                self._spread(tasks)
         if self._early:
             early, self._early = self._early, []
             self._stop_calls(early)
 
-    def _spread(self, tasks: list[TaskCall]) -> None:
-        """A packet's calls are of one group."""
+    def _spread(self, tasks: list[TaskCall], line: Line | None = None) -> None:
+        """A packet's calls that are of one group; the node's are."""
         name = self._worker.functions.classes[tasks[0].class_index].task_class.concurrency_group
         lane = self._lanes.get(name, self._lanes[""])
         if lane.loop is self._loop:
-            lane.add(tasks)
+            lane.add(tasks, line)
         else:
-            lane.loop.call_soon_threadsafe(lane.add, tasks)
+            lane.loop.call_soon_threadsafe(lane.add, tasks, line)
+
+    # ---- calls that come past the node -----------------------------------------------------------
+
+    def make_lines(self) -> Lines:
+        """What lets callers in."""
+        return Lines(self._worker, self, self._loop)
+
+    def take_direct(self, tasks: list[TaskCall], line: Line) -> None:
+        """Run these; their results are the line's."""
+        if len(self._lanes) == 1:
+            self._lanes[""].add(tasks, line)
+            return
+        for _, together in itertools.groupby(tasks, _class_of):
+            self._spread(list(together), line)
+
+    def cancel_direct(self, task_id: TaskId, recursive: bool) -> None:
+        """Such a call is not wanted."""
+        for lane in self._lanes.values():
+            if lane.loop is self._loop:
+                lane.stop_call(task_id, recursive)
+            else:
+                lane.loop.call_soon_threadsafe(lane.stop_call, task_id, recursive)
+
+    def line_of(self, task_id: TaskId) -> Line | None:
+        """Whose call runs; None: the node's."""
+        for lane in self._lanes.values():
+            running = lane.running.get(task_id)
+            if running is not None:
+                return running.line
+        return None
+
+    def has_room(self) -> bool:
+        """Whether few calls wait for others to end."""
+        return all(len(lane.waiting) < AHEAD_MAX for lane in self._lanes.values())
+
+    def note_read(self) -> None:
+        """Something is about to be read: whether the loop may poll for the next."""
+        if self._selector is not None:
+            # Calls that came sooner than an answer to the last results could are made without
+            # waiting: more of them are read, run and reported together where we sleep meanwhile.
+            since_s = time.perf_counter() - self._lanes[""].sent_s
+            self._selector.may_poll = since_s >= _ANSWER_MIN_S
 
     # ---- orders ----------------------------------------------------------------------------------
 

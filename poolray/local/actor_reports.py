@@ -12,6 +12,7 @@ from __future__ import annotations
 import pickle
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, final
 
 from poolray.exceptions import TaskCancelledError
@@ -29,10 +30,19 @@ _REPORT_BYTES = 64 * 1024
 
 @final
 class Reports:
-    """What an actor's calls came to."""
+    """What an actor's calls came to.
 
-    def __init__(self, worker: Worker) -> None:
+    Parameters
+    ----------
+    post : callable or None
+        Sends results to whoever made the calls; None: the node did.
+    """
+
+    def __init__(
+        self, worker: Worker, post: Callable[[list[TaskResult]], None] | None = None
+    ) -> None:
         self._worker = worker
+        self._post = post or self._tell_node
         #: Guards the fields below.
         self._lock = threading.Lock()
         self._results: deque[tuple[TaskResult, int]] = deque()
@@ -61,22 +71,25 @@ class Reports:
                 if not batch:
                     self._sending = False
                     return
-            worker = self._worker
-            pinned, unpinned = worker.client.take_view_changes()
-            kept, released = worker.client.take_reference_changes()
-            worker_process.flush_output()
-            message = TasksFinished(
-                worker_id=worker.worker_id,
-                results=batch,
-                elapsed_ns=0,
-                sequence=0,
-                kept=kept,
-                released=released,
-                viewed=worker.client.viewed_only(kept) if kept else kept,
-                pinned=pinned,
-                unpinned=unpinned,
-            )
-            worker.send(worker.encode(message))
+            self._post(batch)
+
+    def _tell_node(self, batch: list[TaskResult]) -> None:
+        worker = self._worker
+        pinned, unpinned = worker.client.take_view_changes()
+        kept, released = worker.client.take_reference_changes()
+        worker_process.flush_output()
+        message = TasksFinished(
+            worker_id=worker.worker_id,
+            results=batch,
+            elapsed_ns=0,
+            sequence=0,
+            kept=kept,
+            released=released,
+            viewed=worker.client.viewed_only(kept) if kept else kept,
+            pinned=pinned,
+            unpinned=unpinned,
+        )
+        worker.send(worker.encode(message))
 
     def _take(self) -> list[TaskResult]:
         """Results that fit one message; the caller holds the lock."""

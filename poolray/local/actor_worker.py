@@ -72,8 +72,8 @@ def _is_ready() -> bool:
     return True
 
 
-def _is_not_serial(machine: str) -> None:
-    """Nobody comes past the node to an actor whose calls run side by side."""
+def _is_threaded(machine: str) -> None:
+    """Nobody comes past the node to an actor whose calls run on threads."""
 
 
 def _terminate() -> None:
@@ -90,6 +90,8 @@ class ActorHost:
         self._task = task
         self._function = function
         self.setup: ActorSetup
+        #: What runs its calls, if its methods are coroutines.
+        self._loops: Loops | None = None
         self.instance: Any = None
 
     def run(self, receive: Callable[[], bytes]) -> None:
@@ -120,6 +122,7 @@ class ActorHost:
             self._fail(error)
         try:
             if loops is not None:
+                self._loops = loops
                 loops.run()
             elif self.setup.concurrency > 1 or self.setup.groups:
                 Threads(worker, self).run()
@@ -205,8 +208,12 @@ class ActorHost:
     def _bind_direct(self, name: str) -> Callable[..., Any]:
         """What callers ask for that come past the node."""
         worker = self._worker
-        if name == LISTEN and worker.serial is None:
-            return _is_not_serial
+        if self._loops is not None:
+            if worker.lines is None:
+                worker.lines = self._loops.make_lines()
+            return worker.lines.listen if name == LISTEN else worker.lines.give_held
+        if worker.serial is None:
+            return _is_threaded
         if worker.direct is None:
             from poolray.local.direct_server import DirectServer
 

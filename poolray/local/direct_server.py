@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
 _YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))
 #: Doors that wait for whoever asked for them.
-_DOORS_MAX = 64
+DOORS_MAX = 64
 #: A caller that reads takes what it is sent within less.
 _PATIENCE_S = 1.0
 #: Results that a gone caller has not fetched are kept for so long: what it asked for by way of the
 #: nodes may still be under way, if only the connection was cut.
-_KEEP_S = 60.0
+KEEP_S = 60.0
 #: A gone caller is noticed after this long where only its calls are waited for.
 _LOOK_AGAIN_MS = 1000.0
 #: They were sent: if nothing comes for so many looks, the caller was stopped in the middle of that.
@@ -101,7 +101,7 @@ class Caller:
         """The next packet that was read."""
         return self._packets.popleft() if self._packets else None
 
-    def report(self, report: TasksFinished) -> None:
+    def report(self, report: TasksFinished, patience_s: float = _PATIENCE_S) -> None:
         """Send results; those that a caller does not take for a second wait for `push`: a stopped
         process must not hold up the actor for others.
         """
@@ -111,11 +111,11 @@ class Caller:
         is_slow = end.has_unsent
         try:
             end.send(_encode(report))
-            if not end.has_unsent or is_slow:
+            if not end.has_unsent or is_slow or not patience_s:
                 return
             poller = select.poll()
             poller.register(self.channel, select.POLLOUT)
-            latest_s = time.monotonic() + _PATIENCE_S
+            latest_s = time.monotonic() + patience_s
             while end.has_unsent and (left_s := latest_s - time.monotonic()) > 0:
                 poller.poll(left_s * 1000.0)
                 end.push()
@@ -157,18 +157,20 @@ class DirectServer:
 
     # ---- what callers ask for by way of the nodes ------------------------------------------------
 
-    def listen(self, machine: str) -> Offer | None:
-        """A door for one caller, which is on that machine; None: it cannot come here."""
+    def listen(self, machine: str) -> tuple[Offer, bool] | None:
+        """A door for one caller, which is on that machine, and whether calls run side by side;
+        None: it cannot come here.
+        """
         setup = self._worker.setup
         made = make_door(machine == setup.machine, setup.direct_host, setup.direct_ports)
         if made is None:
             return None
-        while len(self._doors) >= _DOORS_MAX:
+        while len(self._doors) >= DOORS_MAX:
             self._close_door(next(iter(self._doors)))
         door, offer = made
         self._doors[door.fileno()] = door, offer
         self._poller.register(door, select.POLLIN)
-        return offer
+        return offer, False
 
     def run_until(self, connection_id: bytes, count: int) -> None:
         """Run calls of a caller until so many have ended: the next call of it is the node's."""
@@ -195,11 +197,18 @@ class DirectServer:
             looks = 0 if has_come or caller.ended > before else looks + 1
         self._forget(caller.channel.fileno(), caller)  # others wait behind it
 
-    def hold(self, task_id: TaskId, result: Any) -> Outcome:
-        """Keep a result until the nodes bring it; what the caller is told instead."""
-        assert self._at_hand is not None, "only calls that came past the node are held"
+    def hold(self, task_id: TaskId, result: Any) -> Outcome | None:
+        """Keep a result until the nodes bring it; what the caller is told instead. None: the
+        node's call it was.
+        """
+        if self._at_hand is None:
+            return None
         self._held[task_id] = self._at_hand, result
         return Outcome(values=[])
+
+    def has(self, task_id: TaskId) -> bool:
+        """Whether the call that runs came past the node."""
+        return self._at_hand is not None
 
     def give_held(self, task_id: TaskId) -> Any:
         """Such a result, once."""
@@ -325,4 +334,4 @@ class DirectServer:
         caller.channel.close()
         self._let_go()
         if any(holder is caller for holder, _ in self._held.values()):
-            self._leavers[caller] = time.monotonic() + _KEEP_S
+            self._leavers[caller] = time.monotonic() + KEEP_S

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from poolray.local.actor_serial import SerialCalls
+    from poolray.local.direct_lines import Lines
     from poolray.local.direct_server import Caller, DirectServer
     from poolray.local.fork_server import WorkerSetup
     from poolray.local.worker_extras import Extras
@@ -166,6 +167,8 @@ class Worker:
         self.serial: SerialCalls | None = None
         #: What lets callers in that come past the node; None: nobody has asked.
         self.direct: DirectServer | None = None
+        #: The same of an actor that runs several at once.
+        self.lines: Lines | None = None
         #: Whose packet is at hand, where it is not the node's.
         self._caller: Caller | None = None
         #: What runs an actor's calls reads orders itself, woken by the signal's descriptor.
@@ -520,7 +523,7 @@ class Worker:
                 process_state.cancel_current_task()
                 self.is_call_cancelled = True
                 if recursive:
-                    self.client.api.cancel_children()
+                    self.client.api.cancel_children(task_id)
             return
         orders = self._take_orders(packet.sequence)
         mine = [order for order in orders if order.task_id == task_id]
@@ -753,14 +756,13 @@ class Worker:
         """Keep a result that is more than a small value, if its caller has come past the node;
         None: the node takes it.
         """
-        if self._caller is None or self.direct is None:
-            return None
-        return self.direct.hold(task.task_id, result)
+        server = self.direct or self.lines
+        return None if server is None else server.hold(task.task_id, result)
 
-    @property
-    def has_caller(self) -> bool:
-        """Whether the packet at hand came past the node."""
-        return self._caller is not None
+    def has_caller(self, task: TaskCall) -> bool:
+        """Whether a call that runs came past the node."""
+        server = self.direct or self.lines
+        return server is not None and server.has(task.task_id)
 
     def send_results(self) -> None:
         """From user code: send what has ended, so that it is not lost with the running call."""

@@ -106,7 +106,8 @@ class Outcomes:
             encoded = worker_errors.encode_task_error(error, task_class.name, os.getpid())
         retriable = self._is_retriable(error, function)
         value: bytes | InArena | InFile = encoded
-        if len(encoded) > self._worker.config.inline_max_bytes and not self._worker.has_caller:
+        is_large = len(encoded) > self._worker.config.inline_max_bytes
+        if is_large and not self._worker.has_caller(task):
             value = self._worker.client.store(self._worker.client.next_object_id(), encoded)
         return Outcome(
             values=[value],

@@ -30,6 +30,7 @@ from poolray.exceptions import (
 )
 from poolray.local import process_state
 from poolray.util import state
+from tests.integration.direct_support import PLACES, direct_calls, open_way, runtime_at, way_to
 from tests.integration.support import (
     DEADLINE_S,
     Gate,
@@ -126,28 +127,6 @@ class Recorder:
         await_cancellation()
 
 
-def way_to(actor: Any) -> Connection | None:
-    """The direct way to an actor, if there is one that the next call would take."""
-    client = process_state.client()
-    assert client is not None
-    assert client.direct is not None
-    route = client.direct.routes.get(actor._actor_id)
-    return None if route is None else route.usable()
-
-
-def open_way(actor: Any) -> Connection:
-    """Call an actor until calls go straight."""
-
-    def has_way() -> bool:
-        poolray.get(actor.pid.remote())
-        return way_to(actor) is not None
-
-    wait_until(has_way, "a direct way to the actor")
-    way = way_to(actor)
-    assert way is not None
-    return way
-
-
 @pytest.fixture
 def gates(tmp_path: Path) -> Iterator[tuple[Gate, Gate]]:
     """One that says that a call has begun, one that lets it go on."""
@@ -155,29 +134,13 @@ def gates(tmp_path: Path) -> Iterator[tuple[Gate, Gate]]:
         yield started, release
 
 
-@pytest.fixture(params=["one process", "cluster, sealed"])
-def recorder(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(params=PLACES)
+def recorder(request: pytest.FixtureRequest) -> Iterator[Any]:
     """An actor whose calls go straight: on this machine, and over TCP to a node of a cluster."""
-    if request.param == "one process":
-        poolray.init(num_cpus=2)
-        actor = Recorder.remote()
-        open_way(actor)
+    with runtime_at(request.param) as options:
+        actor = Recorder.options(**options).remote()
+        assert open_way(actor).is_sealed == (request.param != "one process")
         yield actor
-        return
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        cluster.add_node(num_cpus=1, resources={"far": 1})
-        poolray.init(address=cluster.address)
-        client = process_state.client()
-        assert client is not None
-        assert client.direct is not None
-        client.direct._host.machine = "another machine"
-        actor = Recorder.options(resources={"far": 0.1}).remote()
-        assert open_way(actor).is_sealed
-        yield actor
-    finally:
-        poolray.shutdown()
-        cluster.shutdown()
 
 
 # ---- order ---------------------------------------------------------------------------------------
@@ -383,10 +346,7 @@ def test_ctrl_c_between_the_making_of_a_call_and_its_sending_leaves_nothing_wait
     def strike(self: Connection) -> bool:
         raise KeyboardInterrupt
 
-    client = process_state.client()
-    assert client is not None
-    assert client.direct is not None
-    pending = client.direct.pending
+    pending = direct_calls().pending
     for follow in (lambda: recorder.echo.remote(b"x" * 100_000), lambda: None):
         open_way(recorder)
         with monkeypatch.context() as patch:
@@ -502,7 +462,7 @@ def test_calls_that_a_stopped_caller_has_not_sent_keep_nobody_waiting(tmp_path: 
         actor = Recorder.options(name="recorder").remote()
         poolray.get(actor.pid.remote())
         body = f"""
-            from tests.integration.test_direct_calls import open_way
+            from tests.integration.direct_support import open_way
             poolray.init(address={cluster.address!r}, namespace="tests", log_to_driver=False)
             actor = poolray.get_actor("recorder")
             way = open_way(actor)
@@ -584,13 +544,11 @@ def test_actors_without_handles_end_and_take_their_connections_along() -> None:
         del actor
         gc.collect()
     wait_until(lambda: statistics().actors == 0, "the end of the actors")
-    client = process_state.client()
-    assert client is not None
-    assert client.direct is not None
-    client.sync_references()
-    assert not client.direct.routes
-    assert not client.direct.unknown
-    assert not client.direct.pending
+    calls = direct_calls()
+    calls._client.sync_references()  # type: ignore[attr-defined]
+    assert not calls.routes
+    assert not calls.unknown
+    assert not calls.pending
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 8, "closed descriptors")
 
 

@@ -50,9 +50,9 @@ def test_results_that_a_gone_caller_has_not_fetched_are_let_go_of_after_a_while(
             setup=SimpleNamespace(machine="here", direct_host="", direct_ports=None),
         )
         server = DirectServer(worker)
-        offer = server.listen("here")
-        assert offer is not None
-        with come_to(offer):
+        answer = server.listen("here")
+        assert answer is not None
+        with come_to(answer[0]):
             (door,) = server._doors
             server._let_in(door)
         ((descriptor, caller),) = server._callers.items()
@@ -87,10 +87,10 @@ def test_a_caller_that_was_stopped_in_the_middle_of_a_packet_is_not_waited_for_f
             send_results=lambda: None,
         )
         server = DirectServer(worker)
-        offer = server.listen("here")
-        assert offer is not None
-        with come_to(offer) as channel:
-            end = End(channel, offer, listens=False)
+        answer = server.listen("here")
+        assert answer is not None
+        with come_to(answer[0]) as channel:
+            end = End(channel, answer[0], listens=False)
             (door,) = server._doors
             server._let_in(door)
             (caller,) = server._callers.values()
