@@ -16,12 +16,17 @@ TESTS ?=
 # More for pytest: make test FLAGS="--reruns 1"
 FLAGS ?=
 
-.PHONY: help demo test simulate chaos lint format types examples bench clean
+# For test-torch. A plain "torch" may be a build for CUDA, of several GB.
+TORCH ?= torch==2.13.0+cpu
+TORCH_PATH := build/torch
+
+.PHONY: help demo test test-torch simulate chaos lint format types examples bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       count the words of thousands of files, four ways, side by side"
 	@echo "make test       all tests on $(JOBS) processes (JOBS=n; TESTS='tests/unit -k name')"
+	@echo "make test-torch collective groups on torch's process groups, with a torch of their own"
 	@echo "make simulate   the simulator (SEED=n STEPS=n)"
 	@echo "make chaos      a cluster of which everything is killed (MINUTES=10 SEED=n)"
 	@echo "make lint       ruff: rules and formatting (make format mends the latter)"
@@ -44,6 +49,15 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(FLAGS) $(TESTS)
+
+# Tests that need torch, beside the environment, so that all others show that nothing else needs it. Where the
+# index has no build for CPUs they skip, and that is said aloud.
+test-torch: $(STAMP)
+	@test -d $(TORCH_PATH)/torch || $(BIN)/python -c 'import torch' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(TORCH_PATH) '$(TORCH)' || \
+	  echo "test-torch: NOT TESTED with torch: $(TORCH) cannot be had here"
+	PYTHONPATH=$(CURDIR)/$(TORCH_PATH) $(BIN)/python -m pytest -n $(JOBS) $(FLAGS) \
+	  tests/integration/test_collective_torch.py tests/contract/test_core_collective.py
 
 simulate: $(STAMP)
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED)) $(if $(STEPS),--steps $(STEPS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -253,3 +254,14 @@ def test_a_destroyed_group_leaves_nothing_open() -> None:
         for text in [*poolray.get(call(member, open_files)), poolray.get(call(member, memory_map))]:
             assert "poolray-collective" not in text
             assert "pidfd" not in text
+
+
+def test_without_torch_a_member_of_a_group_on_gpus_is_told_what_to_install() -> None:
+    def join() -> None:
+        for name in ("torch", "torch.distributed"):
+            sys.modules[name] = None  # type: ignore[assignment]
+        collective.init_collective_group(1, 0, backend="nccl", group_name="gpus")
+
+    member = poolray.remote(Member).remote()
+    with pytest.raises(ValueError, match=r"pip install 'poolray\[nccl\]'"):
+        poolray.get(call(member, join))

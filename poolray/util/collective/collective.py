@@ -3,7 +3,7 @@
 What: checks what users pass in, keeps the groups of this process, joins those that the driver has
 declared.
 Who calls: user code, in actors and tasks; `create_collective_group` in the driver.
-May touch: what `group.py` touches; a named actor for each declared group.
+May touch: what `group.py` and `torch_group.py` touch; a named actor for each declared group.
 Invariants: a process is once in a group; a call that is refused has taken no part, so the others
 wait for it (until their timeout).
 """
@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from poolray.actor import ActorHandle, get_actor, kill
 from poolray.api import get, remote
 from poolray.local import process_state
 from poolray.session import ids_of_process
+from poolray.util.collective import process_group
 from poolray.util.collective.group import SharedMemoryGroup
-from poolray.util.collective.operands import Operand, check_tensor, open_operand
+from poolray.util.collective.membership import Elements
+from poolray.util.collective.operands import check_tensor
+from poolray.util.collective.torch_group import TorchGroup
 from poolray.util.collective.types import Backend, ReduceOp
 
 __all__ = [
@@ -50,10 +53,12 @@ __all__ = [
     "send_multigpu",
 ]
 
+Group: TypeAlias = SharedMemoryGroup | TorchGroup
+
 #: Guards the two below.
 _lock = threading.Lock()
 #: Name -> this process's part in the group.
-_groups: dict[str, SharedMemoryGroup] = {}
+_groups: dict[str, Group] = {}
 #: Name -> held while this process joins the group, which may take long.
 _join_locks: dict[str, threading.Lock] = {}
 
@@ -62,7 +67,12 @@ _join_locks: dict[str, threading.Lock] = {}
 
 
 def nccl_available() -> bool:
-    """Whether groups can be made with backend "nccl": not in this version."""
+    """Whether groups can be made with backend "nccl": torch is there, and a build with NCCL.
+
+    Notes
+    -----
+    Imports torch, where it is installed. A GPU is looked for in the member, when it joins.
+    """
     return is_backend_available("NCCL")
 
 
@@ -77,23 +87,18 @@ def is_backend_available(backend: str) -> bool:
     Examples
     --------
     >>> from poolray.util import collective
-    >>> collective.is_backend_available("gloo"), collective.is_backend_available("nccl")
+    >>> collective.is_backend_available("gloo"), collective.is_backend_available("mpi")
     (True, False)
     """
     try:
-        return bool(Backend(backend) == Backend.GLOO)
+        return not _objection_to(backend)
     except ValueError:
         return False
 
 
 def _objection_to(backend: str) -> str:
     """Why there is no group with a backend; empty: there may be one."""
-    if Backend(backend) == Backend.GLOO:
-        return ""
-    return (
-        "Backend NCCL is not available: this version of poolray has collective operations for "
-        "arrays in the machine's memory only. Pass backend='gloo'."
-    )
+    return "" if Backend(backend) == Backend.GLOO else process_group.NCCL.objection()
 
 
 # ---- groups --------------------------------------------------------------------------------------
@@ -115,17 +120,19 @@ def init_collective_group(
     rank : int
         From 0 to `world_size - 1`.
     backend : str, default "NCCL", as in the reference
-        "gloo" is the one that is there.
+        "gloo" for arrays in the machine's memory, "nccl" for tensors of torch on GPUs: one GPU for
+        each member, the current one when it joins.
     group_name : str, default "default"
     gloo_timeout : float, milliseconds, default 30000
-        How long a member may keep the others waiting, in this call and in each operation.
+        How long a member may keep the others waiting, in this call and in each operation; with
+        either backend.
 
     Raises
     ------
     RuntimeError
-        This is a driver, or the process is in the group already.
+        This is a driver, or the process is in the group already, or it has no GPU for "nccl".
     ValueError
-        There is no such backend here, or no name.
+        There is no such backend here (for "nccl": torch is missing), or no name.
     CollectiveError
         The members do not agree on ranks and size.
     CollectiveTimeoutError
@@ -163,7 +170,7 @@ def init_collective_group(
     with _joining(group_name):
         if is_group_initialized(group_name):
             raise RuntimeError("Trying to initialize a group a second time.")
-        _join(group_name, world_size, rank, gloo_timeout)
+        _join(group_name, world_size, rank, backend, gloo_timeout)
 
 
 def create_collective_group(
@@ -213,7 +220,10 @@ def create_collective_group(
     if _find_declaration(group_name) is not None:
         raise RuntimeError("Trying to initialize a group twice.")
     _check_ranks(actors, world_size, ranks)
-    objection = _objection_to(backend)
+    try:
+        objection = _objection_to(backend)
+    except ValueError as error:
+        objection = str(error)
     if objection:
         raise RuntimeError(objection)
     ids = [actor._ray_actor_id for actor in actors]
@@ -288,7 +298,7 @@ def get_collective_group_size(group_name: str = "default") -> int:
     return -1 if found is None else found[1]
 
 
-def get_group_handle(group_name: str = "default") -> SharedMemoryGroup:
+def get_group_handle(group_name: str = "default") -> Group:
     """This process's part in a group; joins a declared one.
 
     Raises
@@ -311,8 +321,8 @@ def get_group_handle(group_name: str = "default") -> SharedMemoryGroup:
                 "init_collective_group() in each member, or create_collective_group() in the "
                 "driver, first."
             )
-        rank, world_size, gloo_timeout = part
-        return _join(group_name, world_size, rank, gloo_timeout)
+        rank, world_size, backend, gloo_timeout = part
+        return _join(group_name, world_size, rank, backend, gloo_timeout)
 
 
 def _joining(group_name: str) -> threading.Lock:
@@ -320,11 +330,12 @@ def _joining(group_name: str) -> threading.Lock:
         return _join_locks.setdefault(group_name, threading.Lock())
 
 
-def _join(group_name: str, world_size: int, rank: int, gloo_timeout: float) -> SharedMemoryGroup:
+def _join(group_name: str, world_size: int, rank: int, backend: str, gloo_timeout: float) -> Group:
     if not gloo_timeout > 0:
         raise ValueError(f"gloo_timeout is {gloo_timeout!r}: it must be above 0 milliseconds")
     node_id, job_id = ids_of_process()
-    group = SharedMemoryGroup(node_id + job_id, world_size, rank, group_name, gloo_timeout / 1000)
+    make = SharedMemoryGroup if Backend(backend) == Backend.GLOO else TorchGroup
+    group: Group = make(node_id + job_id, world_size, rank, group_name, gloo_timeout / 1000)
     with _lock:
         _groups[group_name] = group
     return group
@@ -369,16 +380,16 @@ def _find_declaration(group_name: str) -> ActorHandle[Any] | None:
         return None
 
 
-def _declared_part(group_name: str) -> tuple[int, int, float] | None:
-    """Rank, size and timeout of this actor in a declared group."""
+def _declared_part(group_name: str) -> tuple[int, int, str, float] | None:
+    """Rank, size, backend and timeout of this actor in a declared group."""
     setup = process_state.actor()
     declaration = _find_declaration(group_name) if setup is not None else None
     if setup is None or declaration is None:
         return None
-    ids, world_size, ranks, _, gloo_timeout = get(declaration.get_info.remote())
+    ids, world_size, ranks, backend, gloo_timeout = get(declaration.get_info.remote())
     if setup.actor_id not in ids:
         return None
-    return ranks[ids.index(setup.actor_id)], world_size, gloo_timeout
+    return ranks[ids.index(setup.actor_id)], world_size, backend, gloo_timeout
 
 
 # ---- operations ----------------------------------------------------------------------------------
@@ -394,7 +405,7 @@ def allreduce(tensor: Any, group_name: str = "default", op: ReduceOp = ReduceOp.
 
     Parameters
     ----------
-    tensor : numpy.ndarray or torch.Tensor on the CPU
+    tensor : numpy.ndarray, or torch.Tensor on the group's device
         Of one type and size in all members; written to.
     group_name : str, default "default"
     op : ReduceOp, default SUM
@@ -414,8 +425,10 @@ def allreduce(tensor: Any, group_name: str = "default", op: ReduceOp = ReduceOp.
     -----
     Blocks. Every member gets the same bits.
     """
-    operand = open_operand(tensor, writes=True)
-    get_group_handle(group_name).allreduce(operand, op)
+    check_tensor(tensor)
+    group = get_group_handle(group_name)
+    operand: Any = group.open(tensor, writes=True)
+    group.allreduce(operand, op)
     operand.finish()
 
 
@@ -439,7 +452,7 @@ def reduce(
     check_tensor(tensor)
     group = get_group_handle(group_name)
     _check_rank(group, dst_rank)
-    operand = open_operand(tensor, writes=group.rank == dst_rank)
+    operand: Any = group.open(tensor, writes=group.rank == dst_rank)
     group.reduce(operand, dst_rank, op)
     operand.finish()
 
@@ -462,7 +475,7 @@ def broadcast(tensor: Any, src_rank: int = 0, group_name: str = "default") -> No
     check_tensor(tensor)
     group = get_group_handle(group_name)
     _check_rank(group, src_rank)
-    operand = open_operand(tensor, writes=group.rank != src_rank)
+    operand: Any = group.open(tensor, writes=group.rank != src_rank)
     group.broadcast(operand, src_rank)
     operand.finish()
 
@@ -474,7 +487,7 @@ def allgather(tensor_list: list[Any], tensor: Any, group_name: str = "default") 
     ----------
     tensor_list : list of tensors
         One for each member, as large as `tensor`; written to.
-    tensor : numpy.ndarray or torch.Tensor on the CPU
+    tensor : numpy.ndarray, or torch.Tensor on the group's device
         What this member gives.
     group_name : str, default "default"
 
@@ -492,8 +505,8 @@ def allgather(tensor_list: list[Any], tensor: Any, group_name: str = "default") 
         raise RuntimeError(
             "The length of the tensor list operands to allgather must be equal to world_size."
         )
-    operand = open_operand(tensor)
-    targets = [open_operand(target, writes=True) for target in tensor_list]
+    operand: Any = group.open(tensor)
+    targets: list[Any] = [group.open(target, writes=True) for target in tensor_list]
     _check_alike(operand, targets)
     group.allgather(targets, operand)
     for target in targets:
@@ -510,7 +523,7 @@ def reducescatter(
 
     Parameters
     ----------
-    tensor : numpy.ndarray or torch.Tensor on the CPU
+    tensor : numpy.ndarray, or torch.Tensor on the group's device
         For the result, the one at this member's rank; written to.
     tensor_list : list of tensors
         One for each member; they stay as they are.
@@ -531,8 +544,8 @@ def reducescatter(
         raise RuntimeError(
             "The length of the tensor list operands to reducescatter must be equal to world_size."
         )
-    target = open_operand(tensor, writes=True)
-    operands = [open_operand(part) for part in tensor_list]
+    target: Any = group.open(tensor, writes=True)
+    operands: list[Any] = [group.open(part) for part in tensor_list]
     _check_alike(target, operands)
     group.reducescatter(target, operands, op)
     target.finish()
@@ -558,7 +571,8 @@ def send(tensor: Any, dst_rank: int, group_name: str = "default") -> None:
     _check_rank(group, dst_rank)
     if dst_rank == group.rank:
         raise RuntimeError(f"The destination rank '{dst_rank}' is self.")
-    group.send(open_operand(tensor), dst_rank)
+    operand: Any = group.open(tensor)
+    group.send(operand, dst_rank)
 
 
 def recv(tensor: Any, src_rank: int, group_name: str = "default") -> None:
@@ -576,23 +590,45 @@ def recv(tensor: Any, src_rank: int, group_name: str = "default") -> None:
     _check_rank(group, src_rank)
     if src_rank == group.rank:
         raise RuntimeError(f"The destination rank '{src_rank}' is self.")
-    operand = open_operand(tensor, writes=True)
+    operand: Any = group.open(tensor, writes=True)
     group.receive(operand, src_rank)
     operand.finish()
 
 
-# ---- several GPUs in one process -----------------------------------------------------------------
+# ---- GPUs ----------------------------------------------------------------------------------------
+
+
+def synchronize(gpu_id: int) -> None:
+    """Wait for all that this process has begun on one of its GPUs.
+
+    Parameters
+    ----------
+    gpu_id : int
+        From 0, of those that this process sees.
+
+    Raises
+    ------
+    RuntimeError
+        There is no torch, or no such GPU.
+    """
+    objection = process_group.NCCL.objection()
+    if objection:
+        raise RuntimeError(f"synchronize call requires CUDA and NCCL. {objection}")
+    import torch
+
+    torch.cuda.synchronize(gpu_id)
 
 
 def _on_gpus(name: str) -> Callable[..., NoReturn]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise RuntimeError(
-            f"{name}: Multigpu calls requires NCCL and Cupy, which this version of poolray does "
-            "not use. Copy the tensors to the CPU and use backend 'gloo'."
+            f"{name}: Multigpu calls requires NCCL and Cupy; this version of poolray has one GPU "
+            "for each member of a group. Make an actor with num_gpus=1 for each GPU, and use "
+            f"{name.removesuffix('_multigpu')}."
         )
 
     refuse.__name__ = refuse.__qualname__ = name
-    refuse.__doc__ = "Refused: there are no operations on GPUs in this version."
+    refuse.__doc__ = "Refused: a member of a group has one GPU in this version."
     return refuse
 
 
@@ -613,7 +649,7 @@ def _check_inside_actor() -> None:
         raise RuntimeError("The collective APIs shall be only used inside a Ray actor or task.")
 
 
-def _check_rank(group: SharedMemoryGroup, rank: int) -> None:
+def _check_rank(group: Group, rank: int) -> None:
     if rank < 0:
         raise ValueError(f"rank '{rank}' is negative.")
     if rank >= group.world_size:
@@ -629,7 +665,7 @@ def _check_tensor_list(tensors: Any) -> None:
         check_tensor(tensor)
 
 
-def _check_alike(one: Operand, others: list[Operand]) -> None:
+def _check_alike(one: Elements, others: Sequence[Elements]) -> None:
     for place, other in enumerate(others):
         if (other.size_bytes, other.name) != (one.size_bytes, one.name):
             raise ValueError(

@@ -7,10 +7,9 @@
     member 1   write parts 0 2 │ step │ sum part 1, write the next │ step │ read parts 0 2 …
     member 2   write parts 0 1 │      │ sum part 2, write the next │      │ read parts 0 1 …
 
-What: moves and reduces data in blocks that fit the processor's cache; checks that all members call
-the same thing.
+What: moves and reduces data in blocks that fit the processor's cache.
 Who calls: `collective.py`.
-May touch: shared memory and sockets, through `segment.py` and `rendezvous.py`.
+May touch: shared memory, through `segment.py`.
 Invariants: every member makes the same steps; what is written to a slot in one turn is read before
 the next step of the reader. All members get the same bits, for each part is reduced once, by ranks
 in order (a small tensor: by each, in the same order).
@@ -18,54 +17,32 @@ in order (a small tensor: by each, in the same order).
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, final
 
 import numpy
 
-from poolray.util.collective import segment as shared
-from poolray.util.collective.operands import Combine, Operand
-from poolray.util.collective.rendezvous import meet
-from poolray.util.collective.segment import Lost, Member, Segment
-from poolray.util.collective.types import CollectiveError, CollectiveTimeoutError, ReduceOp
+from poolray.util.collective.membership import Membership
+from poolray.util.collective.operands import Combine, Operand, open_operand
+from poolray.util.collective.segment import TURNS
+from poolray.util.collective.types import Backend, ReduceOp
 
 __all__ = ["SharedMemoryGroup"]
 
 #: Up to so many bytes each member reads everything and reduces it for itself: one step, not two.
 _SMALL_BYTES = 32 * 1024
 _ALIGNMENT = 64
-#: What is called, with which root, operation, size and type of elements.
-_HEADER = struct.Struct("<16siiq16s")
-_MESSAGE_HEADER = struct.Struct("<q16s")
-_REASONS = {
-    shared.TIMED_OUT: "did not come within {timeout_s:g} s (it is late, stuck, or calls another "
-    "operation)",
-    shared.DIED: "has died",
-    shared.LEFT: "has destroyed the group",
-    shared.DIFFERS: "called something else",
-}
 
 
 @final
-class SharedMemoryGroup:
-    """One member of a group.
+class SharedMemoryGroup(Membership):
+    """One member of a group on the machine's memory.
 
     Parameters
     ----------
-    scope : bytes
-        What tells this job from others on the machine.
-    world_size, rank : int
-    group_name : str
-    timeout_s : float
-        How long a member may keep the others waiting, here and in each operation.
-
-    Raises
-    ------
-    CollectiveError
-        The group did not form.
+    scope, world_size, rank, group_name, timeout_s
+        As in `Membership`.
 
     Notes
     -----
@@ -73,37 +50,19 @@ class SharedMemoryGroup:
     process one after the other.
     """
 
+    _BACKEND = Backend.GLOO
+
     def __init__(
         self, scope: bytes, world_size: int, rank: int, group_name: str, timeout_s: float
     ) -> None:
-        if world_size > shared.WORLD_SIZE_MAX:
-            raise ValueError(
-                f"world_size is {world_size}: a group has {shared.WORLD_SIZE_MAX} members at most"
-            )
-        self.world_size = world_size
-        self.rank = rank
-        self.group_name = group_name
-        self._timeout_s = timeout_s
-        descriptor = shared.create_file(world_size) if rank == 0 else -1
-        try:
-            descriptor, pids = meet(scope, group_name, world_size, rank, descriptor, timeout_s)
-        except BaseException:
-            if descriptor >= 0:
-                shared.close_file(descriptor)
-            raise
-        members = {peer: Member(pid) for peer, pid in enumerate(pids) if peer != rank}
-        self._segment = Segment(descriptor, world_size, rank, members, timeout_s)
-        #: One operation at a time; messages go beside them, each way one at a time.
-        self._lock, self._send_lock, self._receive_lock = (threading.Lock() for _ in range(3))
-        #: What is called, until all are known to call the same.
-        self._header = b""
-        self._calls = 0
+        super().__init__(scope, world_size, rank, group_name, timeout_s)
+        #: Messages go beside operations, each way one at a time.
+        self._send_lock, self._receive_lock = threading.Lock(), threading.Lock()
         self._turn = 0
-        #: Peer -> parts of messages to it, and from it.
-        self._sent = dict.fromkeys(members, 0)
-        self._taken = dict.fromkeys(members, 0)
-        #: Why the group is of no use any more; empty: it is.
-        self._broken = ""
+
+    def open(self, tensor: Any, *, writes: bool = False) -> Operand:
+        """A user's tensor, to take part in an operation."""
+        return open_operand(tensor, writes=writes)
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -232,8 +191,7 @@ class SharedMemoryGroup:
         segment, data = self._segment, operand.data
         with self._send_lock, self._explaining("send"):
             count = self._sent[to]
-            header = _MESSAGE_HEADER.pack(operand.size_bytes, operand.name.encode())
-            segment.write_message_header(to, header)
+            self._write_message_header(operand, to)
             for number, (start, end) in enumerate(
                 self._blocks(operand.size_bytes, segment.outbox_bytes)
             ):
@@ -258,99 +216,17 @@ class SharedMemoryGroup:
                 segment.tell_taken(source, count + number + 1)
             self._taken[source] = count + number + 1
 
-    def _check_message(self, operand: Operand, source: int) -> None:
-        header = self._segment.read_message_header(source)
-        size, name = _MESSAGE_HEADER.unpack_from(header)
-        mine = operand.size_bytes, operand.name
-        if (size, _text(name)) != mine:
-            self._segment.break_up(shared.DIFFERS, source)
-            self._fail(
-                f"rank {source} sends {size} bytes of {_text(name)}, and this one receives "
-                f"{mine[0]} bytes of {mine[1]}"
-            )
-
-    # ---- steps -----------------------------------------------------------------------------------
-
-    @contextmanager
-    def _taking_part(
-        self,
-        name: str,
-        operand: Operand | None = None,
-        *,
-        root: int = -1,
-        op: ReduceOp | None = None,
-    ) -> Iterator[None]:
-        """Around an operation: one at a time, and the same in all members."""
-        size, elements = (0, "") if operand is None else (operand.size_bytes, operand.name)
-        with self._lock, self._explaining(name):
-            self._calls += 1
-            self._header = _HEADER.pack(
-                name.encode(), root, -1 if op is None else op.value, size, elements.encode()
-            )
-            self._segment.write_header(self._calls % 2, self._header)
-            yield
-
-    @contextmanager
-    def _explaining(self, name: str) -> Iterator[None]:
-        if self._broken:
-            self._fail(self._broken)
-        try:
-            self._segment.check_whole()
-            yield
-        except Lost as lost:
-            self._fail(self._reason_of(lost, name), lost)
-        except CollectiveError:
-            raise
-        except BaseException:
-            # Ctrl-C, most likely: the others have been left in the middle.
-            self._broken = f"{name} was interrupted here"
-            self._segment.break_up(shared.LEFT, self.rank)
-            raise
-
-    def _reason_of(self, lost: Lost, name: str) -> str:
-        what = _REASONS[lost.code].format(timeout_s=self._timeout_s)
-        if lost.finder != self.rank:
-            return f"{name}: rank {lost.finder} has found that rank {lost.peer} {what}"
-        peers = [lost.peer]
-        if lost.code == shared.TIMED_OUT and name not in ("send", "recv"):
-            peers = self._segment.late_ranks() or peers
-        return f"{name}: rank {', '.join(map(str, peers))} {what}"
-
-    def _fail(self, reason: str, lost: Lost | None = None) -> None:
-        self._broken = reason
-        is_late = lost is not None and lost.code == shared.TIMED_OUT
-        kind = CollectiveTimeoutError if is_late else CollectiveError
-        raise kind(group_name=self.group_name, rank=self.rank, reason=reason) from None
+    # ---- blocks ----------------------------------------------------------------------------------
 
     def _next_slots(self, rank: int) -> Any:
         """The slot of a member for the next block."""
-        self._turn = (self._turn + 1) % shared.TURNS
+        self._turn = (self._turn + 1) % TURNS
         return self._segment.slot(rank, self._turn)
 
     def _blocks(self, size: int, block: int) -> Iterator[tuple[int, int]]:
         """Start and end of each block; at least one, for all members make a step."""
         for start in range(0, max(size, 1), block):
             yield start, min(start + block, size)
-
-    def _step(self) -> None:
-        self._segment.step()
-        if self._header:
-            self._agree()
-
-    def _agree(self) -> None:
-        """Compare what the members call."""
-        mine, self._header = self._header, b""
-        for peer in range(self.world_size):
-            theirs = self._segment.read_header(peer, self._calls % 2)[: _HEADER.size]
-            if theirs != mine:
-                self._segment.break_up(shared.DIFFERS, peer)
-                self._fail(f"rank {peer} called {_describe(theirs)}, this one {_describe(mine)}")
-
-    def destroy(self) -> None:
-        """This member takes no part any more; the others are told."""
-        self._segment.leave()
-        self._broken = "the group has been destroyed here"
-        self._segment.close()
 
 
 def _accumulate(parts: Sequence[Any], out: Any, combine: Combine) -> None:
@@ -360,20 +236,3 @@ def _accumulate(parts: Sequence[Any], out: Any, combine: Combine) -> None:
     combine(parts[0], parts[1], out)
     for part in parts[2:]:
         combine(out, part, out)
-
-
-def _text(name: bytes) -> str:
-    return name.rstrip(b"\0").decode(errors="replace")
-
-
-def _describe(header: bytes) -> str:
-    """A call, in words."""
-    name, root, op, size, elements = _HEADER.unpack(header)
-    words = [_text(name)]
-    if op >= 0:
-        words.append(f"({ReduceOp(op).name})")
-    if elements.strip(b"\0"):
-        words.append(f"of {size} bytes of {_text(elements)}")
-    if root >= 0:
-        words.append(f"with rank {root} as the one")
-    return " ".join(words)

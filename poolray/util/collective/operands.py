@@ -46,7 +46,7 @@ def check_tensor(tensor: Any) -> None:
     if not isinstance(tensor, numpy.ndarray) and not _is_torch(tensor):
         raise RuntimeError(
             f"Unrecognized tensor type '{type(tensor)}'. Supported types are: np.ndarray, "
-            "torch.Tensor on the CPU."
+            "torch.Tensor."
         )
 
 
@@ -98,7 +98,7 @@ def _open_torch(tensor: Any) -> Operand:
     if tensor.device.type != "cpu":
         raise RuntimeError(
             f"A tensor on {tensor.device} cannot take part: the backend 'gloo' is for tensors on "
-            "the CPU. Pass tensor.cpu()."
+            "the CPU. Pass tensor.cpu(), or make the group with backend='nccl'."
         )
     plain = tensor.detach()
     work = plain.contiguous()

@@ -2,13 +2,13 @@
 
     rank 0    listens ──── Join ◀──── rank 1, 2, …        (a socket with a name and no file)
        │ all are there
-       └──── Welcome + the file's descriptor ────▶ each
+       └──── Welcome + the files' descriptors ────▶ each
 
-What: collects the members at rank 0, hands each the memory and the others' process ids.
-Who calls: `group.py`.
+What: collects the members at rank 0, hands each the files and the others' process ids.
+Who calls: `membership.py`.
 May touch: Unix sockets, the clock.
 Invariants: nothing is left behind however a member ends: names of such sockets go with their last
-descriptor, the file has none. Whoever dies while the group forms may come again, restarted, until
+descriptor, the files have none. Whoever dies while the group forms may come again, restarted, until
 the time is up.
 """
 
@@ -28,10 +28,12 @@ from poolray.util.collective.types import CollectiveError, CollectiveTimeoutErro
 
 __all__ = ["meet"]
 
-_VERSION = 1
+_VERSION = 2
 _MESSAGE_BYTES_MAX = 64 * 1024
 #: Rank 0 may be late: knock again after this long.
 _KNOCK_AGAIN_S = 0.01
+#: Files that a group has at the most.
+_FILES_MAX = 2
 #: Process, user and group at the other end of a socket.
 _CREDENTIALS = struct.Struct("3i")
 
@@ -42,11 +44,12 @@ class Join(msgspec.Struct, frozen=True, tag="join", kw_only=True):
     rank: int
     world_size: int
     pid: int
+    backend: str
     version: int = _VERSION
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome", kw_only=True):
-    """Rank 0 to member, with a descriptor: all are here."""
+    """Rank 0 to member, with descriptors: all are here."""
 
     pids: list[int]  #: by rank
 
@@ -63,39 +66,48 @@ _decode_reply = msgspec.msgpack.Decoder(Welcome | Refused).decode
 
 
 def meet(
-    scope: bytes, group_name: str, world_size: int, rank: int, descriptor: int, timeout_s: float
-) -> tuple[int, list[int]]:
+    scope: bytes,
+    group_name: str,
+    world_size: int,
+    rank: int,
+    backend: str,
+    descriptors: list[int],
+    timeout_s: float,
+) -> tuple[list[int], list[int]]:
     """Wait for all members.
 
     Parameters
     ----------
     scope : bytes
         What tells this job from others on the machine.
-    descriptor : int
-        In rank 0: the file of the group; else -1.
+    backend : str
+        What this member takes the group for.
+    descriptors : list of int
+        In rank 0: the files of the group; else none.
 
     Returns
     -------
-    descriptor, pids
-        The file, and the members' processes by rank.
+    descriptors, pids
+        The files, and the members' processes by rank.
 
     Raises
     ------
     CollectiveTimeoutError
         Not all came in time.
     CollectiveError
-        Two members have one rank, or they speak of groups of different sizes.
+        Two members have one rank, or they speak of groups of different sizes or backends.
     """
     deadline = time.monotonic() + timeout_s
     digest = hashlib.blake2b(group_name.encode(), key=scope[:64], digest_size=20).hexdigest()
     address = f"\0poolray-collective-{digest}"
     if rank == 0:
-        host = _Host(group_name, world_size, timeout_s)
+        host = _Host(group_name, world_size, backend, timeout_s)
         try:
-            return descriptor, host.gather(address, descriptor, deadline)
+            return descriptors, host.gather(address, descriptors, deadline)
         finally:
             host.close()
-    return _join(address, group_name, world_size, rank, deadline, timeout_s)
+    join = Join(rank=rank, world_size=world_size, pid=os.getpid(), backend=backend)
+    return _join(address, group_name, join, deadline, timeout_s)
 
 
 # ---- rank 0 --------------------------------------------------------------------------------------
@@ -105,9 +117,10 @@ def meet(
 class _Host:
     """Rank 0, while the group forms."""
 
-    def __init__(self, group_name: str, world_size: int, timeout_s: float) -> None:
+    def __init__(self, group_name: str, world_size: int, backend: str, timeout_s: float) -> None:
         self._group_name = group_name
         self._world_size = world_size
+        self._backend = backend
         self._timeout_s = timeout_s
         self._listener: socket.socket | None = None
         #: Descriptor -> connection whose rank is not known yet.
@@ -115,8 +128,8 @@ class _Host:
         #: Rank -> (connection, process id).
         self._joined: dict[int, tuple[socket.socket, int]] = {}
 
-    def gather(self, address: str, descriptor: int, deadline: float) -> list[int]:
-        """Wait for all others, hand them the file; gives process ids by rank."""
+    def gather(self, address: str, descriptors: list[int], deadline: float) -> list[int]:
+        """Wait for all others, hand them the files; gives process ids by rank."""
         self._listener = self._listen(address, deadline)
         while len(self._joined) + 1 < self._world_size:
             self._wait(deadline)
@@ -124,7 +137,7 @@ class _Host:
         welcome = _encode(Welcome(pids=pids))
         for connection, _ in self._joined.values():
             try:
-                socket.send_fds(connection, [welcome], [descriptor])
+                socket.send_fds(connection, [welcome], descriptors)
             except OSError:
                 pass  # it has died in this moment: the first call of the group finds out
         return pids
@@ -207,6 +220,8 @@ class _Host:
             return "rank 0 runs another version of poolray"
         if join.world_size != self._world_size:
             return f"rank 0 makes a group of {self._world_size}, this one of {join.world_size}"
+        if join.backend != self._backend:
+            return f"rank 0 makes a group on {self._backend}, this one on {join.backend}"
         if join.rank in self._joined or not 0 < join.rank < self._world_size:
             return f"another process has rank {join.rank} already"
         return ""
@@ -229,30 +244,30 @@ def _is_ours(connection: socket.socket) -> bool:
 
 
 def _join(
-    address: str, group_name: str, world_size: int, rank: int, deadline: float, timeout_s: float
-) -> tuple[int, list[int]]:
-    join = _encode(Join(rank=rank, world_size=world_size, pid=os.getpid()))
+    address: str, group_name: str, join: Join, deadline: float, timeout_s: float
+) -> tuple[list[int], list[int]]:
+    message = _encode(join)
     while True:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            answer = _knock(connection, address, join, deadline)
+            answer = _knock(connection, address, message, deadline)
             if isinstance(answer, tuple):
                 return answer
         if isinstance(answer, Refused):
-            raise CollectiveError(group_name=group_name, rank=rank, reason=answer.reason)
+            raise CollectiveError(group_name=group_name, rank=join.rank, reason=answer.reason)
         if time.monotonic() > deadline:
             raise CollectiveTimeoutError(
                 group_name=group_name,
-                rank=rank,
-                reason=f"after {timeout_s:g} s not all of the {world_size} members have joined, "
-                "or rank 0 has not. They must call init_collective_group at about the same time, "
-                "on one machine",
+                rank=join.rank,
+                reason=f"after {timeout_s:g} s not all of the {join.world_size} members "
+                "have joined, or rank 0 has not. They must call init_collective_group at about "
+                "the same time, on one machine",
             )
         time.sleep(_KNOCK_AGAIN_S)
 
 
 def _knock(
     connection: socket.socket, address: str, join: bytes, deadline: float
-) -> tuple[int, list[int]] | Refused | None:
+) -> tuple[list[int], list[int]] | Refused | None:
     """Join once; None: rank 0 was not there, or has died, or the time is up."""
     try:
         connection.connect(address)
@@ -260,7 +275,7 @@ def _knock(
             return None
         connection.send(join)
         connection.settimeout(max(0.001, deadline - time.monotonic()))
-        data, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES_MAX, 1)
+        data, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES_MAX, _FILES_MAX)
     except OSError:
         return None
     if not data:
@@ -268,5 +283,6 @@ def _knock(
     reply = _decode_reply(data)
     if isinstance(reply, Refused):
         return reply
-    os.set_inheritable(descriptors[0], False)
-    return descriptors[0], reply.pids
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    return descriptors, reply.pids

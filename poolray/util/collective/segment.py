@@ -84,7 +84,7 @@ class Lost(Exception):
 
 
 #: What may be wrong; the codes in `broken`.
-TIMED_OUT, DIED, LEFT, DIFFERS = 1, 2, 3, 4
+TIMED_OUT, DIED, LEFT, DIFFERS, FAILED = 1, 2, 3, 4, 5
 
 
 @final
@@ -286,6 +286,22 @@ class Segment:
     def wait_taken(self, to: int, count: int) -> None:
         """Wait until a member has taken that many."""
         self._wait(self._pair(self._rank, to) // _WORD + 1, count & _MASK, to)
+
+    # ---- looking ahead, while other things are waited for ----------------------------------------
+
+    def check_next_step(self, deadline: float) -> None:
+        """Raise `Lost` if a member that has yet to make the next step will not make it."""
+        base, stride = self._layout.members // _WORD, _LINE // _WORD
+        for peer in self._peers:
+            self._check(base + peer * stride, (self._steps + 1) & _MASK, peer, deadline)
+
+    def check_sent(self, source: int, count: int, deadline: float) -> None:
+        """Raise `Lost` if a member will not send that many parts."""
+        self._check(self._pair(source, self._rank) // _WORD, count & _MASK, source, deadline)
+
+    def check_taken(self, to: int, count: int, deadline: float) -> None:
+        """Raise `Lost` if a member will not take that many."""
+        self._check(self._pair(self._rank, to) // _WORD + 1, count & _MASK, to, deadline)
 
     # ---- words -----------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ class Backend:
     """Names of backends; `Backend("gloo")` gives the name as the library writes it.
 
     "gloo" works on the memory that processes of one machine share; it needs neither torch nor gloo.
-    "nccl", for tensors on GPUs, is known and not there in this version.
+    "nccl" is for tensors of torch on GPUs, and needs torch: ``pip install 'poolray[nccl]'``.
 
     Raises
     ------
