@@ -718,8 +718,10 @@ class Store:
         offsets = [*self._ranges.values()]
         for client in self._state.clients.values():
             offsets.extend(offset for offset in client.ranges.values() if offset >= 0)
-        for batch in self._writing.values():
-            offsets.extend(o for i, o in batch.objects.items() if i not in self._leaving)
+        for number, batch in self._writing.items():
+            # By number: an object that was freed while it is written may have come again since, to
+            # another range, and be leaving that in another batch; each batch frees its own.
+            offsets.extend(o for i, o in batch.objects.items() if self._leaving.get(i) != number)
         offsets.extend(restore.offset for restore in self._restores.values())
         offsets.extend(self._doomed)
         assert self._held.keys() >= self._doomed.keys(), "a range is freed by nobody"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
+
 from poolray.ids import ClientId, NodeId, ObjectId, TaskId
 from poolray.node.effects import (
+    DeleteFile,
     ExpectChunk,
     ForgetChunks,
     SealFile,
     SendChunk,
     SendPeer,
+    SpillObjects,
     WriteChunk,
 )
-from poolray.protocol.client import AllocateRange, PutObject
+from poolray.protocol.client import AllocateRange, PutObject, UnpinObjects
 from poolray.protocol.node import (
     AskSource,
     ChunkArrived,
@@ -30,6 +34,7 @@ from poolray.protocol.node import (
 from poolray.protocol.values import InArena, InFile, Outcome
 from tests.unit.cluster_bench import CPU, A, B, C, D, MiniCluster
 from tests.unit.node_harness import DRIVER, Bench, result_of
+from tests.unit.test_node_spilling import fail, write
 
 LARGE = 200_000
 CHUNK = 50_000
@@ -255,6 +260,64 @@ def test_without_room_in_memory_a_value_goes_to_a_file() -> None:
     sealed = InFile(object_id=VALUE, path="/own/1", size_bytes=LARGE)
     b.tell(FileSealed(object_id=VALUE, file_number=seal.file_number, place=sealed))
     assert b.values()[request].values == [sealed]
+
+
+def written_twice() -> tuple[MiniCluster, list[SpillObjects]]:
+    """B was lent a value, gave it back while it was written to disk, and was lent it again: it has
+    come to another range, and that is being written as well.
+    """
+    cluster = MiniCluster(0, 2, object_spilling_threshold=0.1)
+    a, b = cluster.nodes[A], cluster.nodes[B]
+    a.put(VALUE, InFile(object_id=VALUE, path="/spilled/a", size_bytes=LARGE))
+    batches = []
+    for _ in range(2):
+        b.drop(VALUE)
+        lend(cluster, VALUE, B)
+        b.get(VALUE)
+        cluster.carry()
+        assert b.values()
+        b.tell(UnpinObjects(object_ids=[VALUE]), DRIVER)
+        batches += b.take(SpillObjects)
+    first, second = (batch.places[0] for batch in batches)
+    assert first.object_id == second.object_id == VALUE
+    assert first.offset != second.offset, "a thread still reads the first range"
+    return cluster, batches
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_value_that_is_lent_again_while_it_is_written_leaves_nothing(
+    order: tuple[int, int],
+) -> None:
+    cluster, batches = written_twice()
+    a, b = cluster.nodes[A], cluster.nodes[B]
+    used = b.node.statistics().arena.used_bytes
+    paths = {index: write(b, batches[index]) for index in order[:1]}
+    assert b.node.statistics().arena.used_bytes == used // 2, "each batch frees its own range"
+    paths |= {index: write(b, batches[index]) for index in order[1:]}
+    assert b.node.statistics().arena.used_bytes == 0
+    assert [effect.path for effect in b.take(DeleteFile)] == [paths[0]]
+    assert b.node.state.objects[VALUE].value == InFile(
+        object_id=VALUE, path=paths[1], size_bytes=LARGE
+    )
+    b.drop(VALUE)
+    a.drop(VALUE)
+    cluster.carry()
+    assert [effect.path for effect in b.take(DeleteFile)] == [paths[1]]
+    for node in (a, b):
+        node.assert_empty()
+
+
+def test_a_value_that_is_lent_again_stays_when_what_was_begun_before_is_not_written() -> None:
+    cluster, batches = written_twice()
+    b = cluster.nodes[B]
+    used = b.node.statistics().arena.used_bytes
+    fail(b, batches[0])
+    assert b.node.statistics().arena.used_bytes == used // 2
+    assert b.node.state.objects[VALUE].value == batches[1].places[0]
+    fail(b, batches[1])
+    assert b.node.statistics().arena.used_bytes == used // 2, "it stays in memory"
+    b.drop(VALUE)
+    b.assert_empty()
 
 
 # ---- several sources -----------------------------------------------------------------------------
