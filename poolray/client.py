@@ -700,6 +700,8 @@ class Client(References):
             raise GetTimeoutError("Get timed out: some object(s) not ready.") from None
         if type(values) is bytes:
             raise self.load_error(values)
+        if values is None:
+            self._tell_node(object_ids)  # of the others too: it is asked for all
         return values  # type: ignore[return-value]
 
     def _await_values(

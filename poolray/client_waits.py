@@ -4,13 +4,14 @@
 
 What: finds which refs of a list are ready, so that taking them one by one costs each time the same.
 Who calls: `api.py`.
-May touch: the node, through the client's link.
+May touch: the node, through the client's link; the clock.
 Invariants: of those that are ready the first in the list are found; a watch goes with the list that
 it is for, and the node hears of it with the next message of that client.
 """
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, final
@@ -34,6 +35,13 @@ class WaitOptions(NamedTuple):
     wanted: int  #: so many are to be ready
     timeout_s: float | None
     fetch: bool
+
+    def since(self, started_s: float) -> WaitOptions:
+        """What is left of the time."""
+        if self.timeout_s is None:
+            return self
+        passed_s = time.monotonic() - started_s
+        return self._replace(timeout_s=max(0.0, self.timeout_s - passed_s))
 
 
 @final
@@ -107,7 +115,11 @@ def _ask(client: Client, refs: Sequence[Any], options: WaitOptions) -> list[int]
     if direct is not None and direct.unknown:
         known = sum(map(direct.unknown.__contains__, object_ids))
         if known == len(object_ids):
-            return direct.ready(object_ids, wanted, options.timeout_s)[:wanted]
+            started_s = time.monotonic()
+            own = direct.ready(object_ids, wanted, options.timeout_s)
+            if own is not None:
+                return own[:wanted]
+            options = options.since(started_s)
         if known:
             client._tell_node(object_ids)
     ready = client.link.wait(object_ids, wanted, options.timeout_s, options.fetch)
@@ -131,8 +143,11 @@ def wait_for_rest(
             items = remaining.after(0)
             object_ids = client._ids_of([ref for _, ref in items])
             if all(map(client.direct.unknown.__contains__, object_ids)):
-                ready = client.direct.ready(object_ids, count, options.timeout_s)
-                return dict(items[index] for index in ready[:count])
+                started_s = time.monotonic()
+                own = client.direct.ready(object_ids, count, options.timeout_s)
+                if own is not None:
+                    return dict(items[index] for index in own[:count])
+                options = options.since(started_s)
         watch = Watch(client, options.fetch)
     remaining.watch = None  # should we be interrupted, nobody knows what the node has heard
     new = remaining.after(watch.next_place())

@@ -160,14 +160,9 @@ class DirectCalls:
         client.counts[object_id] = 1  # (without the lock: nobody else knows the id yet)
         self.unknown[object_id] = None
         self.pending[object_id] = connection
-        call = (object_id, task_id, task_class, payload)
-        with self._lock:  # (another thread may give what waits to the node: this one comes after)
-            if is_open := route.usable() is connection:
-                connection.outbox.append(call)
-        if not is_open:
-            self._go_around(route, call)
-        # (On one that was lost just now it would wait for ever.)
-        elif connection.wants_flush() or connection.is_lost:
+        connection.outbox.append((object_id, task_id, task_class, payload))
+        # (On one that was lost or left just now it would wait for ever.)
+        if connection.wants_flush() or connection.is_lost or not route.is_clear:
             self._flush(connection)
         route.unread += 1
         if route.unread >= _READ_EVERY:
@@ -180,11 +175,13 @@ class DirectCalls:
         link.enter()
         try:
             with self._lock:
-                is_lost = connection.is_lost
+                is_lost, is_clear = connection.is_lost, connection.route.is_clear
                 if not is_lost:
                     connection.flush()
             if is_lost:
                 self.on_lost(connection)
+            elif not is_clear:  # another thread's call goes by way of the nodes
+                self._give_unsent(connection)
             self._host.on_sent()
         finally:
             link.leave()
@@ -216,17 +213,8 @@ class DirectCalls:
             self._send_own(route.actor_id, AFTER, arguments)
             for call in unsent:
                 self._give_call(route, call)
-
-    def _go_around(self, route: Route, call: Waiting) -> None:
-        """The way has closed between the making of a call and its turn."""
-        link = self._client.link
-        link.enter()
-        try:
-            self.before_other_call(route.actor_id)
-            self._give_call(route, call)
-            self.after_other_call(route.actor_id, call[0])
-        finally:
-            link.leave()
+            if unsent:
+                self.after_other_call(route.actor_id, unsent[-1][0])
 
     def after_other_call(self, actor_id: ActorId, last: ObjectId) -> None:
         """A call went by way of the nodes."""
@@ -486,12 +474,15 @@ class DirectCalls:
             connection.note_reported(report)
             if connection.outbox:
                 connection.flush()
+            is_left = connection.outbox and not connection.route.is_clear
         if ended:
             self._note(connection.route.actor_id, ended, errors, report)
         if told:
             self._tell(told)
         for call in held:
             self._fetch_held(call, connection.route.actor_id)
+        if is_left:
+            self._give_unsent(connection)
         if self._kept and not connection.is_busy:
             self._release_handle(connection.route.actor_id)
 
@@ -608,13 +599,16 @@ class DirectCalls:
 
     def ready(
         self, object_ids: Sequence[ObjectId], count: int, timeout_s: float | None
-    ) -> list[int]:
+    ) -> list[int] | None:
         """Indexes of those, of objects that only this process knows, that have ended, once there
-        are `count` or the time is up.
+        are `count` or the time is up. None: the node has been given some meanwhile.
         """
         self._await(object_ids, count, timeout_s, ends_on_error=False)
-        pending = self.pending
-        return [index for index, o in enumerate(object_ids) if o not in pending]
+        pending, unknown = self.pending, self.unknown
+        with self._lock:
+            if not all(map(unknown.__contains__, object_ids)):
+                return None
+            return [index for index, o in enumerate(object_ids) if o not in pending]
 
     def on_dropped(self, object_id: ObjectId) -> None:
         """The last ref to an object that only this process knew has died."""
@@ -735,14 +729,19 @@ class DirectCalls:
         if self._notes and now >= self._notes_since_s + _NOTE_AFTER_S:
             self.send_notes()
         if self.pending:
+            left = None
             with self._lock:
                 for connection in list(self._connections):
                     push_s = connection.push_due_s()
                     if push_s is not None and now >= push_s:
                         connection.push()
+                        if connection.outbox and not connection.route.is_clear:
+                            left = connection
                     late_s = connection.first_sent_s + _NUDGE_AFTER_S
                     if connection.waits_behind() and now >= late_s:
                         connection.nudge()
+            if left is not None:
+                self._give_unsent(left)
 
     def _note(
         self,

@@ -161,7 +161,11 @@ class Connection:
         return waiting > packets[0][1] >> 1 or waiting >= self._calls_allowed()
 
     def flush(self) -> None:
-        """Send what the worker has room for; on a lost one calls stay, for `on_lost` to find."""
+        """Send what the worker has room for. On a lost one calls stay, for `on_lost` to find; and
+        while others are under way by way of the nodes, for whoever has made them to give there.
+        """
+        if not self.route.is_clear:
+            return
         while not self.is_lost and self.outbox and self.wants_flush():
             self._send_packet()
 

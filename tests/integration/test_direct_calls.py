@@ -522,6 +522,50 @@ def test_calls_of_several_threads_keep_their_order_whichever_way_they_go(recorde
         assert own == sorted(own)
 
 
+def test_wait_does_not_take_calls_for_ended_that_were_given_to_the_node_meanwhile(
+    recorder: Any, gates: Gates
+) -> None:
+    started, release = gates
+    running = recorder.wait.remote(started, release)
+    started.wait()
+    refs = [recorder.note.remote(number) for number in range(300)]
+    other = threading.Thread(target=lambda: recorder.note.remote(b"x" * 200_000))
+    way = way_to(recorder)
+    assert way is not None
+    timer = threading.Timer(0.1, other.start)  # while the others are waited for
+    timer.start()
+    ready, _ = poolray.wait(refs, num_returns=300, timeout=1.0)
+    assert not ready
+    assert not way.outbox
+    release.open()
+    assert poolray.get([running, *refs], timeout=20) == ["released", *range(1, 301)]
+    other.join()
+
+
+def test_calls_go_on_when_another_thread_closes_the_way_behind_them(
+    recorder: Any, gates: Gates
+) -> None:
+    started, release = gates
+    way = way_to(recorder)
+    assert way is not None
+    recorder.wait.remote(started, release)
+    started.wait()
+    refs = [recorder.note.remote(number) for number in range(300)]
+    assert way.outbox
+    client = process_state.client()
+    assert client is not None
+    assert client.direct is not None
+    # (As when that thread has looked for calls under way just before the first of these was made.)
+    client.direct.after_other_call(recorder._actor_id, poolray.put("unread")._id)
+    refs.append(recorder.wait.remote(started, release))
+    release.open()
+    started.wait()
+    ready, unready = poolray.wait(refs, num_returns=len(refs), timeout=0.5)
+    assert (len(ready), unready) == (300, refs[-1:])
+    release.open()
+    assert poolray.get(refs, timeout=20) == [*range(1, 301), "released"]
+
+
 def test_calls_of_a_handle_that_died_still_run(recorder: Any, tmp_path: Path, gates: Gates) -> None:
     actor = Recorder.remote()
     open_way(actor)
