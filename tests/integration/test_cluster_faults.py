@@ -18,7 +18,7 @@ import pytest
 import poolray
 from poolray.cluster import launch
 from poolray.cluster_utils import Cluster
-from poolray.exceptions import ActorDiedError, ObjectLostError
+from poolray.exceptions import ActorDiedError, ObjectLostError, OwnerDiedError
 from tests.integration.support import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons need Linux")
@@ -110,6 +110,83 @@ def test_a_detached_actor_outlives_its_driver_and_its_name_is_found(cluster: Clu
     found = poolray.get_actor("stays")
     assert poolray.get(found.add.remote(), timeout=20) == 2
     poolray.kill(found)
+
+
+class Holder:
+    """Keeps refs that others have made."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    def keep(self, **refs: list[Any]) -> None:
+        self.kept.update(refs)
+
+    def read(self, name: str) -> int:
+        return int(poolray.get(self.kept[name][0], timeout=20).sum())
+
+
+@poolray.remote(num_cpus=0)
+def ones(count: int) -> Any:
+    return np.ones(count)
+
+
+@poolray.remote(num_cpus=0)
+def put_ones(holder: Any, name: str, count: int) -> None:
+    poolray.get(holder.keep.remote(**{name: [poolray.put(np.ones(count))]}))
+
+
+def test_what_a_detached_actor_was_given_inside_of_values_outlives_the_driver_that_made_it(
+    cluster: Cluster,
+) -> None:
+    cluster.add_node(num_cpus=1, resources={"spot": 1})
+    cluster.add_node(num_cpus=1, resources={"other": 1})
+    kind = poolray.remote(num_cpus=0, resources={"spot": 0.1})(Holder)
+    holder = kind.options(name="holder", lifetime="detached").remote()
+    counts = {"small": 10, "large": 300_000}
+    made = {}
+    for name, count in counts.items():
+        made[f"{name}_put"] = [poolray.put(np.ones(count))]
+        for where in ("spot", "other"):
+            made[f"{name}_on_{where}"] = [
+                ones.options(resources={where: 0.1}).remote(count),
+            ]
+        put = put_ones.options(resources={"other": 0.1})
+        poolray.get(put.remote(holder, f"{name}_put_by_a_task", count))
+    poolray.get(holder.keep.remote(**made))
+    names = [*made, *(f"{name}_put_by_a_task" for name in counts)]
+    del made
+    poolray.shutdown()
+    poolray.init(address=cluster.address, namespace="tests")
+    holder = poolray.get_actor("holder")
+    found = poolray.get([holder.read.remote(name) for name in names], timeout=30)
+    assert found == [counts[name.partition("_")[0]] for name in names]
+    poolray.kill(holder)
+
+
+def test_of_what_a_dead_node_owned_a_detached_actor_has_what_is_on_its_own_node(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POOLRAY_AUTH_TOKEN_PATH", cluster.auth_token_path)
+    cluster.add_node(num_cpus=1, resources={"spot": 1})
+    drivers = cluster.add_node(num_cpus=1, resources={"drivers": 1})
+    poolray.shutdown()
+    poolray.init(address=f"poolray://{drivers.address}", namespace="tests")
+    kind = poolray.remote(num_cpus=0, resources={"spot": 0.1})(Holder)
+    holder = kind.options(name="holder", lifetime="detached").remote()
+    here = ones.options(resources={"spot": 0.1})
+    made = {"small": [poolray.put(np.ones(10))], "here": [here.remote(300_000)]}
+    made["gone"] = [poolray.put(np.ones(300_000))]
+    poolray.wait(made["here"], fetch_local=False)
+    poolray.get(holder.keep.remote(**made))
+    drivers.kill()
+    poolray.shutdown()
+    poolray.init(address=cluster.address, namespace="tests")
+    holder = poolray.get_actor("holder")
+    assert poolray.get(holder.read.remote("small"), timeout=20) == 10
+    assert poolray.get(holder.read.remote("here"), timeout=20) == 300_000
+    with pytest.raises(OwnerDiedError, match=drivers.node_id[:12]):
+        poolray.get(holder.read.remote("gone"), timeout=30)
+    poolray.kill(holder)
 
 
 class Heavy:
