@@ -314,7 +314,8 @@ class NodeDaemon(NodeShell):
         record = self.node.state.tasks.get(message.task_id)
         if record is not None and not record.actor_id:
             self._logs.note(message, record.task_id, record.attempts)
-        super()._take_output(message)
+        for text in self._logs.in_order(message):
+            super()._take_output(text)
 
     def _take_news(self, host: WorkerHost, message: WorkerNews) -> None:
         """Pass them on at once: on every link they stay before the results that follow them."""
@@ -409,6 +410,7 @@ class NodeDaemon(NodeShell):
         self._reception.tick()
         self.is_switch_due = self._looks_everywhere = True
         self._logs.tick(now, self._hosts.values())
+        self._deliveries.extend(self._logs.strays(now, self._hosts.values(), self._running))
         super().tick()
         heard = self._switch.heard_s(HEAD_ID)
         if now - max(heard, self._head_heard_s) > _HEAD_SILENCE_MAX_S:
@@ -611,10 +613,10 @@ class NodeDaemon(NodeShell):
     def _end_group(self, group_id: GroupId) -> None:
         self._server_failures.pop(group_id, None)
         host = self._hosts.get(group_id)
-        left = [] if host is None else [(host.setup, *w) for w in host.pids()]
+        left = [] if host is None else [(host.setup, *w, self._running(w[0])) for w in host.pids()]
         super()._end_group(group_id)
-        for setup, worker_id, pid in left:
-            self._logs.end(setup, worker_id, pid)
+        for worker in left:
+            self._deliveries.extend(self._logs.end(*worker))
 
     def has_detached(self, group_id: GroupId) -> bool:
         """Whether a detached actor lives, or is to live, among these workers."""
@@ -628,11 +630,20 @@ class NodeDaemon(NodeShell):
         *,
         with_server: bool = False,
     ) -> None:
-        handle = host.workers.get(worker_id)
+        handle, name = host.workers.get(worker_id), self._running(worker_id)
         super()._lose_worker(host, worker_id, message, with_server=with_server)
         if handle is not None:
             pid = message.pid if message is not None else 0
-            self._logs.end(host.setup, worker_id, handle.pid or pid)
+            left = self._logs.end(host.setup, worker_id, handle.pid or pid, name)
+            self._deliveries.extend(left)
+
+    def _running(self, worker_id: WorkerId) -> str:
+        """The name of the task or actor in a worker."""
+        worker = self.node.state.workers.get(worker_id)
+        if worker is None or worker.runs is None:
+            return ""
+        name = worker.runs.task_class.name
+        return name.partition(".")[0] if worker.is_actor else name
 
     def _on_worker_exited(self, host: WorkerHost, message: WorkerExited) -> None:
         super()._on_worker_exited(host, message)

@@ -117,6 +117,18 @@ class LogFile:
             return 0  # the disk is full, or somebody cleaned up: the driver sees it all the same
         return place
 
+    def stray_end(self) -> int:
+        """The place behind what others have written since we wrote last; 0: nothing."""
+        try:
+            offset = os.lseek(self._descriptor, 0, os.SEEK_END)
+            if offset == self._offset:
+                return 0
+            self._look()
+        except OSError:
+            return 0
+        self._offset = offset
+        return offset + self._shift
+
     def _look(self) -> None:
         reader = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:

@@ -10,6 +10,7 @@ own code registered run, those of the driver do not.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import io
 import itertools
@@ -116,6 +117,7 @@ def _set_streams(setup: WorkerSetup, reports: socket.socket, worker_id: WorkerId
         writer = _Writer(setup, worker_id) if setup.label_output else None
         sys.stdout = _ForwardedStream(1, reports, writer)
         sys.stderr = _ForwardedStream(2, reports, writer)
+        _forwarded[:] = [] if writer is None else [sys.stdout, sys.stderr]
         return
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -150,11 +152,20 @@ class _Writer:
             except OSError:
                 return  # the disk is full, or the folder is gone: work goes on without
 
+    def stray(self, stream: int) -> WorkerOutput | None:
+        """Word of what programs and libraries have written past us, if they have."""
+        file = self._files.get(stream)
+        end = 0 if file is None else file.stray_end()
+        return self._said(stream, "", end, 0) if end else None
+
     def output(self, stream: int, text: str) -> WorkerOutput:
         """A text, once it is in the file."""
+        file, data = self._files.get(stream), text.encode()
+        return self._said(stream, text, 0 if file is None else file.write(data), len(data))
+
+    def _said(self, stream: int, text: str, log_end: int, log_bytes: int) -> WorkerOutput:
         from poolray.local import process_state
 
-        file, data = self._files.get(stream), text.encode()
         return WorkerOutput(
             stream=stream,
             text=text,
@@ -164,8 +175,8 @@ class _Writer:
             job_id=self.job_id,
             worker_id=self.worker_id,
             task_id=process_state.current_task_id() or _NO_TASK,
-            log_end=0 if file is None else file.write(data),
-            log_bytes=len(data),
+            log_end=log_end,
+            log_bytes=log_bytes,
         )
 
 
@@ -211,13 +222,26 @@ class _ForwardedStream(io.TextIOBase):
             except OSError:
                 return  # the driver is gone: nobody reads
 
+    def tell_stray(self) -> None:
+        """What was written past Python is to come before what is reported next."""
+        said = None if self._writer is None else self._writer.stray(self._number)
+        if said is not None:
+            with contextlib.suppress(OSError):  # the daemon is gone: nobody reads
+                self._reports.send(self._encode(said))
+
     def writable(self) -> bool:
         """Yes."""
         return True
 
 
+#: Of this worker, where somebody else shows what is written to its descriptors.
+_forwarded: list[_ForwardedStream] = []
+
+
 def flush_output() -> None:
     """Before a result is sent: whoever has it may end this process at once."""
+    for forwarded in _forwarded:
+        forwarded.tell_stray()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from poolray.__main__ import main
 from poolray.cluster_utils import Cluster
 from poolray.exceptions import NotSupportedError, StateApiError
 from poolray.util.state import get_log, list_logs, list_workers
-from tests.integration.support import wait_until
+from tests.integration.support import Gate, Script, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons need Linux")
 
@@ -299,6 +300,72 @@ def test_the_same_from_a_shell(cluster: Cluster, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     assert main(["logs", "actor"]) == 1
     assert "--id and --pid" in capsys.readouterr().err
+
+
+_STRAY = """
+cluster = {address!r}
+poolray.init(address=cluster)
+
+@poolray.remote(num_cpus=0.1, resources={{"second": 0.1}})
+def work(started, release):
+    import ctypes, subprocess
+    print("printed first")
+    os.write(1, b"written by hand\\n")
+    print("printed then")
+    subprocess.run(["sh", "-c", "echo from a program; echo its error >&2"], check=True)
+    libc = ctypes.CDLL(None)
+    libc.puts(b"from C")
+    libc.fflush(None)
+    started.open()
+    release.wait()
+    os.write(1, b"just before the end\\n")
+
+@poolray.remote(num_cpus=0.1, resources={{"second": 0.1}})
+class Actor:
+    def crash(self):
+        os.write(1, b"the last words\\n")
+        os._exit(1)
+
+started, release, seen = (Gate(os.path.abspath(n)) for n in ("started", "release", "seen"))
+with started, release:
+    ref = work.remote(started, release)
+    started.wait()
+    os.write(1, b"ready\\n")
+    seen.wait()
+    release.open()
+    poolray.get(ref)
+print("-- its result is there", flush=True)
+actor = Actor.remote()
+try:
+    poolray.get(actor.crash.remote())
+except poolray.exceptions.ActorDiedError:
+    seen.wait()
+"""
+
+
+def test_what_is_written_past_python_comes_to_the_driver(
+    two_nodes: Cluster, tmp_path: Path
+) -> None:
+    environment = {"POOLRAY_AUTH_TOKEN_PATH": two_nodes.auth_token_path}
+    script = _STRAY.format(address=two_nodes.address)
+    with (
+        Gate(tmp_path / "seen") as seen,
+        Script(tmp_path / "script.py", script, environment=environment) as driver,
+    ):
+        for last in ("from C", "the last words"):  # while the task runs; after the actor's end
+            while last not in driver.read_line():
+                pass
+            seen.open()
+        result = driver.finish()
+    printed = [re.sub(r"\x1b\[\d+m", "", line) for line in result.lines()]
+    told = [re.sub(r"^\((\w+) pid=\d+\) ", r"\1: ", line) for line in printed if line != "ready"]
+    expected = ["printed first", "written by hand", "printed then", "from a program", "from C"]
+    assert told == [
+        *(f"work: {each}" for each in [*expected, "just before the end"]),
+        "-- its result is there",
+        "Actor: the last words",
+    ]
+    assert result.stderr.count("its error") == 1
 
 
 def test_files_are_bounded_in_bytes_and_number_and_work_goes_on_without_them() -> None:

@@ -52,7 +52,7 @@ class Writer:
         self._file = LogFile(str(folder / OUT), max_bytes)
         self._logs = logs
 
-    def write(self, text: str, task: TaskId = NOBODY) -> None:
+    def write(self, text: str, task: TaskId = NOBODY) -> WorkerOutput:
         data = text.encode()
         output = WorkerOutput(
             stream=1,
@@ -66,6 +66,10 @@ class Writer:
         )
         if task:
             self._logs.note(output, task, 0)
+        return output
+
+    def stray_end(self) -> int:
+        return self._file.stray_end()
 
 
 def read(
@@ -109,12 +113,12 @@ def test_a_file_is_closed_with_its_worker_and_goes_when_others_come(folder: Path
     logs = logs_in(folder, worker_logs_ended_max=2)
     Writer(folder, logs).write("words\n")
     assert not read(logs, OUT).is_closed
-    logs.end(SETUP, WORKER, PID)
+    logs.end(SETUP, WORKER, PID, "")
     assert read(logs, OUT).is_closed
     other = WorkerId(b"X" * 28)
     for pid in (1, 2):
         (folder / log_name(other, JOB, pid, "out")).write_text("more\n")
-        logs.end(SETUP, other, pid)
+        logs.end(SETUP, other, pid, "")
     assert names(logs) == [log_name(other, JOB, pid, "out") for pid in (1, 2)]
     assert "no file" in read(logs, OUT).refusal
 
@@ -175,7 +179,7 @@ def test_without_files_nothing_is_written(folder: Path) -> None:
     logs = logs_in(folder, worker_log_max_bytes=0)
     assert logs.worker_folder == ""
     logs.tick(100.0, [Host()])  # type: ignore[list-item]
-    logs.end(SETUP, WORKER, PID)
+    logs.end(SETUP, WORKER, PID, "")
     assert names(logs) == []
 
 
@@ -187,9 +191,73 @@ def test_a_folder_that_is_gone_costs_logs_and_nothing_else(folder: Path) -> None
     with pytest.raises(OSError, match="No such"):
         LogFile(str(folder / ERR), 100)
     logs.tick(100.0, [Host()])  # type: ignore[list-item]
-    logs.end(SETUP, WORKER, PID)
+    logs.end(SETUP, WORKER, PID, "")
     assert names(logs) == []
     assert read(logs, OUT).refusal
+
+
+def told(found: list[WorkerOutput]) -> str:
+    return "".join(output.text for output in found)
+
+
+def strays(logs: WorkerLogs, now: float) -> list[WorkerOutput]:
+    return logs.strays(now, [Host()], lambda worker_id: "")  # type: ignore[list-item]
+
+
+def past_python(folder: Path, text: str) -> None:
+    with (folder / OUT).open("a") as file:
+        file.write(text)
+
+
+def test_what_is_written_past_python_is_told_once_and_in_its_place(folder: Path) -> None:
+    logs = logs_in(folder)
+    writer = Writer(folder, logs)
+    first = writer.write("one\n")
+    past_python(folder, "two\n")
+    third = writer.write("three\n")
+    assert told(logs.in_order(first)) == "one\n"
+    assert told(logs.in_order(third)) == "two\nthree\n"
+    assert logs.in_order(third) == []
+    assert writer.stray_end() == 0
+    past_python(folder, "four\n")
+    fifth = writer.write("five\n")
+    # What the daemon reads first is not shown again when it comes.
+    assert strays(logs, 1.0) == []
+    assert told(strays(logs, 2.0)) == "four\nfive\n"
+    assert logs.in_order(fifth) == []
+    assert strays(logs, 3.0) == []
+
+
+def test_word_of_text_that_is_there_is_enough_and_the_end_of_a_worker_too(folder: Path) -> None:
+    logs = logs_in(folder)
+    writer = Writer(folder, logs)
+    past_python(folder, "begun")
+    word = WorkerOutput(
+        stream=1,
+        text="",
+        source=1,
+        pid=PID,
+        job_id=JOB,
+        worker_id=WORKER,
+        label="work",
+        log_end=writer.stray_end(),
+    )
+    (found,) = logs.in_order(word)
+    assert (found.text, found.label, found.pid) == ("begun\n", "work", PID)
+    past_python(folder, "whole\nnot whole")
+    strays(logs, 1.0)
+    assert told(strays(logs, 2.0)) == "whole\n"
+    (left,) = logs.end(SETUP, WORKER, PID, "")
+    assert (left.text, left.label) == ("not whole\n", "work")
+
+
+def test_a_flood_past_python_is_told_in_part(folder: Path) -> None:
+    logs = logs_in(folder)
+    writer = Writer(folder, logs, max_bytes=8 << 20)
+    past_python(folder, ("x" * 63 + "\n") * 20_000)
+    shown = told(logs.in_order(writer.write("the end\n")))
+    assert shown.endswith("x\nthe end\n")
+    assert len(shown) == (256 << 10) + len("the end\n")
 
 
 def test_no_name_leads_out_of_the_folder(folder: Path, tmp_path: Path) -> None:
