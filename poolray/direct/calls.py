@@ -643,6 +643,8 @@ class DirectCalls:
 
     def _count_promise(self, connection: Connection) -> None:
         route = connection.route
+        if not route.is_clear:
+            return  # a burst in which the way has opened: refs are waited for among earlier ones
         route.promises += 1
         if route.promises > max(_PROMISES_MAX, _PROMISES_SHARE * connection.made):
             route.is_off = True

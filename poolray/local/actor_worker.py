@@ -72,10 +72,6 @@ def _is_ready() -> bool:
     return True
 
 
-def _is_threaded(machine: str) -> None:
-    """Nobody comes past the node to an actor whose calls run on threads."""
-
-
 def _terminate() -> None:
     """`__ray_terminate__`: ends the actor after the calls before."""
     raise ActorExit(0)
@@ -90,8 +86,8 @@ class ActorHost:
         self._task = task
         self._function = function
         self.setup: ActorSetup
-        #: What runs its calls, if its methods are coroutines.
-        self._loops: Loops | None = None
+        #: What runs its calls, if several at once.
+        self._together: Loops | Threads | None = None
         self.instance: Any = None
 
     def run(self, receive: Callable[[], bytes]) -> None:
@@ -122,10 +118,11 @@ class ActorHost:
             self._fail(error)
         try:
             if loops is not None:
-                self._loops = loops
+                self._together = loops
                 loops.run()
             elif self.setup.concurrency > 1 or self.setup.groups:
-                Threads(worker, self).run()
+                self._together = Threads(worker, self)
+                self._together.run()
             else:
                 worker.serial = SerialCalls(worker)
                 worker.serial.run(receive)
@@ -208,12 +205,10 @@ class ActorHost:
     def _bind_direct(self, name: str) -> Callable[..., Any]:
         """What callers ask for that come past the node."""
         worker = self._worker
-        if self._loops is not None:
+        if self._together is not None:
             if worker.lines is None:
-                worker.lines = self._loops.make_lines()
+                worker.lines = self._together.make_lines()
             return worker.lines.listen if name == LISTEN else worker.lines.give_held
-        if worker.serial is None:
-            return _is_threaded
         if worker.direct is None:
             from poolray.local.direct_server import DirectServer
 

@@ -15,7 +15,6 @@ sends no more than that; nothing here waits for a caller; one that is gone is fo
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import threading
 import time
@@ -32,6 +31,9 @@ from poolray.protocol.values import Outcome
 from poolray.protocol.worker import RunTasks, TaskCall, TaskResult, TasksFinished
 
 if TYPE_CHECKING:
+    import asyncio
+
+    from poolray.local.poll_loop import PollLoop
     from poolray.local.worker import Worker
 
 #: Calls that may wait in an actor for others to end before its callers are to wait themselves.
@@ -152,11 +154,13 @@ class Lines:
     ----------
     runner : Runner
         What runs the actor's calls.
-    loop : AbstractEventLoop
+    loop : AbstractEventLoop or PollLoop
         That of the main thread.
     """
 
-    def __init__(self, worker: Worker, runner: Runner, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, worker: Worker, runner: Runner, loop: asyncio.AbstractEventLoop | PollLoop
+    ) -> None:
         self._worker = worker
         self.runner = runner
         self._loop = loop

@@ -43,7 +43,9 @@ class SpinningSelector(selectors.DefaultSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """What is ready, as `selectors.BaseSelector.select`."""
-        if not self.may_poll or (timeout is not None and timeout <= 0):
+        if timeout is not None and timeout <= 0:  # (most rounds find nothing: asked for less)
+            return super().select(timeout) if self._poll(0) else []
+        if not self.may_poll:
             return super().select(timeout)
         if threading.active_count() > 1:
             return super().select(timeout)

@@ -723,12 +723,3 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     client = process_state.client()
     assert client is not None
     assert client.direct is None
-
-
-def test_actors_that_run_calls_side_by_side_are_called_by_way_of_the_node() -> None:
-    poolray.init(num_cpus=2)
-    actor = Recorder.options(max_concurrency=2).remote()
-    poolray.get([actor.note.remote(n) for n in range(100)])
-    for _ in range(50):
-        poolray.get(actor.pid.remote())
-    assert way_to(actor) is None

@@ -130,7 +130,92 @@ class Coroutines:
         return os.getpid(), child
 
 
-KINDS = {"coroutines": Coroutines}
+@poolray.remote(max_concurrency=TOGETHER)
+class Threads:
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.lock = threading.Lock()
+        self.running = self.most = self.cancelled = 0
+        self.seen: list[Any] = []
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def echo(self, value: Any) -> Any:
+        return value
+
+    def note(self, value: Any) -> None:
+        self.seen.append(value)
+
+    def all(self) -> list[Any]:
+        return self.seen
+
+    def wait(self) -> str:
+        with self.lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        while not self.event.wait(0.001):
+            if poolray.get_runtime_context().is_canceled():
+                self.cancelled += 1
+                break
+        with self.lock:
+            self.running -= 1
+        return "released"
+
+    def wait_with(self, value: Any) -> str:
+        return self.wait()
+
+    def release(self) -> None:
+        self.event.set()
+
+    def counts(self) -> tuple[int, int, int]:
+        return self.running, self.most, self.cancelled
+
+    def zeros(self, size: int) -> Any:
+        return np.zeros(size, np.uint8)
+
+    def put(self, value: Any) -> list[Any]:
+        return [poolray.put(value)]
+
+    def fail(self, text: str) -> None:
+        raise ValueError(text)
+
+    def leave(self) -> None:
+        poolray.actor.exit_actor()
+
+    def write(self, path: str) -> None:
+        self.event.wait()
+        Path(path).write_text("written")
+
+    def task(self) -> tuple[str, str]:
+        context = poolray.get_runtime_context()
+        return context.get_task_id(), context.get_task_name()
+
+    def add_up(self, refs: list[Any]) -> int:
+        return sum(poolray.get(refs))
+
+    def submit(self, started: Gate) -> None:
+        self.child = hold.remote(started)
+        self.wait()
+
+    def child_was_cancelled(self) -> bool:
+        try:
+            return bool(poolray.get(self.child, timeout=20))
+        except TaskCancelledError:
+            return True
+
+    def count_to(self, number: int) -> Any:
+        yield from range(number)
+
+    def fork(self) -> tuple[int, int]:
+        child = os.fork()
+        if child == 0:
+            while True:
+                signal.pause()
+        return os.getpid(), child
+
+
+KINDS = {"coroutines": Coroutines, "threads": Threads}
 
 
 @pytest.fixture
@@ -165,6 +250,18 @@ def test_a_burst_goes_in_packets_and_every_call_gets_its_own_result(actor: Any) 
     assert poolray.get(refs) == list(range(5_000))
     assert way is way_to(actor)
     assert way._sequence < 2_500
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_way_that_opens_in_the_middle_of_a_burst_stays_in_use(kind: str) -> None:
+    poolray.init(num_cpus=2)
+    actor = KINDS[kind].remote()
+    refs = [actor.echo.remote(number) for number in range(50)]
+    wait_until(lambda: way_to(actor) is not None, "a direct way to the actor")
+    refs += [actor.echo.remote(number) for number in range(50, 500)]
+    assert all(ref._id in direct_calls().unknown for ref in refs[50:])
+    assert poolray.get(refs) == list(range(500))
+    assert way_to(actor) is not None
 
 
 def test_calls_run_beside_others_that_came_before_whichever_way(actor: Any, gates: Gates) -> None:
@@ -211,6 +308,19 @@ def test_a_caller_sends_no_more_than_an_actor_is_to_keep(actor: Any) -> None:
     assert poolray.get(waiting) == list(range(4_000))
     poolray.get(release)
     assert poolray.get(running) == ["released"] * (TOGETHER - 1)
+
+
+def test_results_do_not_wait_for_a_long_call_behind_them(actor: Any) -> None:
+    poolray.get([actor.echo.remote(number) for number in range(1_000)])
+    waits = [actor.wait.remote() for _ in range(TOGETHER - 1)]
+    await_running(actor, TOGETHER - 1)
+    short = [actor.echo.remote(number) for number in range(200)]
+    waits.append(actor.wait.remote())
+    behind = [actor.echo.remote(number) for number in range(10)]
+    assert poolray.get(short, timeout=20) == list(range(200))
+    assert poolray.wait(behind, timeout=0.05)[0] == []
+    poolray.cancel(waits[0])
+    assert poolray.get(behind, timeout=20) == list(range(10))
 
 
 # ---- values --------------------------------------------------------------------------------------
