@@ -54,7 +54,9 @@ _ENDS_S = 5.0
 class Chaos:
     """A cluster, and what happens to it."""
 
-    def __init__(self, seed: int, nodes: int, every_s: float, verbose: bool) -> None:
+    def __init__(
+        self, seed: int, nodes: int, every_s: float, verbose: bool, driver_cpus: int
+    ) -> None:
         self._draw = random.Random(seed)
         #: Each kind has its turn before they are drawn: so that a short run has seen them all.
         self._turns = list(_WEIGHTS)
@@ -65,7 +67,8 @@ class Chaos:
         self.outlived: list[str] = []
         self._began_s = time.monotonic()
         self.cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": _CONFIG}
+            initialize_head=True,
+            head_node_args={"num_cpus": driver_cpus, "_system_config": _CONFIG},
         )
         for _ in range(nodes - 1):
             self._add_node()
@@ -94,7 +97,7 @@ class Chaos:
     def _kill(self, kind: str) -> None:
         nodes = self.cluster.list_all_nodes()
         # The driver's node owns what the driver makes: what becomes of that node is the driver's
-        # fate too, as in the reference. So the first one is spared.
+        # fate too, as in the reference. So the first one is spared; without CPUs it has no work.
         victim = self._draw.choice(nodes[1:])
         if kind == "head":
             self.kills[kind] += 1
@@ -223,7 +226,12 @@ def leftovers(mark: str, address: str, temp: str, shared_before: set[str]) -> li
 
 
 def run(
-    seconds: float, seed: int, nodes: int = 4, every_s: float = 3.0, verbose: bool = False
+    seconds: float,
+    seed: int,
+    nodes: int = 4,
+    every_s: float = 3.0,
+    verbose: bool = False,
+    driver_cpus: int = 0,
 ) -> dict[str, Any]:
     """The whole run; gives its figures. `errors` and `leftovers` are empty when all went well."""
     mark, usual_temp = f"{os.getpid()}-{seed}", tempfile.gettempdir()
@@ -237,7 +245,7 @@ def run(
     errors: list[str] = []
     counts = {"shuffle rounds": 0, "actor calls": 0}
     pulse = work.Pulse()
-    chaos = Chaos(seed, nodes, every_s, verbose)
+    chaos = Chaos(seed, nodes, every_s, verbose, driver_cpus)
     address = chaos.cluster.address
     until_s = time.monotonic() + seconds
 
@@ -310,6 +318,12 @@ def main() -> int:
     parser.add_argument(
         "--every", type=float, default=3.0, help="seconds between kills, on average"
     )
+    parser.add_argument(
+        "--driver-cpus",
+        type=int,
+        default=0,
+        help="of the driver's node, which is spared; 0: all nodes that work are killed",
+    )
     parser.add_argument("--verbose", action="store_true", help="print each kill")
     parser.add_argument("--json", help="also write the figures to this file")
     arguments = parser.parse_args()
@@ -318,7 +332,12 @@ def main() -> int:
         seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}, {arguments.minutes:g} minutes, {arguments.nodes} nodes", flush=True)
     figures = run(
-        arguments.minutes * 60.0, seed, arguments.nodes, arguments.every, arguments.verbose
+        arguments.minutes * 60.0,
+        seed,
+        arguments.nodes,
+        arguments.every,
+        arguments.verbose,
+        arguments.driver_cpus,
     )
     for name, value in figures.items():
         if name == "errors":

@@ -230,6 +230,32 @@ def test_a_daemon_that_is_killed_is_named_to_its_driver() -> None:
         made.shutdown()
 
 
+@pytest.mark.parametrize("where", ["on it", "outside"])
+def test_after_the_death_of_its_node_a_program_goes_on_with_another_one(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"heartbeat_timeout_s": 1.0, "client_reconnect_grace_period_s": 1.0}
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": config})
+    monkeypatch.setenv("POOLRAY_AUTH_TOKEN_PATH", made.auth_token_path)
+    try:
+        other = made.add_node(num_cpus=1, resources={"other": 1})
+        address = made.address if where == "on it" else f"poolray://{made.address}"
+        poolray.init(address=address)
+        assert made.head_node is not None
+        assert poolray.get_runtime_context().get_node_id() == made.head_node.node_id
+        ref = poolray.remote(resources={"other": 1})(lambda: time.sleep(60)).remote()
+        os.kill(made.head_node.pid, signal.SIGKILL)
+        with pytest.raises(ClusterConnectionError):
+            poolray.get(ref, timeout=30)
+        poolray.shutdown()
+        poolray.init(address=address)
+        assert poolray.get_runtime_context().get_node_id() == other.node_id
+        assert poolray.get(poolray.remote(lambda: 7).remote(), timeout=20) == 7
+    finally:
+        poolray.shutdown()
+        made.shutdown()
+
+
 def test_a_driver_that_is_killed_takes_its_workers_along(cluster: Cluster) -> None:
     code = """
 import os, time, poolray

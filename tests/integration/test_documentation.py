@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from poolray.cluster_utils import Cluster
 from tests.integration import run_page
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -81,6 +82,22 @@ def programs() -> Iterator[Program]:
                 yield Program(page, line, text, after[2] if after[1] == "text" else None)
 
 
+def lines_for_a_cluster() -> list[str]:
+    """What the page on clusters shows that asks for one."""
+    found = []
+    for _, language, text in blocks(REPOSITORY / "docs" / "cluster.md"):
+        if not language:
+            found += re.findall(r"^(?:poolray\.init|Pool|Executor)\([^)]*\)", text, re.MULTILINE)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    yield made
+    made.shutdown()
+
+
 def with_sessions() -> list[Path]:
     return [
         page
@@ -97,13 +114,13 @@ def with_docstring_examples() -> list[str]:
     ]
 
 
-def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a program with this checkout's package, whatever else is installed."""
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **variables},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -125,6 +142,35 @@ def test_the_programs_of_a_page_print_what_it_says(program: Program, tmp_path: P
     if program.output is not None:
         matches = doctest.OutputChecker().check_output
         assert matches(program.output, done.stdout, run_page.FLAGS), done.stdout
+
+
+#: How each kind of line is put to use; `made` is what it gives.
+_USES = {
+    "poolray.init": "print(poolray.get(poolray.remote(lambda: 7).remote()))",
+    "Pool": "with made as pool: print(pool.apply(abs, (-7,)))",
+    "Executor": "with made as pool: print(pool.submit(abs, -7).result())",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="daemons need Linux")
+@pytest.mark.parametrize("line", lines_for_a_cluster())
+def test_the_lines_that_connect_to_a_cluster_do(
+    line: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    shown = "10.0.0.5:6379"
+    assert shown in line or "auto" in line
+    made = line.replace(shown, cluster.address)
+    use = _USES[line.partition("(")[0]]
+    source = f"import poolray\nfrom poolray import Executor, Pool\nmade = {made}\n{use}\n"
+    (tmp_path / "program.py").write_text(source, encoding="utf-8")
+    done = run(
+        "program.py",
+        folder=tmp_path,
+        POOLRAY_AUTH_TOKEN_PATH=cluster.auth_token_path,
+        POOLRAY_TMPDIR=os.path.dirname(cluster.session_folder),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "7\n"
 
 
 @pytest.mark.parametrize("module", with_docstring_examples())
@@ -183,3 +229,4 @@ def test_there_are_pages_to_check() -> None:
     assert len(PAGES) > 5
     assert sum(1 for _ in programs()) > 2
     assert len(with_docstring_examples()) > 3
+    assert len(lines_for_a_cluster()) > 5
