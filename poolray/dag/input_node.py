@@ -8,7 +8,7 @@ Invariants: a part of an input is one node, however often it is named.
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 from poolray.dag.dag_node import DAGNode
 
@@ -73,6 +73,10 @@ class InputNode(DAGNode):
                 f"input, not {key!r}."
             )
         return self._part(key, "__getitem__")
+
+    def __iter__(self) -> NoReturn:
+        # Else Python would ask for part 0, 1, 2, … for ever: any part can be bound.
+        raise TypeError("An InputNode cannot be iterated over: bind its parts, as in input[0].")
 
     def _part(self, key: int | str, accessor: str) -> InputAttributeNode:
         if key not in self.input_attribute_nodes:

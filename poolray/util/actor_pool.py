@@ -223,13 +223,16 @@ class ActorPool:
         TimeoutError
             The time is over.
         ValueError
-            `get_next_unordered` has taken results behind the one that would be next.
+            `get_next_unordered` has taken results behind the one that would be next; the timeout is
+            negative.
         RuntimeError
             Calls wait, and every actor of the pool has died.
         """
         self._check_next()
         if self._next_return >= self._next_index:
             raise ValueError("It is not allowed to call get_next() after get_next_unordered().")
+        if timeout is not None and timeout < 0:  # `wait` is not asked where the result is known
+            raise ValueError(f"The 'timeout' argument must be nonnegative. Received {timeout}")
         call = self._calls[self._next_return]
         is_late = not self._wait_for(call, timeout)
         if is_late and not ignore_if_timedout:

@@ -298,3 +298,12 @@ def test_a_function_that_returns_no_ref_is_refused_at_once(make_pool: Any) -> No
     with pytest.raises(TypeError, match="must return the ref"):
         pool.submit(lambda actor, value: value, 1)
     assert pool.has_free()
+
+
+@pytest.mark.parametrize("method", ["get_next", "get_next_unordered"])
+def test_a_negative_timeout_is_refused_and_takes_nothing(make_pool: Any, method: str) -> None:
+    pool = make_pool(1)
+    pool.submit(double, 1)
+    with pytest.raises(ValueError, match="must be nonnegative"):
+        getattr(pool, method)(timeout=-1)
+    assert getattr(pool, method)(timeout=30) == 2

@@ -520,3 +520,12 @@ def test_a_graph_travels_and_runs_in_a_task() -> None:
     assert values[:2] == [21, 11]
     assert values[2] == values[3]
     assert name == node.get_stable_uuid()
+
+
+@better_than_reference("it goes on for ever", run=False)
+def test_an_input_cannot_be_iterated_over() -> None:
+    with InputNode() as given:
+        with pytest.raises(TypeError, match="cannot be iterated over"):
+            list(given)
+        with pytest.raises(TypeError, match="cannot be iterated over"):
+            _, _ = given
