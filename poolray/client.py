@@ -28,6 +28,7 @@ from poolray.client_references import References, taken
 from poolray.client_values import load_from_disk, named, ready_to_raise
 from poolray.config import Config
 from poolray.direct.calls import DirectCalls
+from poolray.direct.loans import Loan
 from poolray.direct.route import Route
 from poolray.exceptions import (
     GetTimeoutError,
@@ -310,12 +311,20 @@ class Client(References):
         if self._adopted or self._fresh or len(self.dropped) > _DROPS_MAX:
             self.sync_references()
         direct = self.direct
-        if direct is not None and actor_id is not None:
-            route = direct.routes.get(actor_id)
-            if route is not None and direct.takes(route, task_class):
-                ref = self._call_directly(direct, route, task_class, args, kwargs)
-                if ref is not None:
-                    return [ref]
+        loan: Loan | None = None
+        if direct is not None:
+            if actor_id is not None:
+                route = direct.routes.get(actor_id)
+                if route is not None and direct.takes(route, task_class):
+                    ref = self._call_directly(direct, route, task_class, args, kwargs)
+                    if ref is not None:
+                        return [ref]
+            elif direct.loans is not None:
+                loan = direct.loans.loan_for(task_class)
+                if loan is not None and direct.loans.takes(loan):
+                    ref = self._call_directly(direct, loan, task_class, args, kwargs)
+                    if ref is not None:
+                        return [ref]
         dependencies, slots = _NO_IDS, _NO_SLOTS
         for value in args:
             if type(value) is _REF:
@@ -370,6 +379,8 @@ class Client(References):
             )
             if direct is not None and actor_id is not None:
                 direct.after_other_call(actor_id, refs[-1]._id if refs else _NO_OBJECT)
+            elif loan is not None and direct is not None and direct.loans is not None:
+                direct.loans.after_other_call(loan, refs[0]._id)
             if self._is_worker:
                 self.children.append((parent, task_id))
             if self.config.record_ref_creation_sites:
@@ -385,7 +396,7 @@ class Client(References):
     def _call_directly(
         self,
         direct: DirectCalls,
-        route: Route,
+        route: Route | Loan,
         task_class: TaskClass,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -400,7 +411,11 @@ class Client(References):
             data = self._serializer.dumps_call(args, kwargs)
         except _PICKLING_ERRORS:
             return None  # told in full the other way
-        return direct.call(route, task_class, data) if type(data) is bytes else None
+        if type(data) is not bytes:
+            return None
+        if isinstance(route, Loan):
+            return direct.loans.call(route, data) if direct.loans is not None else None
+        return direct.call(route, task_class, data)
 
     def _take_refs(
         self, args: tuple[Any, ...], dependencies: list[ObjectId], slots: list[int | str]
@@ -492,7 +507,7 @@ class Client(References):
         message = CancelTask(task_id=task_of(ref._id), force=force, recursive=recursive)
         self.link.enter()
         try:
-            if self.direct is None or not self.direct.cancel(ref._id, recursive):
+            if self.direct is None or not self.direct.cancel(ref._id, force, recursive):
                 self.link.send(message)
         finally:
             self.link.leave()
@@ -632,21 +647,28 @@ class Client(References):
                 f"{type(error).__name__}: {error}"
             ) from error
         object_id = self.next_object_id()
-        size = len(data) if isinstance(data, bytes) else data.size_bytes
-        stored: bytes | InArena | InFile
-        contained = self._inner_refs(data)
         self.link.enter()
         try:
-            if size > self.config.inline_max_bytes:
-                stored = self.store(object_id, data)
-            else:
-                stored = data if isinstance(data, bytes) else data.to_bytes()
-            self.link.send(PutObject(object_id=object_id, value=stored, contained=contained))
+            self.link.send(self._put_message(object_id, data))
             if self.config.record_ref_creation_sites:
                 self._note_call_site([object_id], "(put object)")
             return self.own(object_id)
         finally:
             self.link.leave()
+
+    def put_message(self, object_id: ObjectId, value: Any) -> PutObject:
+        """What makes a value that of an object, as `put` would."""
+        return self._put_message(object_id, self._serializer.dumps_flat(value))
+
+    def _put_message(self, object_id: ObjectId, data: bytes | Serialized) -> PutObject:
+        contained = self._inner_refs(data)
+        size = len(data) if isinstance(data, bytes) else data.size_bytes
+        stored: bytes | InArena | InFile
+        if size > self.config.inline_max_bytes:
+            stored = self.store(object_id, data)
+        else:
+            stored = data if isinstance(data, bytes) else data.to_bytes()
+        return PutObject(object_id=object_id, value=stored, contained=contained)
 
     def get(
         self, refs: Sequence[ObjectRef[Any]], timeout_s: float | None, writable: bool = False

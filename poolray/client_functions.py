@@ -109,6 +109,14 @@ class Definitions:
         finally:
             self._client.link.leave()
 
+    def hold(self, function_id: FunctionId) -> DefinedFunction:
+        """Keep a defined function known."""
+        with self._lock:
+            made = DefinedFunction(function_id, self._dropped)
+            self._functions[function_id] += 1
+            self._unused.pop(function_id, None)
+            return made
+
     def _send_function(self, function_id: FunctionId, blob: bytes, name: str) -> None:
         self._check_size(len(blob), name)
         stored: bytes | InArena | InFile = blob

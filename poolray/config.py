@@ -146,8 +146,9 @@ class Config:
     #: Threads of a node's daemon that send bytes of objects to other nodes, and as many that
     #: receive; each with any number of connections.
     transfer_threads: int = 2
-    #: Calls of an actor, whose calls run one after the other, after which later ones go straight to
-    #: its process; 0: all go by way of the nodes.
+    #: Calls of an actor after which later ones go straight to its process, and calls of a function,
+    #: one at a time, after which a worker of a cluster is kept for them; 0: all go by way of the
+    #: nodes.
     direct_calls_after: int = 16
     #: Bytes of a file with what a worker of a cluster prints, one for each of its two streams: the
     #: older half of a longer one goes. 0: there are no such files.

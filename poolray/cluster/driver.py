@@ -34,6 +34,7 @@ from poolray.cluster.stream import FRAME_BYTES_MAX
 from poolray.config import Config
 from poolray.direct.calls import DirectCalls
 from poolray.direct.connection import Connection
+from poolray.direct.loans import Door, Loans
 from poolray.exceptions import ClusterConnectionError, ObjectStoreFullError, OutOfDiskError
 from poolray.ids import WORKER_ID_BYTES, NodeId, ObjectId, TaskIdSource
 from poolray.local import news, process_state
@@ -157,10 +158,13 @@ class DriverRuntime:
                 places.machine_id(),
                 lambda error: self._deliveries.append(UserError(value=error)),
             )
-            self.client.direct = DirectCalls(self.client, host, self.config.direct_calls_after)
+            worth = self.config.direct_calls_after
+            direct = self.client.direct = DirectCalls(self.client, host, worth)
+            address, ports = welcome.node_address, welcome.direct_ports
+            direct.loans = Loans(direct, self.client, host, address, ports, worth)
         #: Runs users' callbacks, of Pools and Executors.
         self.callbacks = CallbackThread()
-        self.client.ring_when_dropped(self.reactor.ring_if_parked)
+        self.client.ring_when_dropped(self.reactor.ring)
         self.reactor.watch_other(line, self)  # type: ignore[arg-type]
         self.reactor.ensure_background()
         process_state.on_fork_in_child(self._abandon)
@@ -175,9 +179,9 @@ class DriverRuntime:
         """Nothing was collected."""
 
     def on_server_news(self, host: Any) -> None:
-        """The daemon says something, or is gone; or an actor answers a direct call."""
-        if type(host) is Connection:
-            host.answer()
+        """The daemon says something, or is gone; or a worker answers a direct call, or comes."""
+        if type(host) is Connection or type(host) is Door:
+            self._unless_lost(host.answer)
             return
         if self._closed:
             return
@@ -235,6 +239,9 @@ class DriverRuntime:
         for request in list(self._requests.values()):
             self._fail(request)
         self._requests.clear()
+        if self.client.direct is not None:
+            error = pickle.dumps(self._lost_error())
+            self._unless_lost(self.client.direct.give_up, error)
         self.reactor.wake_if_other()
 
     def _fail(self, request: _Request) -> None:
@@ -268,8 +275,12 @@ class DriverRuntime:
             except IndexError:
                 break
             self._unless_lost(call)
-        if self.client.dropped and not self._lost:
+        if self.has_notes():
             self._unless_lost(self.client.sync_references)
+
+    def has_notes(self) -> bool:
+        """Whether refs have died of which the daemon was not told."""
+        return bool(self.client.dropped) and not self._lost
 
     def _unless_lost(self, call: Callable[..., object], *args: Any) -> None:
         """Call what may tell the node something. That it is gone is told to those who wait, not to

@@ -42,7 +42,15 @@ from poolray.cluster.value_traffic import ValueTraffic
 from poolray.cluster.worker_logs import WorkerLogs
 from poolray.config import Config
 from poolray.exceptions import InternalError
-from poolray.ids import ClientId, GroupId, NodeId, WorkerId, group_of_job, job_of_group
+from poolray.ids import (
+    ClientId,
+    GroupId,
+    NodeId,
+    WorkerId,
+    group_of_job,
+    is_actor_call,
+    job_of_group,
+)
 from poolray.local import process_state
 from poolray.local.fork_server import WorkerSetup
 from poolray.local.machine import Wishes, describe
@@ -314,6 +322,8 @@ class NodeDaemon(NodeShell):
         record = self.node.state.tasks.get(message.task_id)
         if record is not None and not record.actor_id:
             self._logs.note(message, record.task_id, record.attempts)
+        elif record is None and message.task_id and not is_actor_call(message.task_id):
+            self._logs.note(message, message.task_id, 0)  # of a call of a worker on loan
         for text in self._logs.in_order(message):
             super()._take_output(text)
 
@@ -542,6 +552,7 @@ class NodeDaemon(NodeShell):
             head_address=self._options.head_address,
             node_address=self._options.host,
             session_folder=self._options.session_folder,
+            direct_ports=self._options.worker_ports,
         )
 
     def on_request(self, session: Session, message: Any) -> None:

@@ -31,6 +31,7 @@ from typing import Any, final
 from poolray.direct.addresses import Offer, come_to, settle_in
 from poolray.direct.connection import ARGUMENTS_BYTES_MAX, Connection, Waiting
 from poolray.direct.interfaces import Host, Owner, Waiter
+from poolray.direct.loans import Loan, Loans
 from poolray.direct.route import Route, may_go_straight, unavailable
 from poolray.direct.seal import HandshakeError
 from poolray.exceptions import TaskCancelledError
@@ -51,6 +52,7 @@ from poolray.protocol.client import (
     PromiseObjects,
     PutObject,
     ReleaseReferences,
+    SubmitTasks,
 )
 from poolray.protocol.values import CallKind, TaskClass, TaskSpec, identified
 from poolray.protocol.worker import TasksFinished
@@ -94,14 +96,14 @@ class DirectCalls:
         self._host = host
         self._worth_calls = worth_calls
         #: Guards routes, connections and calls; never held while user code runs.
-        self._lock = threading.Lock()
+        self._lock = self.lock = threading.Lock()
         #: Held while calls that were not sent are given to the node: later ones come after.
         self._turn = threading.RLock()
         self.routes: dict[ActorId, Route] = {}
         #: Objects that exist in this process only, while it has refs to them.
         self.unknown: dict[ObjectId, None] = {}
         #: object id -> the way of the call under way that makes it.
-        self.pending: dict[ObjectId, Connection] = {}
+        self.pending: dict[ObjectId, Connection | Loan] = {}
         #: Of these: who waits for one, and those of which the node is to be told.
         self._waiters: dict[ObjectId, list[Waiter]] = {}
         self._promised: dict[ObjectId, None] = {}
@@ -110,7 +112,7 @@ class DirectCalls:
         #: Errors that somebody has seen.
         self._seen: dict[ObjectId, None] = {}
         #: Last results of calls by way of the nodes -> their routes.
-        self.lasts: dict[ObjectId, Route] = {}
+        self.lasts: dict[ObjectId, Route | Loan] = {}
         #: Whether calls of a class may go straight.
         self._is_plain: dict[ClassId, bool] = {}
         #: Our own classes, by method and the name that users know.
@@ -126,6 +128,8 @@ class DirectCalls:
         self._kept: dict[ActorId, ObjectId] = {}
         #: Handles that have died, and were the last ones here to their actors; for the next call.
         self.gone: deque[ObjectId] = deque()
+        #: Workers that are kept for this process's tasks; None: its tasks all go to the nodes.
+        self.loans: Loans | None = None
         self.is_closed = False
 
     def new_index(self) -> int:
@@ -163,25 +167,25 @@ class DirectCalls:
         connection.outbox.append((object_id, task_id, task_class, payload))
         # (On one that was lost or left just now it would wait for ever.)
         if connection.wants_flush() or connection.is_lost or not route.is_clear:
-            self._flush(connection)
+            self._flush(connection, route)
         route.unread += 1
         if route.unread >= _READ_EVERY:
             route.unread = 0
             self._host.read_now()
         return ref
 
-    def _flush(self, connection: Connection) -> None:
+    def _flush(self, connection: Connection, route: Route) -> None:
         link = self._client.link
         link.enter()
         try:
             with self._lock:
-                is_lost, is_clear = connection.is_lost, connection.route.is_clear
+                is_lost, is_clear = connection.is_lost, route.is_clear
                 if not is_lost:
                     connection.flush()
             if is_lost:
                 self.on_lost(connection)
             elif not is_clear:  # another thread's call goes by way of the nodes
-                self._give_unsent(connection)
+                self._give_unsent(connection, route)
             self._host.on_sent()
         finally:
             link.leave()
@@ -192,15 +196,16 @@ class DirectCalls:
         if route is not None and route.is_giving:
             with self._turn:
                 pass  # what was made before is at the node now
-        connection = None if route is None else route.connection
-        if connection is not None and connection.is_busy and not connection.route.is_together:
-            self._give_unsent(connection)
+        if route is None or route.is_together:
+            return
+        connection = route.connection
+        if connection is not None and connection.is_busy:
+            self._give_unsent(connection, route)
 
-    def _give_unsent(self, connection: Connection) -> None:
+    def _give_unsent(self, connection: Connection, route: Route) -> None:
         """The worker is to wait for what it was sent, and for nothing that waits here: if this
         process is stopped, it would wait as long, and other callers with it.
         """
-        route = connection.route
         with self._giving(route):
             with self._lock:
                 connection.flush()
@@ -336,12 +341,20 @@ class DirectCalls:
         if self.is_closed:
             channel.close()
             return
+        self.watch(connection)
+
+    def watch(self, connection: Connection) -> None:
+        """Hear what a connection has to say."""
         self._connections[connection] = None
         self._host.watch(connection)
 
     def on_open(self, connection: Connection) -> None:
         """A connection may be used."""
         route = connection.route
+        if isinstance(route, Loan):
+            assert self.loans is not None
+            self.loans.on_open(connection)
+            return
         with self._lock:
             route.is_asking = False
             if self.routes.get(route.actor_id) is route and not self.is_closed:
@@ -349,8 +362,14 @@ class DirectCalls:
 
     def on_lost(self, connection: Connection) -> None:
         """A connection has ended: so has the actor, or its way to us."""
-        with self._giving(connection.route):
-            self._lose(connection)
+        route = connection.route
+        if isinstance(route, Loan):
+            assert self.loans is not None
+            self._host.unwatch(connection)
+            self.loans.on_lost(connection)
+            return
+        with self._giving(route):
+            self._lose(connection, route)
 
     @contextlib.contextmanager
     def _giving(self, route: Route) -> Iterator[None]:
@@ -362,21 +381,33 @@ class DirectCalls:
             finally:
                 route.is_giving = before
 
-    def _lose(self, connection: Connection) -> None:
+    def on_given_back(self, connection: Connection) -> None:
+        """A worker on loan goes."""
+        assert self.loans is not None
         self._host.unwatch(connection)
-        route = connection.route
+        self.loans.on_ended(connection)
+
+    def forget(self, connection: Connection) -> tuple[list[Waiting], list[Waiting]]:
+        """A connection is over; gives the calls that were sent and those that were not. Under the
+        lock.
+        """
+        self._connections.pop(connection, None)
+        connection.close()
+        begun = [call for call in connection.sent.values() if call[0] in self.pending]
+        waiting = [call for call in connection.outbox if call[0] in self.pending]
+        connection.sent.clear()
+        connection.outbox.clear()
+        return begun, waiting
+
+    def _lose(self, connection: Connection, route: Route) -> None:
+        self._host.unwatch(connection)
         with self._lock:
-            self._connections.pop(connection, None)
-            connection.close()
+            begun, waiting = self.forget(connection)
             if route.connection is connection:
                 route.connection = None
                 route.calls = 0
             if not connection.is_open:
                 route.is_asking, route.is_off = False, True
-            begun = [call for call in connection.sent.values() if call[0] in self.pending]
-            waiting = [call for call in connection.outbox if call[0] in self.pending]
-            connection.sent.clear()
-            connection.outbox.clear()
             if begun or waiting:
                 route.is_clear = False  # whatever is made from now on comes after these
         if not self.is_closed:
@@ -399,7 +430,7 @@ class DirectCalls:
                 client.read_reply(reply, ref)  # (what it names is seen)
                 if not isinstance(data, bytes):
                     data = unavailable(route.actor_id, begun[0][2].name)
-                self._fail_all([call[0] for call in begun], data)
+                self.fail_all([call[0] for call in begun], data)
 
             client.link.when_ready(ref._id, learn)
         for call in waiting:
@@ -415,12 +446,17 @@ class DirectCalls:
         """A call goes by way of the nodes."""
         object_id, task_id, task_class, payload = call
         spec = TaskSpec(task_id=task_id, class_id=task_class.class_id, calls=[payload])
-        self._give_to_node(object_id, CallActor(actor_id=route.actor_id, task=spec))
+        self.give_to_node(object_id, CallActor(actor_id=route.actor_id, task=spec))
 
-    def _give_to_node(self, object_id: ObjectId, message: CallActor) -> None:
+    def give_to_node(
+        self, object_id: ObjectId, message: CallActor | SubmitTasks | PutObject
+    ) -> None:
         """The node makes a call's result, and knows of it from now on."""
         client = self._client
-        client.link.submit(message)
+        if type(message) is PutObject:
+            client.link.send(message)
+        else:
+            client.link.submit(message)
         with self._lock:
             self.pending.pop(object_id, None)
             self._promised.pop(object_id, None)
@@ -431,7 +467,8 @@ class DirectCalls:
         for waiter in waiters:
             waiter.finish()  # who waits looks again, and asks the node
 
-    def _fail_all(self, object_ids: Iterable[ObjectId], error: bytes) -> None:
+    def fail_all(self, object_ids: Iterable[ObjectId], error: bytes) -> None:
+        """These failed."""
         told: list[PutObject] = []
         with self._lock:
             for object_id in object_ids:
@@ -475,14 +512,19 @@ class DirectCalls:
             if connection.outbox:
                 connection.flush()
             is_left = connection.outbox and not connection.route.is_clear
-        if ended:
+        route = connection.route
+        if ended and not isinstance(route, Loan):  # (of those its worker tells its node)
             self._note(connection.route.actor_id, ended, errors, report)
         if told:
             self._tell(told)
         for call in held:
-            self._fetch_held(call, connection.route.actor_id)
-        if is_left:
-            self._give_unsent(connection)
+            if isinstance(route, Loan):
+                assert self.loans is not None
+                self.loans.on_held(route, call)
+            else:
+                self._fetch_held(call, route.actor_id)
+        if is_left and isinstance(route, Route):
+            self._give_unsent(connection, route)
         if self._kept and not connection.is_busy:
             self._release_handle(connection.route.actor_id)
 
@@ -529,7 +571,7 @@ class DirectCalls:
             class_id=self._own_class(RESULT, task_class.name).class_id,
             calls=[self._client.inline(((task_id,), {}))],
         )
-        self._give_to_node(object_id, CallActor(actor_id=actor_id, task=spec))
+        self.give_to_node(object_id, CallActor(actor_id=actor_id, task=spec))
 
     def values(
         self, object_ids: Sequence[ObjectId], timeout_s: float | None
@@ -641,7 +683,7 @@ class DirectCalls:
                         client.link.send(message)
                 unknown.pop(object_id, None)
 
-    def _count_promise(self, connection: Connection) -> None:
+    def _count_promise(self, connection: Connection | Loan) -> None:
         route = connection.route
         if not route.is_clear:
             return  # a burst in which the way has opened: refs are waited for among earlier ones
@@ -649,7 +691,7 @@ class DirectCalls:
         if route.promises > max(_PROMISES_MAX, _PROMISES_SHARE * connection.made):
             route.is_off = True
 
-    def cancel(self, object_id: ObjectId, recursive: bool) -> bool:
+    def cancel(self, object_id: ObjectId, force: bool, recursive: bool) -> bool:
         """A call is not wanted; False when the node has to be told."""
         told: list[PutObject] = []
         with self._lock:
@@ -664,10 +706,16 @@ class DirectCalls:
                 # (Where calls have an order it is sent, for the worker counts, and not run.)
                 error = TaskCancelledError(task_id=call[1].hex(), task_name=call[2].name)
                 self._end(object_id, pickle.dumps(error), True, told)
+            elif force and isinstance(connection.route, Loan):
+                # Its worker ends: nothing else is to come of it, and nothing is tried again.
+                error = TaskCancelledError(task_id=call[1].hex(), task_name=call[2].name)
+                self._end(object_id, pickle.dumps(error), True, told)
+            else:
+                force = False  # (an actor's call cannot be, as the caller has been told)
             if waiting is not None and connection.route.is_together:
                 connection.outbox.remove(waiting)
             else:
-                connection.cancel(call[1], recursive)
+                connection.cancel(call[1], force, recursive)
         self._tell(told)
         return True
 
@@ -731,19 +779,20 @@ class DirectCalls:
         if self._notes and now >= self._notes_since_s + _NOTE_AFTER_S:
             self.send_notes()
         if self.pending:
-            left = None
+            left: tuple[Connection, Route] | None = None
             with self._lock:
                 for connection in list(self._connections):
                     push_s = connection.push_due_s()
                     if push_s is not None and now >= push_s:
                         connection.push()
-                        if connection.outbox and not connection.route.is_clear:
-                            left = connection
+                        route = connection.route
+                        if connection.outbox and not route.is_clear and isinstance(route, Route):
+                            left = connection, route
                     late_s = connection.first_sent_s + _NUDGE_AFTER_S
                     if connection.waits_behind() and now >= late_s:
                         connection.nudge()
             if left is not None:
-                self._give_unsent(left)
+                self._give_unsent(*left)
 
     def _note(
         self,
@@ -781,11 +830,20 @@ class DirectCalls:
         if notes and not self.is_closed:
             self._client.link.send(NoteCalls(calls=notes, now_s=time.monotonic()))
 
+    def give_up(self, error: bytes) -> None:
+        """The node is gone: with it everything else, as far as this process knows."""
+        for connection in list(self._connections):
+            self._host.unwatch(connection)
+        self.close()
+        self.fail_all(list(self.pending), error)
+
     def close(self) -> None:
         """The end of the runtime, or a forked child: connections are let go of."""
         self.is_closed = True
         for route in list(self.routes.values()):
             route.connection = None
+        if self.loans is not None:
+            self.loans.close()
         for connection in list(self._connections):
             connection.close()
         self._connections.clear()

@@ -30,12 +30,14 @@ from poolray.protocol.values import TaskClass
 from poolray.protocol.worker import (
     ClassDefinition,
     InterruptTask,
+    LoanEnded,
     RunTasks,
     TaskCall,
     TasksFinished,
 )
 
 if TYPE_CHECKING:
+    from poolray.direct.loans import Loan
     from poolray.direct.route import Route
 
 #: What a packet holds at the most.
@@ -53,7 +55,7 @@ _PUSH_AFTER_S = 0.005
 _NUDGE = InterruptTask(task_id=TaskId(b""), sequence=0, force=False)
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_report = msgspec.msgpack.Decoder(TasksFinished).decode
+_decode = msgspec.msgpack.Decoder(TasksFinished | LoanEnded).decode
 
 #: A call that was not sent: its result, its task, its class, its arguments. (A tuple: one is made
 #: for every call.)
@@ -72,6 +74,9 @@ class Listener(Protocol):
     def on_report(self, connection: Connection, report: TasksFinished) -> None:
         """The worker has results."""
 
+    def on_given_back(self, connection: Connection) -> None:
+        """It was on loan, and goes; what it has not answered it has not begun."""
+
     def new_index(self) -> int:
         """A name for a class that no other one has in any worker."""
 
@@ -87,13 +92,19 @@ class Connection:
     """
 
     def __init__(
-        self, listener: Listener, route: Route, channel: socket.socket, offer: Offer
+        self,
+        listener: Listener,
+        route: Route | Loan,
+        channel: socket.socket,
+        offer: Offer,
+        *,
+        listens: bool = False,
     ) -> None:
         self._listener = listener
         self.route = route
         self.channel = channel
         self.connection_id = offer[3]
-        self._end = End(channel, offer, listens=False)
+        self._end = End(channel, offer, listens=listens)
         self.is_open = self.is_lost = False
         #: Calls that were not sent; whoever makes calls appends, without the lock.
         self.outbox: deque[Waiting] = deque()
@@ -136,15 +147,18 @@ class Connection:
     def answer(self) -> None:
         """It can be read."""
         try:
-            reports = [_decode_report(frame) for frame in self._end.read()]
+            messages = [_decode(frame) for frame in self._end.read()]
         except (ConnectionLost, HandshakeError, msgspec.MsgspecError, OSError):
             self._listener.on_lost(self)
             return
         if not self.is_open and self._end.is_open:
             self.is_open = True
             self._listener.on_open(self)
-        for report in reports:
-            self._listener.on_report(self, report)
+        for message in messages:
+            if type(message) is LoanEnded:
+                self._listener.on_given_back(self)
+                return
+            self._listener.on_report(self, message)
 
     # ---- packets ---------------------------------------------------------------------------------
 
@@ -247,10 +261,10 @@ class Connection:
 
     # ---- what a worker is told in the middle of a packet -----------------------------------------
 
-    def cancel(self, task_id: TaskId, recursive: bool) -> None:
+    def cancel(self, task_id: TaskId, force: bool, recursive: bool) -> None:
         """A call is not wanted."""
         self._interrupt(
-            InterruptTask(task_id=task_id, sequence=0, force=False, recursive=recursive)
+            InterruptTask(task_id=task_id, sequence=0, force=force, recursive=recursive)
         )
 
     def waits_behind(self) -> bool:

@@ -8,13 +8,16 @@ Invariants: none.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from poolray.direct.connection import Connection
 from poolray.ids import ActorId, GroupId, ObjectId, TaskIdSource
 from poolray.objects.object_ref import ObjectRef, RefOwner
-from poolray.protocol.client import ObjectValues
+from poolray.protocol.client import ObjectValues, PutObject
 from poolray.protocol.values import TaskClass
+
+if TYPE_CHECKING:
+    from poolray.direct.connection import Connection
+    from poolray.direct.loans import Door
 
 
 class Owner(RefOwner, Protocol):
@@ -34,6 +37,9 @@ class Owner(RefOwner, Protocol):
 
     def inline(self, value: Any) -> bytes:
         """A small value, serialized."""
+
+    def put_message(self, object_id: ObjectId, value: Any) -> PutObject:
+        """What makes a value that of an object, as `put` would."""
 
     def submit(
         self,
@@ -69,10 +75,10 @@ class Host(Protocol):
     #: Tells this machine from others; equal to that of a node: its workers are near.
     machine: str
 
-    def watch(self, connection: Connection) -> None:
+    def watch(self, connection: Connection | Door) -> None:
         """Call its `answer` when it can be read."""
 
-    def unwatch(self, connection: Connection) -> None:
+    def unwatch(self, connection: Connection | Door) -> None:
         """Do not, any more."""
 
     def make_waiter(self) -> Waiter:

@@ -14,6 +14,7 @@ from typing import Any, final
 
 from poolray.direct.calls import DirectCalls
 from poolray.direct.connection import Connection
+from poolray.direct.loans import Door
 from poolray.local.reactor import Reactor, Waitable
 
 
@@ -53,12 +54,12 @@ class DirectHost:
         self.read_now = reactor.pump
         self.show_error = show_error
 
-    def watch(self, connection: Connection) -> None:
+    def watch(self, connection: Connection | Door) -> None:
         """Call its `answer` when it can be read."""
         self._reactor.watch_other(connection.channel, connection)
         self._reactor.ensure_background()
 
-    def unwatch(self, connection: Connection) -> None:
+    def unwatch(self, connection: Connection | Door) -> None:
         """Do not, any more."""
         if connection.channel.fileno() >= 0:
             self._reactor.unwatch_other(connection.channel)

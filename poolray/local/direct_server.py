@@ -14,6 +14,7 @@ forgotten, and the actor lives on; what nobody proved is never decoded.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -32,7 +33,7 @@ from poolray.ids import TaskId
 from poolray.local import process_state
 from poolray.local.channel import Spinner
 from poolray.protocol.values import Outcome
-from poolray.protocol.worker import InterruptTask, RunTasks, TasksFinished
+from poolray.protocol.worker import InterruptTask, LoanEnded, RunTasks, TasksFinished
 
 if TYPE_CHECKING:
     from poolray.local.worker import Worker
@@ -56,15 +57,26 @@ _encode = msgspec.msgpack.Encoder().encode
 
 @final
 class Caller:
-    """A process that calls directly."""
+    """A process that calls directly.
 
-    def __init__(self, channel: socket.socket, offer: Offer) -> None:
+    Parameters
+    ----------
+    channel : socket
+        Connected.
+    offer : Offer
+    listens : bool
+        It has come to us; else we have come to it.
+    """
+
+    def __init__(self, channel: socket.socket, offer: Offer, *, listens: bool = True) -> None:
         self.channel = channel
-        self._end = End(channel, offer, listens=True)
+        self._end = End(channel, offer, listens=listens)
         self.is_gone = False
         self._packets: deque[RunTasks] = deque()
         #: Calls that are not wanted -> whether nothing that they have submitted is, either.
         self.cancelled: dict[TaskId, bool] = {}
+        #: The call that this process is to end with, if it runs.
+        self.forced: TaskId | None = None
         #: What its channel is polled for.
         self.wanted = select.POLLIN
         #: Calls that have run, or will not.
@@ -93,6 +105,8 @@ class Caller:
                     self._packets.append(message)
                 elif message.task_id:
                     self.cancelled[message.task_id] = message.recursive
+                    if message.force:
+                        self.forced = message.task_id
         except (ConnectionLost, HandshakeError, msgspec.MsgspecError, OSError):
             self.is_gone = True
             self.cancelled.clear()
@@ -121,6 +135,12 @@ class Caller:
                 end.push()
         except ConnectionLost:
             self.is_gone = True
+
+    def give_back(self) -> None:
+        """Say that this worker goes, and has not begun what it has not reported."""
+        with contextlib.suppress(ConnectionLost):
+            self._end.send(_encode(LoanEnded()))
+            self._end.push()
 
     @property
     def has_unsent(self) -> bool:

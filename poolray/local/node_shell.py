@@ -615,6 +615,10 @@ class NodeShell(abc.ABC):
         """Whether something waits to be handed over."""
         return bool(self._deliveries)
 
+    def has_notes(self) -> bool:
+        """Whether finalizers have noted something; a daemon has none."""
+        return False
+
     def has_work(self) -> bool:
         """Whether workers will report something."""
         if self.open_batches or self._deliveries:

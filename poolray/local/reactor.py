@@ -154,6 +154,9 @@ class Pumped(Protocol):
     def is_unsettled(self) -> bool:
         """Whether `settle` has something to hand over."""
 
+    def has_notes(self) -> bool:
+        """Whether finalizers have noted what `settle` would tell the node: nobody sleeps on it."""
+
     def next_timeout(self) -> float | None:
         """Seconds until the machine wants a tick; None: it does not."""
 
@@ -410,13 +413,8 @@ class Reactor:
         for channel in (host.reports, host.commands):
             self._forget(channel)
 
-    def ring_if_parked(self) -> None:
-        """From finalizers: let the background thread look at what they have noted."""
-        if self._parked:
-            self._park.ring()
-
     def ring(self) -> None:
-        """From finalizers: the same, also when somebody leads and sleeps."""
+        """From finalizers: let whoever reads look at what they have noted, should he sleep."""
         if self._parked:
             self._park.ring()
         elif self._asleep:
@@ -534,7 +532,9 @@ class Reactor:
                 continue
             timeout_ms = None if timeout is None else timeout * 1000.0 + 0.05
             self._asleep = True
-            if not waited.done and not target.is_unsettled():
+            if target.has_notes():
+                target.settle()
+            elif not waited.done and not target.is_unsettled():
                 self._handle_ready(guard.sleep(self._poller.poll, timeout_ms))
                 self._spinner.note(time.perf_counter() - self._wait_started_s)
             self._asleep = False
@@ -723,7 +723,7 @@ class Reactor:
     def _park_until_needed(self) -> None:
         """Sleep until a submission or a server's news; costs nothing meanwhile."""
         self._parked = True
-        if self._target.has_work() or self._stopped:
+        if self._target.has_work() or self._target.has_notes() or self._stopped:
             self._parked = False
             return
         watched = list(self._watched.items())  # (other threads add to it)
@@ -764,7 +764,9 @@ class Reactor:
                     continue
                 timeout_ms = None if timeout is None else timeout * 1000.0 + 0.05
                 self._asleep = True
-                if not self._target.is_unsettled():
+                if self._target.has_notes():
+                    self._target.settle()
+                elif not self._target.is_unsettled():
                     self._handle_ready(self._poller.poll(timeout_ms))
                 self._asleep = False
         finally:

@@ -152,7 +152,7 @@ class LocalRuntime(NodeShell):
         if config.direct_calls_after and not config.record_ref_creation_sites:
             host = DirectHost(self.reactor, "", self._show_error_of_call)
             self.client.direct = DirectCalls(self.client, host, config.direct_calls_after)
-        self.client.ring_when_dropped(self.reactor.ring_if_parked)
+        self.client.ring_when_dropped(self.reactor.ring)
         self.client.ring_for_streams = self.reactor.ring
         self._inspection = self._open_inspection()
         process_state.on_fork_in_child(self._abandon)
@@ -252,8 +252,12 @@ class LocalRuntime(NodeShell):
             except IndexError:
                 break
             call()
-        if self.client.dropped or self.client.dropped_streams:
+        if self.has_notes():
             self.client.sync_references()
+
+    def has_notes(self) -> bool:
+        """Whether refs have died of which the machine was not told."""
+        return bool(self.client.dropped or self.client.dropped_streams)
 
     def _hand_over(self, item: Any) -> None:
         kind = type(item)

@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from poolray.local.direct_lines import Lines
     from poolray.local.direct_server import Caller, DirectServer
     from poolray.local.fork_server import WorkerSetup
+    from poolray.local.lending import Lending
     from poolray.local.worker_extras import Extras
 
 #: Ignored unless handled, and of no use to programs otherwise: Go's runtime uses it to preempt.
@@ -79,6 +80,7 @@ NUDGE_SIGNAL = signal.SIGURG
 
 # Names of the module are found faster than members of an enum.
 _CALL, _APPLY, _MAP = CallKind.CALL, CallKind.APPLY, CallKind.MAP
+_STARMAP = CallKind.STARMAP
 _CALLER = Delivery.CALLER
 
 #: User code that could not be interrupted where it was is looked at again after this long.
@@ -169,6 +171,12 @@ class Worker:
         self.direct: DirectServer | None = None
         #: The same of an actor that runs several at once.
         self.lines: Lines | None = None
+        #: While this worker is on loan to its driver.
+        self.lending: Lending | None = None
+        #: Who it was on loan to last, until he has heard that it is not any more.
+        self.former: Caller | None = None
+        #: Signals that have come: somebody wants something.
+        self.nudges = 0
         #: Whose packet is at hand, where it is not the node's.
         self._caller: Caller | None = None
         #: What runs an actor's calls reads orders itself, woken by the signal's descriptor.
@@ -450,6 +458,8 @@ class Worker:
             elapsed_ns=now - self._started_ns,
             sequence=message.sequence if ended else message.sequence - 1,
         )
+        if self.lending is not None:
+            self.lending.note(message, report)
         self._finished = []
         self.buffered_bytes = 0
         self._started_ns = now
@@ -463,6 +473,7 @@ class Worker:
         """
         if self.reads_orders:
             return
+        self.nudges += 1
         if not self._in_user_code:
             self._signalled = True
             self._nudged = self._packet is not None
@@ -521,15 +532,18 @@ class Worker:
             if task_id in caller.cancelled:
                 recursive = caller.cancelled.pop(task_id)
                 process_state.cancel_current_task()
-                self.is_call_cancelled = True
                 if recursive:
                     self.client.api.cancel_children(task_id)
+                if caller.forced == task_id:
+                    _end_process()
+                if self.bind_method is None:
+                    raise KeyboardInterrupt
+                self.is_call_cancelled = True
             return
         orders = self._take_orders(packet.sequence)
         mine = [order for order in orders if order.task_id == task_id]
         if any(order.force for order in mine):
-            worker_process.flush_output()
-            os.kill(os.getpid(), signal.SIGKILL)
+            _end_process()
         if mine:
             process_state.cancel_current_task()
             if self.bind_method is None:
@@ -648,10 +662,14 @@ class Worker:
                 result = list(map(call, args))
                 if len(result) != len(args):
                     raise RuntimeError(f"{task_class.name} raised StopIteration")
-            else:
+            elif kind is _STARMAP:
                 args = self.load(payload, True)
                 self._in_user_code = True
                 result = [call(*arguments) for arguments in args]
+            else:
+                from poolray.local.lending import lend  # few workers need it
+
+                result = lend(self, self.load(payload, False)[0])
             self._in_user_code = False
             args = kwargs = None
             if for_caller:
@@ -756,12 +774,12 @@ class Worker:
         """Keep a result that is more than a small value, if its caller has come past the node;
         None: the node takes it.
         """
-        server = self.direct or self.lines
-        return None if server is None else server.hold(task.task_id, result)
+        keeper = self.lending or self.direct or self.lines
+        return None if keeper is None else keeper.hold(task.task_id, result)
 
     def has_caller(self, task: TaskCall) -> bool:
         """Whether a call that runs came past the node."""
-        server = self.direct or self.lines
+        server = self.lending or self.direct or self.lines
         return server is not None and server.has(task.task_id)
 
     def send_results(self) -> None:
@@ -803,6 +821,12 @@ def _is_interruptible(frame: FrameType | None) -> bool:
             return False
         frame = frame.f_back
     return False
+
+
+def _end_process() -> None:
+    """A task is stopped by force."""
+    worker_process.flush_output()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def exit_code_of(error: SystemExit) -> int:

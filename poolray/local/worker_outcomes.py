@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: What those who look on are told of an error.
 _SUMMARY_CHARS_MAX = 2000
+#: Most values refer to no others; this list is shared and never changed.
+_NO_IDS: list[ObjectId] = []
 
 
 @final
@@ -42,16 +44,17 @@ class Outcomes:
         count = function.count
         if count == 1:
             data = serializer.dumps_flat(result)
-            if type(data) is bytes and len(data) <= self._worker.config.inline_max_bytes:
+            limit, inner = self._worker.config.inline_max_bytes, _NO_IDS
+            if isinstance(data, Serialized):
+                inner = data.refs
+                if not inner and data.size_bytes <= limit:
+                    data = data.to_bytes()
+            if type(data) is bytes and len(data) <= limit:
                 self._worker.buffered_bytes += len(data)
                 return data
             if (held := self._worker.hold_for_caller(result, task)) is not None:
                 return held
-            found = self.place(data, task, 0)
-            inner = data.refs if isinstance(data, Serialized) else []
-            if isinstance(found, bytes) and not inner:
-                return found
-            return Outcome(values=[found], contained=[inner])
+            return Outcome(values=[self.place(data, task, 0)], contained=[inner])
         if count == 0:
             return b""
         if count < 0:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias, final
 from poolray.exceptions import InternalError, PoolrayError
 from poolray.ids import (
     ActorId,
+    ClassId,
     ClientId,
     NodeId,
     ObjectId,
@@ -132,22 +133,26 @@ class Observer:
         if ended is None:
             return
         late_s = state.now - message.now_s  # between its clock and ours
+        told: dict[ClassId, ClassQueue] = {}
+        for task_class, name in zip(message.classes, message.function_names, strict=False):
+            queue = told[task_class.class_id] = ClassQueue(task_class)
+            queue.function_name = name
         for report in message.calls:
             worker_id, errors = report.worker_id, report.errors
             worker = state.workers.get(worker_id)
             pid = 0 if worker is None else worker.pid
             ended_s, elapsed_ns = late_s + report.ended_s, report.elapsed_ns
-            family = (_NO_TASK, report.actor_id)
+            family = (_NO_TASK, report.actor_id) if report.actor_id else None
             pairs = zip(report.task_ids, report.class_ids, strict=False)
             for index, (task_id, class_id) in enumerate(pairs):
-                queue = state.classes.get(class_id)
-                if queue is None:
+                found = state.classes.get(class_id) or told.get(class_id)
+                if found is None:
                     continue
                 error = None
                 if errors and index in errors:
                     error = error_type_in(errors[index]), errors[index]
                 ended.append(
-                    (task_id, queue, 0, error, worker_id, pid, ended_s, elapsed_ns, family)
+                    (task_id, found, 0, error, worker_id, pid, ended_s, elapsed_ns, family)
                 )
 
     # ---- what ends -------------------------------------------------------------------------------

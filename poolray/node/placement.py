@@ -68,7 +68,7 @@ def may_roam(task_class: TaskClass, node_id: NodeId) -> bool:
     Calls of a placement group run here while a bundle is here.
     """
     placement = task_class.placement
-    kinds = (CallKind.CALL, CallKind.CREATE)
+    kinds = (CallKind.CALL, CallKind.CREATE, CallKind.LEND)
     if task_class.kind not in kinds or task_class.delivery is not Delivery.OBJECTS:
         return False
     if placement is None:

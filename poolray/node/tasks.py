@@ -144,7 +144,7 @@ class Tasks:
         state = self._state
         tasks, groups = state.tasks, state.groups
         objects = self.objects
-        records = state.objects
+        records, promised = state.objects, objects.promised
         client = state.clients.get(client_id) or objects.client(client_id)
         touched: Group | None = None
         refused: TaskSpec | None = None
@@ -165,6 +165,8 @@ class Tasks:
             if task_class.delivery is not _CALLER:
                 for index in range(task_class.num_returns):
                     object_id = return_id(task_id, index)
+                    if promised and promised.pop(object_id, None) is not None:
+                        continue  # others were told of it already, and wait
                     records[object_id] = ObjectRecord(1)
                     client.held[object_id] = None
             if spec.dependencies or spec.borrows:

@@ -68,9 +68,9 @@ class PromiseObjects(msgspec.Struct, frozen=True, array_like=True, tag=119, kw_o
 
 
 class EndedCalls(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=False):
-    """Calls that an actor's worker has answered to their caller directly, in one report."""
+    """Calls that a worker has answered to their caller directly, in one report."""
 
-    actor_id: ActorId
+    actor_id: ActorId  #: empty: they are tasks
     worker_id: WorkerId
     task_ids: list[TaskId]
     class_ids: list[ClassId]
@@ -84,6 +84,9 @@ class NoteCalls(msgspec.Struct, frozen=True, array_like=True, tag=199, kw_only=T
 
     calls: list[EndedCalls]
     now_s: float  #: on the same clock
+    #: Classes among theirs that the node may have forgotten, and their functions' names.
+    classes: list[TaskClass] = []
+    function_names: list[str] = []
 
 
 class GetObjects(msgspec.Struct, frozen=True, array_like=True, tag=106, kw_only=True, gc=False):

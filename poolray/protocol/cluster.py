@@ -58,6 +58,7 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=502, kw_only=Tru
     head_address: str  #: HOST:PORT
     node_address: str  #: the node's host
     session_folder: str
+    direct_ports: list[int] = []  #: where workers come to drivers, and the other way; empty: any
 
 
 class Farewell(msgspec.Struct, frozen=True, array_like=True, tag=503, kw_only=True):

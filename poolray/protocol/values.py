@@ -37,6 +37,7 @@ class CallKind(enum.IntEnum):
     APPLY = 3  #: payload is (function, args, kwargs): for callables with state of their own
     CREATE = 4  #: payload is (args, kwargs, `ActorSetup`): the worker becomes the actor
     METHOD = 5  #: payload is (args, kwargs) of the actor's method that the class names
+    LEND = 6  #: payload says where the caller is: it sends calls itself (`local/lending.py`)
 
 
 class Delivery(enum.IntEnum):

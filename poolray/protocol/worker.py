@@ -29,6 +29,7 @@ from poolray.protocol.client import (
     DefineClass,
     DefineFunction,
     GetObjects,
+    NoteCalls,
     NoteCallSite,
     ObjectValues,
     PinObjects,
@@ -143,6 +144,12 @@ class TasksFinished(msgspec.Struct, frozen=True, array_like=True, tag=12, kw_onl
     #: As in `PinObjects` and `UnpinObjects`.
     pinned: list[ObjectId] = []
     unpinned: list[ObjectId] = []
+
+
+class LoanEnded(msgspec.Struct, frozen=True, array_like=True, tag=28, kw_only=True):
+    """Worker on loan to the driver that it works for: it goes, and what it has not reported it has
+    not begun.
+    """
 
 
 class TasksHandedBack(msgspec.Struct, frozen=True, array_like=True, tag=13, kw_only=True):
@@ -263,6 +270,7 @@ class ClientMessage(msgspec.Struct, frozen=True, array_like=True, tag=22, kw_onl
         | ReleaseReferences
         | AllocateRange
         | NoteCallSite
+        | NoteCalls
         | ReturnRange
         | PinObjects
         | UnpinObjects

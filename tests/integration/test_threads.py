@@ -20,6 +20,7 @@ import pytest
 
 import poolray
 from poolray import Executor, Pool
+from poolray.cluster_utils import Cluster
 from poolray.exceptions import GetTimeoutError, PoolrayError
 from tests.integration.support import (
     DEADLINE_S,
@@ -448,3 +449,35 @@ def test_signals_of_the_program_are_handled_while_threads_work() -> None:
         sender.join()
         signal.signal(signal.SIGUSR2, before)
     assert hits > 10
+
+
+class Holder:
+    """Holds a CPU."""
+
+    def is_there(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("where", ["one process", "cluster"])
+def test_a_handle_that_dies_while_another_thread_waits_is_told(where: str) -> None:
+    """The task waits for the CPU of the actor."""
+    cluster = None
+    if where == "cluster":
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        poolray.init(**({"address": cluster.address} if cluster else {"num_cpus": 1}))
+        for _ in range(3):
+            actor = poolray.remote(num_cpus=1)(Holder).remote()
+            assert poolray.get(actor.is_there.remote())
+            found: list[int] = []
+            ref = remote_successor.remote(1)
+            waiting = threading.Thread(target=lambda ref=ref, f=found: f.append(poolray.get(ref)))
+            waiting.start()
+            assert not poolray.wait([ref], timeout=0.1)[0]  # (the thread sleeps by then)
+            del actor
+            waiting.join(DEADLINE_S)
+            assert found == [2]
+    finally:
+        poolray.shutdown()
+        if cluster is not None:
+            cluster.shutdown()
