@@ -8,12 +8,14 @@ driver, here ── bridge ─┬─ head's machine
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +36,7 @@ from poolray.exceptions import (
     NodeDiedError,
     WorkerCrashedError,
 )
+from tests.integration import slow_link
 from tests.integration.support import is_alive, wait_until
 
 _PREFIX = "prnet"
@@ -97,7 +100,26 @@ def _sweep() -> None:
         if words[0] == _PREFIX and not os.path.exists(f"/proc/{words[1]}"):
             _end_namespace(name)
             _try_ip("link", "del", f"pr{words[1]}v{words[2]}")
+            _try_ip("link", "del", f"pr{words[1]}v{words[2]}f")
             _try_ip("link", "del", f"pr{words[1]}b")
+
+
+@functools.cache
+def _has_netem() -> bool:
+    """Whether the kernel can delay and lose packets; a process of ours does it where it cannot."""
+    name = f"{_PREFIX}-{os.getpid()}-{next(_serials)}"
+    _ip("netns", "add", name)
+    try:
+        done = subprocess.run(
+            ["tc", "-n", name, "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"],
+            capture_output=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return False
+    finally:
+        _try_ip("netns", "del", name)
+    return done.returncode == 0
 
 
 class Machine:
@@ -111,6 +133,8 @@ class Machine:
         self.link = f"pr{os.getpid()}v{serial}"
         _ip("netns", "add", self.name)
         network.machines.append(self)
+        #: What delays and loses frames where the kernel cannot.
+        self._slow: subprocess.Popen[str] | None = None
         _ip("link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
         _ip("link", "set", self.link, "master", network.bridge, "up")
         for words in (
@@ -154,12 +178,47 @@ class Machine:
         """The end of `lose_sight_of`."""
         _ip("-n", self.name, "route", "del", "blackhole", f"{other.host}/32")
 
-    def disturb(self, *words: str) -> None:
-        """Delay or lose what leaves this machine, as `tc netem` does."""
+    def disturb(self, delay_ms: int, loss_percent: int) -> None:
+        """Delay and lose what leaves this machine."""
+        if not _has_netem():
+            self._disturb_frames(delay_ms, loss_percent)
+            return
+        words = ("delay", f"{delay_ms}ms", "loss", f"{loss_percent}%")
         _ip(
             *("netns", "exec", self.name, "tc", "qdisc", "replace"),
             *("dev", "eth0", "root", "netem", *words),
         )
+
+    def _disturb_frames(self, delay_ms: int, loss_percent: int) -> None:
+        """The same by a process between the machine's cable and the bridge."""
+        far = f"{self.link}f"
+        if self._slow is None:
+            _ip("link", "add", far, "type", "veth", "peer", "name", f"{self.link}b")
+            _ip("link", "set", f"{self.link}b", "master", self.network.bridge, "up")
+            _ip("link", "set", far, "up", "promisc", "on")
+            _ip("link", "set", self.link, "nomaster", "promisc", "on")
+        self.settle()
+        numbers = (delay_ms, loss_percent, next(_serials))
+        self._slow = subprocess.Popen(
+            [sys.executable, slow_link.__file__, self.link, far, *map(str, numbers)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._slow.stdout is not None
+        assert self._slow.stdout.readline() == "ready\n"
+
+    def settle(self) -> None:
+        """End that process; its cables stay."""
+        if self._slow is not None:
+            self._slow.communicate()
+
+    def close(self) -> None:
+        """Remove everything, whatever has happened."""
+        self.settle()
+        _try_ip("link", "del", f"{self.link}f")
+        _try_ip("link", "del", self.link)
+        _end_namespace(self.name)
 
 
 class Network:
@@ -202,8 +261,7 @@ class Network:
     def close(self) -> None:
         """Remove everything, whatever has happened."""
         for machine in self.machines:
-            _try_ip("link", "del", machine.link)
-            _end_namespace(machine.name)
+            machine.close()
         _try_ip("link", "del", self.bridge)
 
 
@@ -234,24 +292,6 @@ def network(tmp_path: Path) -> Iterator[Network]:
 def head_alone(tmp_path: Path) -> Iterator[Network]:
     with _networks(tmp_path, nodes=False) as made:
         yield made
-
-
-@pytest.fixture
-def netem() -> None:
-    """Skip where the kernel cannot delay or lose packets."""
-    name = f"{_PREFIX}-{os.getpid()}-{next(_serials)}"
-    _ip("netns", "add", name)
-    try:
-        done = subprocess.run(
-            ["tc", "-n", name, "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    finally:
-        _try_ip("netns", "del", name)
-    if done.returncode:
-        pytest.skip(f"the kernel has no netem: {done.stderr.strip()}")
 
 
 @poolray.remote(num_cpus=0, max_retries=5)
@@ -369,19 +409,55 @@ def test_a_node_that_only_the_head_cannot_see(network: Network) -> None:
     assert poolray.get(sums, timeout=_BOUND_S) == expected
 
 
-@pytest.mark.usefixtures("netem")
 def test_slow_and_lossy_lines_give_the_right_values(network: Network) -> None:
     array = np.arange(200_000)
     counter = Counter.remote()
     calls: list[Any] = []
-    for words in (("delay", "50ms"), ("loss", "5%"), ("delay", "20ms", "loss", "10%")):
+    for delay_ms, loss_percent in ((50, 0), (0, 5), (20, 10)):
         for machine in network.machines:
-            machine.disturb(*words)
+            machine.disturb(delay_ms, loss_percent)
         calls += [counter.add.remote() for _ in range(20)]
         sums, expected = _work(4)
         assert poolray.get(calls, timeout=_BOUND_S) == list(range(1, len(calls) + 1))
         assert poolray.get(sums, timeout=_BOUND_S) == expected
         assert (poolray.get(poolray.put(array), timeout=_BOUND_S) == array).all()
+
+
+def test_the_lines_are_as_slow_as_they_are_to_be(head_alone: Network) -> None:
+    server = """
+import socket
+door = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+door.bind(("", 7))
+print("ready", flush=True)
+while True:
+    door.sendto(*door.recvfrom(100))
+"""
+    command = ["ip", "netns", "exec", head_alone.head.name, sys.executable, "-c", server]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as echo,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe,
+    ):
+        assert echo.stdout is not None
+        assert echo.stdout.readline() == "ready\n"
+        probe.connect((head_alone.head.host, 7))
+        probe.settimeout(2.0)
+
+        def answered(count: int) -> int:
+            for _ in range(count):
+                probe.send(b"there?")
+            found = 0
+            with contextlib.suppress(TimeoutError):
+                while found < count:
+                    found += len(probe.recv(100)) > 0
+            return found
+
+        head_alone.head.disturb(200, 0)
+        started_s = time.monotonic()
+        assert answered(10) == 10
+        assert time.monotonic() - started_s >= 0.2
+        head_alone.head.disturb(0, 50)
+        assert 0 < answered(100) < 100
+        echo.kill()
 
 
 def test_a_driver_whose_cluster_is_gone_is_told(head_alone: Network) -> None:
