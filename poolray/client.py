@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
+from poolray import client_futures
 from poolray.client_functions import Definitions, level_of_caller
 from poolray.client_link import Link
 from poolray.client_references import References, taken
-from poolray.client_values import load_from_disk, named, ready_to_raise
+from poolray.client_values import load_from_disk, named, ready_to_raise, write_value
 from poolray.config import Config
 from poolray.direct.calls import DirectCalls
 from poolray.direct.loans import Loan
@@ -34,8 +35,6 @@ from poolray.exceptions import (
     GetTimeoutError,
     InternalError,
     ObjectLostError,
-    ObjectStoreFullError,
-    OutOfDiskError,
     PoolrayError,
 )
 from poolray.ids import (
@@ -58,10 +57,6 @@ from poolray.objects.serialization import (
     deserialize,
 )
 from poolray.objects.shared_memory import Arena
-from poolray.objects.spill_files import (
-    DISK_FULL_ERRORS,
-    write_value_file,
-)
 from poolray.protocol.actors import CallActor
 from poolray.protocol.client import (
     AddReferences,
@@ -72,7 +67,6 @@ from poolray.protocol.client import (
     PinObjects,
     PutObject,
     ReleaseReferences,
-    ReturnRange,
     SubmitTasks,
     UnpinObjects,
 )
@@ -159,7 +153,7 @@ class Client(References):
         """Serialize for other readers from now on."""
         self._serializer = serializer
 
-    def _let_go(self, values: Iterable[tuple[bytes | InArena | InFile, ObjectRef[Any]]]) -> None:
+    def let_go(self, values: Iterable[tuple[bytes | InArena | InFile, ObjectRef[Any]]]) -> None:
         """Nobody will look at these values, that the node has told us of."""
         near = [ref._id for value, ref in values if type(value) is InArena and not value.node_id]
         if near:
@@ -553,30 +547,7 @@ class Client(References):
         if self.upload is not None:
             return self.upload(object_id, serialized)
         assert self._arena is not None
-        size = serialized.size_bytes
-        granted = self.link.allocate(object_id, size)
-        if granted.refusal:
-            raise OutOfDiskError(size_bytes=size, reason=granted.refusal)
-        try:
-            if granted.offset >= 0:
-                try:
-                    self._arena.store(granted.offset, serialized)
-                except OSError as error:
-                    reason = f"the system has no memory left for it ({error})"
-                    raise ObjectStoreFullError(size_bytes=size, reason=reason) from error
-                return InArena(object_id=object_id, offset=granted.offset, size_bytes=size)
-            path = granted.path
-            try:
-                checksum = write_value_file(path, serialized.write_into, size)
-            except OSError as error:
-                is_full = error.errno in DISK_FULL_ERRORS
-                kind = OutOfDiskError if is_full else ObjectStoreFullError
-                reason = f"the object store is full, and writing to {path} failed ({error})"
-                raise kind(size_bytes=size, reason=reason) from error
-        except BaseException:
-            self.link.send(ReturnRange(object_id=object_id))
-            raise
-        return InFile(object_id=object_id, path=path, size_bytes=size, checksum=checksum)
+        return write_value(self.link, self._arena, object_id, serialized)
 
     def _note_call_site(self, object_ids: list[ObjectId], what: str) -> None:
         """Tell the node where the running call was made."""
@@ -699,7 +670,7 @@ class Client(References):
                 for value, ref in pairs
             ]
         except BaseException as error:
-            self._let_go(pairs)  # those that it has not come to
+            self.let_go(pairs)  # those that it has not come to
             if isinstance(error, ObjectLostError) or not isinstance(error, Exception):
                 raise
             raise InternalError(
@@ -736,7 +707,7 @@ class Client(References):
         if reply.errors:
             first = reply.errors[0]
             pairs = zip(reply.values, refs, strict=True)
-            self._let_go(pair for index, pair in enumerate(pairs) if index != first)
+            self.let_go(pair for index, pair in enumerate(pairs) if index != first)
             raise self.load_error(named(reply.values[first], refs[first]._id))
         return reply.values
 
@@ -763,19 +734,7 @@ class Client(References):
         if self.ended:
             raise stale_ref_error(ref)
         self._tell_node([ref._id])
-        future: Future[Any] = Future()
-        future.set_running_or_notify_cancel()
-
-        def settle(reply: ObjectValues) -> None:
-            error, value = self.read_reply(reply, ref)
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(value)
-
-        self.sync_references()
-        self.link.when_ready(ref._id, settle)
-        return future
+        return client_futures.future_of(self, ref)
 
     def read_reply(
         self, reply: ObjectValues, ref: ObjectRef[Any], writable: bool = False
@@ -796,43 +755,9 @@ class Client(References):
         return asyncio.ensure_future(ref)
 
     def await_value(self, ref: ObjectRef[Any]) -> Generator[Any, None, Any]:
-        """What `await ref` runs, in any event loop.
-
-        An await that is cancelled is forgotten; the task goes on, for others may wait for it.
-        """
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        arrival: asyncio.Future[ObjectValues] = loop.create_future()
-
-        def note(reply: ObjectValues) -> None:
-            if not arrival.done():
-                arrival.set_result(reply)
-            else:
-                self._let_go([(reply.values[0], ref)])
-
-        def tell_loop(reply: ObjectValues) -> None:
-            try:
-                loop.call_soon_threadsafe(note, reply)
-            except RuntimeError:  # the loop was closed: nobody waits any more
-                self._let_go([(reply.values[0], ref)])
-
+        """What `await ref` runs, in any event loop."""
         self._tell_node([ref._id])
-        self.sync_references()
-        forget = self.link.when_ready(ref._id, tell_loop)
-        try:
-            reply = yield from arrival
-        except BaseException:
-            if not arrival.done() or arrival.cancelled():
-                forget()
-            else:  # it came while the await was being cancelled
-                self._let_go([(arrival.result().values[0], ref)])
-            raise
-        # Read in the loop's thread: unpickling runs user code.
-        error, value = self.read_reply(reply, ref)
-        if error is not None:
-            raise error
-        return value
+        return client_futures.await_value(self, ref)
 
     def install(self) -> None:
         """Unpickled handles belong to this client from now on."""

@@ -23,6 +23,7 @@ from poolray.direct.calls import AFTER, LISTEN, RESULT
 from poolray.local import process_state, worker_process
 from poolray.local.actor_serial import SerialCalls
 from poolray.local.actor_threads import Threads
+from poolray.local.worker_arguments import fill_slots
 from poolray.local.worker_errors import encode_constructor_error
 from poolray.protocol.actors import ActorSetup
 from poolray.protocol.worker import ActorExiting, ActorStarted, RunTasks, TaskCall
@@ -151,7 +152,7 @@ class ActorHost:
             task_class.placement,
         )
         if task.slots:
-            args, kwargs = worker.fill_slots(task, args, kwargs)
+            args, kwargs = fill_slots(worker, task, args, kwargs)
         return args, kwargs
 
     def _settle_in(self) -> None:
@@ -253,9 +254,7 @@ class ActorHost:
 
     def leave_at_once(self, error: SystemExit) -> None:
         """End the process from a thread among several."""
-        from poolray.local.worker import exit_code_of
-
-        code = exit_code_of(error)
+        code = worker_process.exit_code_of(error)
         if code == 0:
             self.announce_exit()
         worker_process.flush_output()
@@ -263,9 +262,7 @@ class ActorHost:
 
     async def leave_loop(self, error: SystemExit) -> None:
         """The same from a coroutine."""
-        from poolray.local.worker import exit_code_of
-
-        code = exit_code_of(error)
+        code = worker_process.exit_code_of(error)
         if code == 0:
             await self.run_shutdown_hook_in_loop()
             self._tell_of_exit()

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -41,11 +41,13 @@ from poolray.ids import (
 from poolray.local.channel import PART_MARK, PartJoiner
 from poolray.local.collected import Submission, take_together
 from poolray.local.fork_server import WorkerSetup
+from poolray.local.group_handle import GroupHandle
 from poolray.local.machine import Machine, memory_bytes, usable_cpus
 from poolray.local.memory_monitor import MemoryMonitor, is_supported
 from poolray.local.output_parts import OutputParts
-from poolray.local.reactor import Guard, Reactor, Waitable
+from poolray.local.reactor import Guard, Reactor
 from poolray.local.session_folder import SessionFolders, sweep
+from poolray.local.spawning import preparation_data
 from poolray.local.spilling import SpillThreads, file_name
 from poolray.local.workers import WorkerHost
 from poolray.node.effects import (
@@ -111,35 +113,6 @@ _ARENA_MIN_BYTES = 64 << 20
 _LOOK_AT_BATCHES_S = 0.02
 #: What found a channel full is tried again after this long.
 _FLUSH_AGAIN_S = 0.001
-
-
-@final
-class GroupHandle(Waitable):
-    """A group of workers; done when it has ended."""
-
-    __slots__ = (
-        "error",
-        "group_id",
-        "host",
-        "on_failed",
-        "serializer",
-        "shared_globals",
-        "watch",
-    )
-
-    def __init__(self, group_id: GroupId, host: WorkerHost, serializer: Serializer) -> None:
-        super().__init__()
-        self.group_id = group_id
-        self.host = host
-        #: For arguments of calls that its workers run.
-        self.serializer = serializer
-        self.shared_globals: str | None = None
-        #: Why its workers do not start, if they do not.
-        self.error: bytes | None = None
-        #: Called once, from some thread, when its workers do not start.
-        self.on_failed: Callable[[bytes], None] | None = None
-        #: Who is told what its workers note, if somebody wants to know.
-        self.watch: GroupWatch | None = None
 
 
 class NodeShell(abc.ABC):
@@ -668,7 +641,7 @@ class NodeShell(abc.ABC):
             modules = frozenset(sys.modules)
         else:
             modules = frozenset(sys.builtin_module_names)
-            preparation = _preparation_data(setup.name_prefix)
+            preparation = preparation_data(setup.name_prefix)
         host = WorkerHost(group_id, self.arena, setup, start_method, preparation)
         if start_method != "fork":
             try:
@@ -801,22 +774,3 @@ def store_bytes(config: Config) -> int:
     """Capacity of the arena."""
     default = max(_ARENA_MIN_BYTES, int(memory_bytes() * _ARENA_SHARE))
     return config.object_store_memory_bytes or default
-
-
-def _preparation_data(name: str) -> dict[str, Any]:
-    from multiprocessing import spawn
-
-    if getattr(sys.modules.get("multiprocessing.process"), "current_process", None) is not None:
-        from multiprocessing import process
-
-        if getattr(process.current_process(), "_inheriting", False):
-            raise RuntimeError(
-                "An attempt has been made to start workers while `__main__` is being imported by "
-                "a spawned process: put the code that starts them under "
-                "`if __name__ == '__main__':`."
-            )
-    data = spawn.get_preparation_data(name or "poolray")
-    if not os.path.exists(data.get("init_main_from_path", __file__)):
-        # A program on standard input: there is no `__main__` to import, its functions go by value.
-        del data["init_main_from_path"]
-    return data

@@ -37,9 +37,10 @@ from poolray.local import inspection, news, process_state
 from poolray.local.callbacks import CallbackThread
 from poolray.local.collected import Submission, take_together
 from poolray.local.direct_host import DirectHost, sooner
+from poolray.local.group_handle import GroupHandle
 from poolray.local.machine import Machine, Wishes, describe, usable_cpus
 from poolray.local.memory_views import with_views
-from poolray.local.node_shell import GroupHandle, NodeShell, store_bytes
+from poolray.local.node_shell import NodeShell, store_bytes
 from poolray.local.reactor import Interrupts, Waitable
 from poolray.node.effects import (
     GroupDrained,

@@ -27,14 +27,16 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from poolray.exceptions import InternalError, ObjectLostError
+from poolray.exceptions import InternalError
 from poolray.ids import WorkerId
 from poolray.local import process_state, worker_process
 from poolray.local.actor_reports import cancelled_outcome
 from poolray.local.channel import SpinningReader, send_whole
+from poolray.local.interruptible import OPEN_CODE, is_interruptible
 from poolray.local.reactor import Guard
+from poolray.local.worker_arguments import fill_slots
 from poolray.local.worker_client import WorkerClient, WorkerLink
-from poolray.local.worker_errors import DependencyFailed, OutOfTime, UnpicklableResult
+from poolray.local.worker_errors import OutOfTime, UnpicklableResult
 from poolray.local.worker_functions import Functions
 from poolray.local.worker_outcomes import Outcomes
 from poolray.local.worker_streams import END, WorkerStreams
@@ -477,7 +479,7 @@ class Worker:
         if not self._in_user_code:
             self._signalled = True
             self._nudged = self._packet is not None
-        elif _is_interruptible(frame):
+        elif is_interruptible(frame):
             self._obey()
         elif not self._signal_due:
             # Our own code between two steps: leave it alone, and look again in a moment.
@@ -695,7 +697,7 @@ class Worker:
                 assert self._packet is not None
                 if self._finished or self._partial:
                     self._flush(self._packet, False)
-                raise ToldToExit(exit_code_of(error)) from None
+                raise ToldToExit(worker_process.exit_code_of(error)) from None
             outcome = self.outcomes.raised(error, task, function)
         except BaseException as error:
             self._in_user_code = False
@@ -738,31 +740,7 @@ class Worker:
     ) -> tuple[Any, Any]:
         """A call's positional and keyword arguments, those from refs in their places."""
         args, kwargs = self.load(payload, task_class.writable)
-        return self.fill_slots(task, args, kwargs) if task.slots else (args, kwargs)
-
-    def fill_slots(self, task: TaskCall, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Put the values of refs among the arguments in their places."""
-        positional = list(args)
-        for index in task.error_arguments:
-            raise DependencyFailed(self.load(task.arguments[index], False))
-        values: Iterator[Any] = map(self._load_argument, task.arguments)
-        if task.fetch:
-            try:
-                values = iter(self.client.fetch(task.fetch))
-            except Exception as error:
-                raise DependencyFailed(error) from error
-        for slot, loaded in zip(task.slots, values, strict=True):
-            if isinstance(slot, int):
-                positional[slot] = loaded
-            else:
-                kwargs[slot] = loaded
-        return positional, kwargs
-
-    def _load_argument(self, value: bytes | InArena | InFile) -> Any:
-        try:
-            return self.load(value, False)
-        except ObjectLostError as lost:
-            raise DependencyFailed(lost) from lost
+        return fill_slots(self, task, args, kwargs) if task.slots else (args, kwargs)
 
     def load(self, value: bytes | InArena | InFile, writable: bool) -> Any:
         """A value from where it is."""
@@ -796,44 +774,18 @@ class Worker:
 #: Where a packet that came past the node notes which of its calls have begun.
 _NOBODY_LOOKS = memoryview(bytearray(8)).cast("Q")
 
-#: Where user code may be interrupted: in itself, and where it waits in ours.
-#: (what is put around calls adds itself).
-OPEN_CODE = {
-    Worker._run_call.__code__,
-    Worker.advance.__code__,
-    WorkerLink.sleep.__code__,
-    Guard.sleep.__code__,
-}
-_OUR_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-
-
-def _is_interruptible(frame: FrameType | None) -> bool:
-    """Whether an exception may be raised in a frame below `Worker._run_call`.
-
-    Not in our own code, whose tables it would leave torn, nor in what that calls; not in a
-    finalizer, which would swallow it.
-    """
-    while frame is not None:
-        code = frame.f_code
-        if code in OPEN_CODE:
-            return True
-        if code.co_name == "__del__" or code.co_filename.startswith(_OUR_FOLDER):
-            return False
-        frame = frame.f_back
-    return False
+# User code may be interrupted in itself, and where it waits in ours.
+OPEN_CODE.update(
+    (
+        Worker._run_call.__code__,
+        Worker.advance.__code__,
+        WorkerLink.sleep.__code__,
+        Guard.sleep.__code__,
+    )
+)
 
 
 def _end_process() -> None:
     """A task is stopped by force."""
     worker_process.flush_output()
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def exit_code_of(error: SystemExit) -> int:
-    """The code that a process ends with."""
-    if isinstance(error.code, int):
-        return error.code & 0xFF
-    if error.code is None:
-        return 0
-    sys.stderr.write(f"{error.code}\n")
-    return 1

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from poolray.local import worker_errors
 from poolray.local.fork_server import WorkerExtras
-from poolray.local.worker import OPEN_CODE
+from poolray.local.interruptible import OPEN_CODE
 from poolray.objects.shared_memory import (
     CALL_BEGAN,
     CALLS_DONE,

@@ -315,3 +315,13 @@ class PrefixedStream(io.TextIOBase):
     def buffer(self) -> Any:
         """The binary stream behind it, without prefixes."""
         return self._stream.buffer
+
+
+def exit_code_of(error: SystemExit) -> int:
+    """The code that a process ends with."""
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+    if error.code is None:
+        return 0
+    sys.stderr.write(f"{error.code}\n")
+    return 1
