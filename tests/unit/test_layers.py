@@ -39,7 +39,14 @@ FLOORS = (
     Floor(("direct",)),
     Floor(
         (
-            *("client", "client_functions", "client_link", "client_references", "client_values"),
+            *(
+                "client",
+                "client_functions",
+                "client_link",
+                "client_references",
+                "client_futures",
+                "client_values",
+            ),
             *("client_rest", "client_waits"),
         ),
         open_plan=True,
