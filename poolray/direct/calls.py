@@ -54,7 +54,7 @@ from poolray.protocol.client import (
     ReleaseReferences,
     SubmitTasks,
 )
-from poolray.protocol.values import CallKind, TaskClass, TaskSpec, identified
+from poolray.protocol.values import OWN_GROUP, CallKind, TaskClass, TaskSpec, identified
 from poolray.protocol.worker import TasksFinished
 
 #: Methods that every actor has, for this alone.
@@ -166,7 +166,7 @@ class DirectCalls:
         self.pending[object_id] = connection
         connection.outbox.append((object_id, task_id, task_class, payload))
         # (On one that was lost or left just now it would wait for ever.)
-        if connection.wants_flush() or connection.is_lost or not route.is_clear:
+        if connection.wants_flush() or connection.is_lost or not route.is_passable:
             self._flush(connection, route)
         route.unread += 1
         if route.unread >= _READ_EVERY:
@@ -179,12 +179,12 @@ class DirectCalls:
         link.enter()
         try:
             with self._lock:
-                is_lost, is_clear = connection.is_lost, route.is_clear
+                is_lost, is_passable = connection.is_lost, route.is_passable
                 if not is_lost:
                     connection.flush()
             if is_lost:
                 self.on_lost(connection)
-            elif not is_clear:  # another thread's call goes by way of the nodes
+            elif not is_passable:  # another thread's call goes by way of the nodes
                 self._give_unsent(connection, route)
             self._host.on_sent()
         finally:
@@ -292,6 +292,7 @@ class DirectCalls:
                     group_id=self._client.tasks_group,
                     max_retries=0,
                     method=method,
+                    concurrency_group=OWN_GROUP,
                     is_listed=method == RESULT,
                 )
             )
@@ -511,7 +512,7 @@ class DirectCalls:
             connection.note_reported(report)
             if connection.outbox:
                 connection.flush()
-            is_left = connection.outbox and not connection.route.is_clear
+            is_left = connection.outbox and not connection.route.is_passable
         route = connection.route
         if ended and not isinstance(route, Loan):  # (of those its worker tells its node)
             self._note(connection.route.actor_id, ended, errors, report)
@@ -685,7 +686,7 @@ class DirectCalls:
 
     def _count_promise(self, connection: Connection | Loan) -> None:
         route = connection.route
-        if not route.is_clear:
+        if route.is_together and not route.is_clear:
             return  # a burst in which the way has opened: refs are waited for among earlier ones
         route.promises += 1
         if route.promises > max(_PROMISES_MAX, _PROMISES_SHARE * connection.made):
@@ -786,7 +787,7 @@ class DirectCalls:
                     if push_s is not None and now >= push_s:
                         connection.push()
                         route = connection.route
-                        if connection.outbox and not route.is_clear and isinstance(route, Route):
+                        if connection.outbox and not route.is_passable and isinstance(route, Route):
                             left = connection, route
                     late_s = connection.first_sent_s + _NUDGE_AFTER_S
                     if connection.waits_behind() and now >= late_s:

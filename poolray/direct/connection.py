@@ -178,7 +178,7 @@ class Connection:
         """Send what the worker has room for. On a lost one calls stay, for `on_lost` to find; and
         while others are under way by way of the nodes, for whoever has made them to give there.
         """
-        if not self.route.is_clear:
+        if not self.route.is_passable:
             return
         while not self.is_lost and self.outbox and self.wants_flush():
             self._send_packet()

@@ -127,6 +127,11 @@ class Loan:
         self.outbox: deque[Waiting] = deque()
         self.sent: dict[ObjectId, Waiting] = {}
 
+    @property
+    def is_passable(self) -> bool:
+        """As of an actor's route that has an order."""
+        return self.is_clear
+
     def usable(self) -> Connection | None:
         """The way for a call that is made now; None: to the nodes."""
         connection = self.connection

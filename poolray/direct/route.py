@@ -61,9 +61,12 @@ class Route:
 
     def usable(self) -> Connection | None:
         """The way for a call that is made now; None: by way of the nodes."""
-        if self.is_off or not (self.is_clear or self.is_together):
-            return None
-        return self.connection
+        return None if self.is_off or not self.is_passable else self.connection
+
+    @property
+    def is_passable(self) -> bool:
+        """Whether straight calls may be sent: they come after none that goes another way."""
+        return self.is_clear or self.is_together
 
 
 def may_go_straight(task_class: TaskClass) -> bool:

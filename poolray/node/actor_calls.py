@@ -133,7 +133,7 @@ class ActorCalls:
             return False
         if actor.message.serial:
             return len(actor.packets) >= self._state.config.packets_per_worker_max
-        return len(actor.lanes) == 1 and actor.lane.sent >= actor.lane.limit
+        return not actor.message.groups and actor.lane.sent >= actor.lane.limit
 
     def is_here(self, actor_id: ActorId) -> bool:
         """Whether calls of an actor may be made to it directly."""

@@ -20,6 +20,7 @@ from poolray.node.workers import WorkerRecord
 from poolray.protocol.actors import CreateActor
 from poolray.protocol.node import WorkerLost
 from poolray.protocol.state import ActorRow
+from poolray.protocol.values import OWN_GROUP
 from poolray.tasks.lifecycle import TaskRecord
 
 #: Calls that wait in the queue of a worker that runs several at once, beyond those that run.
@@ -105,6 +106,8 @@ class Actor:
         self.lanes = {"": self.lane}
         for name, concurrency in message.groups.items():
             self.lanes[name] = Lane(message.ordered, concurrency)
+        if not message.serial:  # what its callers ask for waits for no call that may wait for it
+            self.lanes[OWN_GROUP] = Lane(message.ordered, _AHEAD_MAX)
         #: task id -> calls that were sent and have not ended, in the order of sending.
         self.sent: dict[TaskId, TaskRecord] = {}
         #: task id -> objects in memory that such a call brought, and its worker may look at.

@@ -27,6 +27,9 @@ from poolray.ids import (
     TaskId,
 )
 
+#: The concurrency group of what every actor has for its callers' sake (`poolray/direct/`).
+OWN_GROUP = "__poolray__"
+
 
 class CallKind(enum.IntEnum):
     """What a worker does with one payload of a call."""

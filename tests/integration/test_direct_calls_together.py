@@ -17,6 +17,7 @@ import pytest
 
 import poolray
 from poolray.cluster_utils import Cluster
+from poolray.direct.calls import DirectCalls
 from poolray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
@@ -345,6 +346,28 @@ def test_a_large_result_is_brought_while_other_calls_take_every_place(actor: Any
     poolray.cancel(refs.pop())
     poolray.get(actor.release.remote())
     assert poolray.get(refs) == ["released"] * (TOGETHER - 1)
+
+
+def test_what_is_asked_for_by_way_of_the_node_waits_for_no_calls_there(
+    actor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[Any] = []
+    fetch = DirectCalls._fetch_held
+    monkeypatch.setattr(DirectCalls, "_fetch_held", lambda self, *found: held.append(found))
+    large = actor.zeros.remote(1_000_000)
+    wait_until(lambda: bool(held), "the word of a large result")
+    put = poolray.put(1)
+    refs = [actor.wait_with.remote(put) for _ in range(10 * TOGETHER)]  # more than the node sends
+    calls = direct_calls()
+    link = calls._client.link
+    link.enter()
+    try:
+        fetch(calls, *held[0])
+    finally:
+        link.leave()
+    assert len(poolray.get(large, timeout=20)) == 1_000_000
+    for ref in refs:
+        poolray.cancel(ref)
 
 
 def test_errors_small_and_large(actor: Any) -> None:
