@@ -32,40 +32,32 @@ from poolray.direct.addresses import Offer, come_to, settle_in
 from poolray.direct.connection import ARGUMENTS_BYTES_MAX, Connection, Waiting
 from poolray.direct.interfaces import Host, Owner, Waiter
 from poolray.direct.loans import Loan, Loans
+from poolray.direct.notes import Notes
+from poolray.direct.own_calls import AFTER, LISTEN, RESULT, OwnCalls
 from poolray.direct.route import Route, may_go_straight, unavailable
 from poolray.direct.seal import HandshakeError
 from poolray.exceptions import TaskCancelledError
 from poolray.ids import (
     ActorId,
     ClassId,
-    FunctionId,
     ObjectId,
     actor_of_handle,
-    return_id,
 )
 from poolray.objects.object_ref import ObjectRef, make_ref
 from poolray.protocol.actors import CallActor
 from poolray.protocol.client import (
-    EndedCalls,
-    NoteCalls,
     ObjectValues,
     PromiseObjects,
     PutObject,
     ReleaseReferences,
     SubmitTasks,
 )
-from poolray.protocol.values import OWN_GROUP, CallKind, TaskClass, TaskSpec, identified
+from poolray.protocol.values import TaskClass, TaskSpec
 from poolray.protocol.worker import TasksFinished
-
-#: Methods that every actor has, for this alone.
-LISTEN, AFTER, RESULT = "__poolray_listen__", "__poolray_after__", "__poolray_result__"
 
 #: A packet of several calls that is not reported for so long: perhaps the results of the first ones
 #: wait for a long one behind them.
 _NUDGE_AFTER_S = 0.005
-#: Ended calls are told to the node when so many are, or after so long.
-_NOTES_MAX = 256
-_NOTE_AFTER_S = 0.1
 #: An actor's refs that others want to know of cost more this way: beyond so many, and this share of
 #: its calls, they go by way of the nodes.
 _PROMISES_MAX = 32
@@ -115,13 +107,9 @@ class DirectCalls:
         self.lasts: dict[ObjectId, Route | Loan] = {}
         #: Whether calls of a class may go straight.
         self._is_plain: dict[ClassId, bool] = {}
-        #: Our own classes, by method and the name that users know.
-        self._own_classes: dict[tuple[str, str], TaskClass] = {}
         self._index = _FIRST_INDEX + (int.from_bytes(os.urandom(5), "little") << 20)
-        #: Ended calls that the node has not been told of, how many, and since when.
-        self._notes: list[EndedCalls] = []
-        self._notes_count = 0
-        self._notes_since_s = 0.0
+        self._notes = Notes(client)
+        self._own = OwnCalls(client)
         #: Connections that stand, also those that no call uses any more.
         self._connections: dict[Connection, None] = {}
         #: Handles that have died while calls were under way: the actor must outlive these.
@@ -215,7 +203,7 @@ class DirectCalls:
                     self.lasts.pop(route.last, None)
                     route.last, route.is_clear = ObjectId(b""), False
                 arguments = (connection.connection_id, connection.made)
-            self._send_own(route.actor_id, AFTER, arguments)
+            self._own.send(route.actor_id, AFTER, arguments)
             for call in unsent:
                 self._give_call(route, call)
             if unsent:
@@ -263,47 +251,10 @@ class DirectCalls:
 
     # ---- the way in ------------------------------------------------------------------------------
 
-    def _send_own(self, actor_id: ActorId, method: str, arguments: tuple[Any, ...]) -> None:
-        """A call of ours by way of the nodes, of which nobody wants a result."""
-        client = self._client
-        task_id = client.task_ids.next_call_id()
-        spec = TaskSpec(
-            task_id=task_id,
-            class_id=self._own_class(method, method).class_id,
-            calls=[client.inline((arguments, {}))],
-        )
-        client.link.submit(CallActor(actor_id=actor_id, task=spec))
-        object_id = return_id(task_id, 0)
-        ref = make_ref(object_id, client)
-        client.counts[object_id] = 1
-        # (Asked for, for if it fails with the actor, that is nothing to show to users.)
-        client.link.when_ready(object_id, lambda reply: _ignore(client.read_reply(reply, ref)))
-
-    def _own_class(self, method: str, name: str) -> TaskClass:
-        """A method that every actor has; under the user's name when it brings a user's result."""
-        made = self._own_classes.get((method, name))
-        if made is None:
-            made = identified(
-                TaskClass(
-                    class_id=ClassId(b""),
-                    function_id=FunctionId(b""),
-                    name=name,
-                    kind=CallKind.METHOD,
-                    group_id=self._client.tasks_group,
-                    max_retries=0,
-                    method=method,
-                    concurrency_group=OWN_GROUP,
-                    is_listed=method == RESULT,
-                )
-            )
-            self._client.definitions.define_class(made)
-            self._own_classes[method, name] = made
-        return made
-
     def _ask_for_way(self, route: Route) -> None:
         """Ask the worker, after all calls that were made before."""
         client = self._client
-        task_class = self._own_class(LISTEN, LISTEN)
+        task_class = self._own.class_of(LISTEN, LISTEN)
         (ref,) = client.submit(task_class, (self._host.machine,), {}, route.actor_id)
 
         def learn(reply: ObjectValues) -> None:
@@ -415,7 +366,7 @@ class DirectCalls:
             if begun and not route.is_together:
                 # If only the way was cut: what the worker has is not to run after what follows.
                 arguments = (connection.connection_id, connection.made)
-                self._send_own(route.actor_id, AFTER, arguments)
+                self._own.send(route.actor_id, AFTER, arguments)
             self._decide_lost(route, begun, waiting)
             self._release_handle(route.actor_id)
 
@@ -423,7 +374,7 @@ class DirectCalls:
         """What was sent may have run: it fails as the nodes say. What was not goes their way."""
         client = self._client
         if begun:
-            task_class = self._own_class("__ray_ready__", AFTER)
+            task_class = self._own.class_of("__ray_ready__", AFTER)
             (ref,) = client.submit(task_class, (), {}, route.actor_id)
 
             def learn(reply: ObjectValues) -> None:
@@ -515,7 +466,7 @@ class DirectCalls:
             is_left = connection.outbox and not connection.route.is_passable
         route = connection.route
         if ended and not isinstance(route, Loan):  # (of those its worker tells its node)
-            self._note(connection.route.actor_id, ended, errors, report)
+            self._notes.add(connection.route.actor_id, ended, errors, report)
         if told:
             self._tell(told)
         for call in held:
@@ -569,7 +520,7 @@ class DirectCalls:
         self._is_plain[task_class.class_id] = False  # the next ones will be like it
         spec = TaskSpec(
             task_id=task_id,
-            class_id=self._own_class(RESULT, task_class.name).class_id,
+            class_id=self._own.class_of(RESULT, task_class.name).class_id,
             calls=[self._client.inline(((task_id,), {}))],
         )
         self.give_to_node(object_id, CallActor(actor_id=actor_id, task=spec))
@@ -763,7 +714,7 @@ class DirectCalls:
 
     def next_deadline(self) -> float | None:
         """When to call `tick` at the latest; None: no need."""
-        deadline = self._notes_since_s + _NOTE_AFTER_S if self._notes else None
+        deadline = self._notes.due_s()
         if self.pending:
             for connection in list(self._connections):
                 push_s = connection.push_due_s()
@@ -777,8 +728,9 @@ class DirectCalls:
     def tick(self) -> None:
         """Time has passed."""
         now = time.monotonic()
-        if self._notes and now >= self._notes_since_s + _NOTE_AFTER_S:
-            self.send_notes()
+        due_s = self._notes.due_s()
+        if due_s is not None and now >= due_s and not self.is_closed:
+            self._notes.send()
         if self.pending:
             left: tuple[Connection, Route] | None = None
             with self._lock:
@@ -794,42 +746,6 @@ class DirectCalls:
                         connection.nudge()
             if left is not None:
                 self._give_unsent(*left)
-
-    def _note(
-        self,
-        actor_id: ActorId,
-        calls: list[Waiting],
-        errors: dict[int, str],
-        report: TasksFinished,
-    ) -> None:
-        """These have ended, for those who look on."""
-        if not calls[0][2].is_listed:
-            return
-        now = time.monotonic()
-        with self._lock:
-            if not self._notes:
-                self._notes_since_s = now
-            self._notes_count += len(calls)
-            self._notes.append(
-                EndedCalls(
-                    actor_id=actor_id,
-                    worker_id=report.worker_id,
-                    task_ids=[call[1] for call in calls],
-                    class_ids=[call[2].class_id for call in calls],
-                    errors=errors,
-                    elapsed_ns=report.elapsed_ns,
-                    ended_s=now,
-                )
-            )
-        if self._notes_count >= _NOTES_MAX:
-            self.send_notes()
-
-    def send_notes(self) -> None:
-        """Tell the node what has ended."""
-        with self._lock:
-            notes, self._notes, self._notes_count = self._notes, [], 0
-        if notes and not self.is_closed:
-            self._client.link.send(NoteCalls(calls=notes, now_s=time.monotonic()))
 
     def give_up(self, error: bytes) -> None:
         """The node is gone: with it everything else, as far as this process knows."""
@@ -848,7 +764,3 @@ class DirectCalls:
         for connection in list(self._connections):
             connection.close()
         self._connections.clear()
-
-
-def _ignore(answer: object) -> None:
-    """Nobody wants to know."""

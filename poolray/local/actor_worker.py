@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, final
 
-from poolray.direct.calls import AFTER, LISTEN, RESULT
+from poolray.direct.own_calls import AFTER, LISTEN, RESULT
 from poolray.local import process_state, worker_process
 from poolray.local.actor_serial import SerialCalls
 from poolray.local.actor_threads import Threads

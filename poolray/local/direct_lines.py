@@ -21,7 +21,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 from poolray.direct.addresses import CONNECT_S, Offer, make_door, settle_in
-from poolray.direct.calls import AFTER, LISTEN, RESULT
+from poolray.direct.own_calls import AFTER, LISTEN, RESULT
 from poolray.direct.seal import HandshakeError
 from poolray.ids import TaskId
 from poolray.local import process_state, worker_process
