@@ -33,6 +33,7 @@ __all__ = [
     "Counter",
     "Gauge",
     "Histogram",
+    "Metric",
     "MetricSample",
     "MetricsServer",
     "metrics_text",
@@ -170,14 +171,25 @@ def on_news(data: bytes, address: str) -> None:
 # ---- what users record with ----------------------------------------------------------------------
 
 
-class _Metric:
-    """Name, description and tags of a metric."""
+class Metric:
+    """What counters, gauges and histograms have in common; not to be made itself.
+
+    Examples
+    --------
+    >>> from poolray.util.metrics import Gauge, Metric
+    >>> isinstance(Gauge("queue_length_of_an_example"), Metric)
+    True
+    """
 
     _kind = ""
 
     def __init__(
         self, name: str, description: str = "", tag_keys: tuple[str, ...] | None = None
     ) -> None:
+        if type(self) is Metric:
+            raise TypeError("make a Counter, a Gauge or a Histogram: a Metric records nothing")
+        if not isinstance(description, str):
+            raise TypeError(f"description should be a str, got: {type(description)}")
         self._is_discarded = not _check_name(name)
         self._name = name
         self._description = description
@@ -251,7 +263,7 @@ class _Metric:
         return self._name, self._description, self._tag_keys
 
 
-def _rebuild(kind: type[_Metric], arguments: tuple[Any, ...], tags: dict[str, str]) -> Any:
+def _rebuild(kind: type[Metric], arguments: tuple[Any, ...], tags: dict[str, str]) -> Any:
     return kind(*arguments).set_default_tags(tags)
 
 
@@ -289,7 +301,7 @@ def _check_number(value: Any) -> None:
 
 
 @final
-class Counter(_Metric):
+class Counter(Metric):
     """A number that only grows, summed over all processes of the job.
 
     Parameters
@@ -343,7 +355,7 @@ class Counter(_Metric):
 
 
 @final
-class Gauge(_Metric):
+class Gauge(Metric):
     """A number that goes up and down; the last one that any process has set counts.
 
     Parameters
@@ -382,7 +394,7 @@ class Gauge(_Metric):
 
 
 @final
-class Histogram(_Metric):
+class Histogram(Metric):
     """How many values fell into which bucket, summed over all processes of the job.
 
     Parameters

@@ -78,6 +78,7 @@ def test_values_of_tags_are_strings(tags: dict[str, Any]) -> None:
         (lambda: Counter(""), ValueError, "Empty name"),
         (lambda: Counter("contract_list", tag_keys=["a"]), TypeError, "should be a tuple"),
         (lambda: Counter("contract_int", tag_keys=(1,)), TypeError, "Tag keys must be str"),
+        (lambda: Counter("contract_text", description=5), (TypeError, AttributeError), ""),
         (lambda: Histogram("contract_none"), ValueError, "boundaries argument"),
         (lambda: Histogram("contract_empty", boundaries=[]), ValueError, "boundaries argument"),
         (
@@ -88,7 +89,7 @@ def test_values_of_tags_are_strings(tags: dict[str, Any]) -> None:
     ],
 )
 def test_declarations_that_make_no_sense_are_refused(
-    make: Callable[[], Any], error: type[Exception], text: str
+    make: Callable[[], Any], error: type[Exception] | tuple[type[Exception], ...], text: str
 ) -> None:
     with pytest.raises(error, match=text):
         make()

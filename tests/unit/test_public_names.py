@@ -321,6 +321,7 @@ PUBLIC_NAMES = {
         "Counter",
         "Gauge",
         "Histogram",
+        "Metric",
         "MetricSample",
         "MetricsServer",
         "metrics_text",
