@@ -30,7 +30,8 @@ class Job(msgspec.Struct):
     """A job that has tasks here."""
 
     facts: JobStarted
-    #: Its driver's session, if that is here; else the node that told of it, if one did.
+    #: Its driver's session, if that is here; else the node where it is, if that is known. (Not the
+    #: one that told of it: that may have sent a task of a task.)
     session: Any = None
     node_id: NodeId = NodeId(b"")
     #: Nodes that know of it.

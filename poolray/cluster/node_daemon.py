@@ -529,6 +529,7 @@ class NodeDaemon(NodeShell):
             group_id=group_id,
             namespace=hello.namespace,
             log_to_driver=hello.log_to_driver,
+            node_id=self.node_id,
         )
         self.jobs.begin(Job(job, session=session))
         self._send_head(
@@ -728,7 +729,7 @@ class NodeDaemon(NodeShell):
             return
         message = self._decode_peer(payload)
         if isinstance(message, JobStarted):
-            self.jobs.begin(Job(message, node_id=NodeId(peer)))
+            self.jobs.begin(Job(message, node_id=message.node_id))
         elif isinstance(message, Output):
             self.jobs.on_output(message)
         elif isinstance(message, News):

@@ -110,6 +110,7 @@ class JobStarted(msgspec.Struct, frozen=True, array_like=True, tag=521, kw_only=
     group_id: GroupId
     namespace: str
     log_to_driver: bool = True
+    node_id: NodeId = NodeId(b"")  #: the driver's: the job ends with it
 
 
 # ---- daemons about bytes of values ---------------------------------------------------------------

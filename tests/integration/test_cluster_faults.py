@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,7 +20,7 @@ import poolray
 from poolray.cluster import launch
 from poolray.cluster_utils import Cluster
 from poolray.exceptions import ActorDiedError, ObjectLostError, OwnerDiedError
-from tests.integration.support import wait_until
+from tests.integration.support import Gate, announce_and_hold, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons need Linux")
 
@@ -277,6 +278,32 @@ def test_work_goes_on_while_workers_and_nodes_are_killed(cluster: Cluster) -> No
         cluster.remove_node(node, allow_graceful=False)
         cluster.add_node(num_cpus=1)
     assert poolray.get(refs, timeout=40) == [number * number for number in range(150)]
+
+
+def test_a_job_goes_on_where_it_was_first_heard_of_from_a_node_that_is_dead_now(
+    tmp_path: Path,
+) -> None:
+    """That node had sent a task of a task; the driver speaks with another one."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        middle = cluster.add_node(num_cpus=1, resources={"middle": 1})
+        poolray.init(address=cluster.address)
+        inner = poolray.remote(resources={"last": 0.1}, num_cpus=0)(lambda: "done")
+        outer = poolray.remote(resources={"middle": 1})(lambda: poolray.get(inner.remote()))
+        cluster.add_node(num_cpus=1, resources={"last": 1})
+        assert poolray.get(outer.remote()) == "done"
+        hold = poolray.remote(resources={"last": 0.1}, max_retries=0)(announce_and_hold)
+        with Gate(tmp_path / "started") as started, Gate(tmp_path / "release") as release:
+            running = hold.remote(started, release, "held")
+            started.wait()
+            cluster.remove_node(middle, allow_graceful=False)
+            wait_until(lambda: len([n for n in poolray.nodes() if n["Alive"]]) == 2, "its death")
+            assert poolray.get(inner.remote(), timeout=30) == "done"
+            release.open()
+            assert poolray.get(running, timeout=30) == "held"
+    finally:
+        poolray.shutdown()
+        cluster.shutdown()
 
 
 def test_a_daemon_whose_starter_is_gone_before_it_is_up_ends(cluster: Cluster) -> None:
