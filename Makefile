@@ -57,7 +57,7 @@ test-torch: $(STAMP)
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(TORCH_PATH) '$(TORCH)' || \
 	  echo "test-torch: NOT TESTED with torch: $(TORCH) cannot be had here"
 	PYTHONPATH=$(CURDIR)/$(TORCH_PATH) $(BIN)/python -m pytest -n $(JOBS) $(FLAGS) \
-	  tests/integration/test_collective_torch.py tests/contract/test_core_collective.py
+	  -k torch tests/integration/test_collective_torch.py tests/contract/test_core_collective.py
 
 simulate: $(STAMP)
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED)) $(if $(STEPS),--steps $(STEPS))
