@@ -66,6 +66,7 @@ class Dispatcher:
         "deadline_s",
         "groups",
         "is_hopeless",
+        "may_run_elsewhere",
         "orders",
         "packets",
         "peers",
@@ -96,6 +97,8 @@ class Dispatcher:
         self.place_elsewhere: Callable[[ClassQueue], bool] = lambda queue: False
         #: Whether the only node that may run a class is gone.
         self.is_hopeless: Callable[[ClassQueue], bool] = lambda queue: False
+        #: Whether a peer that is busy now may run a class later.
+        self.may_run_elsewhere: Callable[[ClassQueue], bool] = lambda queue: False
         #: The nodes that it may offer them to.
         self.peers: Sized = ()
         self.bundles: Bundles
@@ -235,15 +238,20 @@ class Dispatcher:
 
     def tell_obstacles(self, now: float) -> None:
         """Say of which calls nothing will come, if they still wait; note when to look again."""
+        later: list[tuple[float, ClassQueue, Obstacle]] = []
         for deadline_s, queue, obstacle in self._notices:
             if deadline_s > now:
                 continue
             if queue.queued_calls and queue.obstacle is obstacle:
+                if self.may_run_elsewhere(queue):  # it is waited for, unless it dies
+                    again_s = now + self._state.config.infeasible_notice_after_s
+                    later.append((again_s, queue, obstacle))
+                    continue
                 text = f"Task {queue.task_class.name} waits for {obstacle.text}"
                 self._state.effects.append(Notice(text))
             else:
                 self._told.pop(obstacle.text, None)  # the next one that waits for it says so
-        self._notices = [notice for notice in self._notices if notice[0] > now]
+        self._notices = [notice for notice in self._notices if notice[0] > now] + later
         for deadline_s, _, _ in self._notices:
             self.watch_time(deadline_s)
 

@@ -103,6 +103,7 @@ def make_parts(
     dispatcher.groups, dispatcher.try_forward = groups, peers.try_forward
     dispatcher.place_elsewhere = peers.place_elsewhere
     dispatcher.is_hopeless = peers.placing.never
+    dispatcher.may_run_elsewhere = peers.placing.may_run
     dispatcher.peers = peers.views
     peers.ahead.dispatcher = dispatcher
     peers.placing.watch_time = dispatcher.watch_time

@@ -28,7 +28,7 @@ from poolray.protocol.node import NodeView
 from poolray.protocol.placement import GroupRow
 from poolray.protocol.values import LabelMatch, Placement
 from poolray.scheduling.group_resources import is_of_group, resources_of
-from poolray.scheduling.labels import meets_all
+from poolray.scheduling.labels import meets_all, meets_one
 from poolray.scheduling.policies import NodeIndex, is_half_full, score
 from poolray.tasks.class_queue import ClassQueue
 
@@ -330,6 +330,21 @@ class Placing:
             view is not None
             and view.status is NodeStatus.ALIVE
             and all(view.available.get(name, 0) >= q for name, q in queue.wanted.items())
+        )
+
+    def may_run(self, queue: ClassQueue) -> bool:
+        """Whether some living peer, were it empty, could run a task of a class."""
+        placement = queue.task_class.placement
+        if placement is not None and (
+            placement.group or (placement.node_id and not placement.is_soft)
+        ):
+            return False  # of those others know
+        conditions = placement.labels if placement is not None else []
+        return any(
+            view.status is NodeStatus.ALIVE
+            and _could_run(view, queue.wanted)
+            and meets_one(conditions, view.labels)
+            for view in self._views.values()
         )
 
     def never(self, queue: ClassQueue) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from poolray.ids import NodeId, ObjectId, PlacementGroupId, TaskId
-from poolray.node.effects import SendPeer
+from poolray.node.effects import Notice, SendPeer
 from poolray.protocol.directory import NodeStatus
 from poolray.protocol.node import ClusterView, ForwardTasks, NodeDied, NodeView
 from poolray.protocol.placement import GroupChanged, GroupRow, GroupSpec, GroupState
@@ -182,3 +182,24 @@ def test_what_is_sent_tells_the_other_node_where_the_task_wants_to_be() -> None:
     other.start_all()
     assert other.busy(), "the class says that it may run here"
     assert DRIVER
+
+
+def test_a_task_that_waits_for_a_busy_peer_is_not_told_of_until_that_is_dead() -> None:
+    bench = PeerBench(view(B, free=0, total=16), view(C))
+    after_s = bench.node.state.config.infeasible_notice_after_s
+    bench.submit(bench.task_class("large", cpus=16))
+    for _ in range(3):
+        bench.after(after_s)
+        assert bench.take(Notice) == []
+    bench.tell(NodeDied(node_id=B, reason="it was killed"))
+    bench.after(after_s)
+    (notice,) = bench.take(Notice)
+    assert notice.text.startswith("Task large waits for {'CPU': 16.0}")
+
+
+def test_a_task_that_no_peer_may_run_is_told_of() -> None:
+    bench = PeerBench(view(B, free=16, total=16, labels={"zone": "a"}), view(C))
+    bench.submit(bench.task_class("far", placement=Placement(labels=[[ZONE_B]])))
+    bench.submit(bench.task_class("large", cpus=17))
+    bench.after(bench.node.state.config.infeasible_notice_after_s)
+    assert {notice.text.split()[1] for notice in bench.take(Notice)} == {"far", "large"}
