@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import threading
 import time
 from collections import deque
@@ -31,12 +30,11 @@ from typing import Any, final
 from poolray.direct.addresses import Offer, come_to, settle_in
 from poolray.direct.connection import ARGUMENTS_BYTES_MAX, Connection, Waiting
 from poolray.direct.interfaces import Host, Owner, Waiter
-from poolray.direct.loans import Loan, Loans
+from poolray.direct.loans import Loan, Loans, cancelled_error
 from poolray.direct.notes import Notes
 from poolray.direct.own_calls import AFTER, LISTEN, RESULT, OwnCalls
 from poolray.direct.route import Route, may_go_straight, unavailable
 from poolray.direct.seal import HandshakeError
-from poolray.exceptions import TaskCancelledError
 from poolray.ids import (
     ActorId,
     ClassId,
@@ -656,14 +654,14 @@ class DirectCalls:
                 return True  # its result is on its way
             if waiting is not None:
                 # (Where calls have an order it is sent, for the worker counts, and not run.)
-                error = TaskCancelledError(task_id=call[1].hex(), task_name=call[2].name)
-                self._end(object_id, pickle.dumps(error), True, told)
+                self._end(object_id, cancelled_error(call), True, told)
             elif force and isinstance(connection.route, Loan):
                 # Its worker ends: nothing else is to come of it, and nothing is tried again.
-                error = TaskCancelledError(task_id=call[1].hex(), task_name=call[2].name)
-                self._end(object_id, pickle.dumps(error), True, told)
+                self._end(object_id, cancelled_error(call), True, told)
             else:
                 force = False  # (an actor's call cannot be, as the caller has been told)
+                if isinstance(connection.route, Loan):
+                    connection.route.cancelled.add(object_id)
             if waiting is not None and connection.route.is_together:
                 connection.outbox.remove(waiting)
             else:

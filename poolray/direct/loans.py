@@ -34,6 +34,7 @@ import msgspec
 from poolray.direct.addresses import Offer, make_door, settle_in
 from poolray.direct.connection import ARGUMENTS_BYTES_MAX, Connection, Waiting
 from poolray.direct.seal import HandshakeError
+from poolray.exceptions import TaskCancelledError
 from poolray.ids import ActorId, ClassId, ObjectId, TaskId, return_id
 from poolray.objects.object_ref import ObjectRef, make_ref
 from poolray.protocol.client import ObjectValues, SubmitTasks
@@ -68,6 +69,7 @@ class Loan:
 
     __slots__ = (
         "calls",
+        "cancelled",
         "connection",
         "doors",
         "function",
@@ -115,6 +117,8 @@ class Loan:
         self.function: object = None
         #: A call whose result the worker keeps, and gives back as the loan's.
         self.held: Waiting | None = None
+        #: Results of calls that were cancelled after they were sent: nothing is tried again.
+        self.cancelled: set[ObjectId] = set()
         #: Calls that this loan has run.
         self.served = 0
         # As of an actor's route:
@@ -199,7 +203,7 @@ class Loans:
         self._worth_calls = worth_calls
         self._loans: OrderedDict[ClassId, Loan | None] = OrderedDict()
         #: Nobody ever came though a worker tried: there is no way here.
-        self._is_off = False
+        self._has_come = self._is_off = False
 
     # ---- making calls ----------------------------------------------------------------------------
 
@@ -340,6 +344,7 @@ class Loans:
         """A worker has proved that it was sent here."""
         loan, direct = connection.route, self._direct
         assert isinstance(loan, Loan)
+        self._has_come = True
         with direct.lock:
             if loan.state is LoanState.ASKED and not direct.is_closed:
                 loan.state, loan.connection = LoanState.OPEN, connection
@@ -368,11 +373,16 @@ class Loans:
         assert isinstance(loan, Loan)
         with direct.lock:
             begun, waiting = direct.forget(connection)
+            unwanted = [call for call in begun if call[0] in loan.cancelled]
+            begun = [call for call in begun if call[0] not in loan.cancelled]
             if loan.connection is connection:
                 loan.connection = None
+                loan.cancelled.clear()
                 self._weigh(loan)
         if direct.is_closed:
             return
+        for call in unwanted:
+            direct.fail_all([call[0]], cancelled_error(call))
         for call in begun if is_lost else []:
             self._try_again(call)
         for call in [*waiting, *([] if is_lost else begun)]:
@@ -402,9 +412,10 @@ class Loans:
                 return
             was_open = loan.state is not LoanState.ASKED
             ref, held, function = loan.ref, loan.held, loan.function
-            loan.state = LoanState.OFF if loan.is_off else LoanState.NONE
             loan.ref = loan.reply = loan.held = loan.function = None
-        self._close_doors(loan)
+            self._close_doors(loan)
+            # (Last: from now on another thread may ask for the next one, with doors of its own.)
+            loan.state = LoanState.OFF if loan.is_off else LoanState.NONE
         assert ref is not None
         if held is not None:
             arguments = (reply, ref, held, function)
@@ -417,7 +428,8 @@ class Loans:
             # It was cancelled or lost on its way, or its worker found no way here.
             loan.patience = min(2 * loan.patience, _PATIENCE_MAX)
             loan.calls = loan.served = 0
-            self._is_off = self._is_off or (error is None and not found[1])
+            if error is None and not found[1] and not self._has_come:
+                self._is_off = True
             self._give_back_waiting(loan)
 
     def _give_back_waiting(self, loan: Loan) -> None:
@@ -484,6 +496,11 @@ class Loans:
             loan.connection = None
             for door in loan.doors:
                 door.channel.close()
+
+
+def cancelled_error(call: Waiting) -> bytes:
+    """What a call fails with that is not wanted."""
+    return pickle.dumps(TaskCancelledError(task_id=call[1].hex(), task_name=call[2].name))
 
 
 def _is_plain(task_class: TaskClass) -> bool:

@@ -136,6 +136,13 @@ class Caller:
         except ConnectionLost:
             self.is_gone = True
 
+    def close(self) -> None:
+        """Let go of the connection; also in a forked child: the caller must hear of this process's
+        end, not of the child's.
+        """
+        self.is_gone = True
+        self.channel.close()
+
     def give_back(self) -> None:
         """Say that this worker goes, and has not begun what it has not reported."""
         with contextlib.suppress(ConnectionLost):
@@ -332,8 +339,7 @@ class DirectServer:
         for door, _ in self._doors.values():
             door.close()
         for caller in self._callers.values():
-            caller.is_gone = True
-            caller.channel.close()
+            caller.close()
         self._doors.clear()
         self._callers.clear()
 

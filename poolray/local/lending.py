@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, final
 from poolray.direct.addresses import Offer, come_to, settle_in
 from poolray.direct.seal import HandshakeError
 from poolray.ids import ActorId, ClassId, TaskId
+from poolray.local import process_state
 from poolray.local.channel import Spinner
 from poolray.local.direct_server import Caller
 from poolray.protocol.client import EndedCalls, NoteCalls
@@ -58,7 +59,7 @@ def lend(worker: Worker, arguments: tuple[str, list[Offer]]) -> tuple[bool, Any]
     worker.prepare_to_block()
     worker.leave_user_code(True)
     if worker.former is not None:
-        worker.former.channel.close()
+        _close(worker.former)
         worker.former = None
     is_near = machine == worker.setup.machine
     offer = next((offer for offer in offers if bool(offer[0]) == is_near), None)
@@ -74,15 +75,25 @@ def lend(worker: Worker, arguments: tuple[str, list[Offer]]) -> tuple[bool, Any]
     except (HandshakeError, OSError):
         channel.close()
         return False, False
+    process_state.on_fork_in_child(caller.close)
     lending = Lending(worker, caller)
     worker.lending = lending
     try:
         return lending.run()
     finally:
         worker.lending = None
-        # The driver closes it when it has read all: if we did, what it sends just now would come
-        # back as an error, before what we have sent.
-        worker.former = caller
+        if caller.has_unsent:
+            # It was stopped: nobody sends the rest when it goes on, so it is to find us gone.
+            _close(caller)
+        else:
+            # The driver closes it when it has read all: if we did, what it sends just now would
+            # come back as an error, before what we have sent.
+            worker.former = caller
+
+
+def _close(caller: Caller) -> None:
+    process_state.off_fork_in_child(caller.close)
+    caller.close()
 
 
 @final

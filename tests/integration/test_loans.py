@@ -16,6 +16,7 @@ import pytest
 
 import poolray
 from poolray.cluster_utils import Cluster
+from poolray.direct.addresses import make_door
 from poolray.direct.loans import Loan, Loans
 from poolray.exceptions import (
     ClusterConnectionError,
@@ -29,7 +30,9 @@ from poolray.util import state
 from tests.integration.support import (
     DEADLINE_S,
     Gate,
+    Script,
     is_alive,
+    kill,
     leave_mark,
     marks,
     wait_until,
@@ -364,6 +367,29 @@ def test_a_call_is_cancelled_by_force(far: dict[str, Any], tmp_path: Path) -> No
     assert marks(tmp_path, "begun") == [pid]
 
 
+def test_a_call_that_was_cancelled_is_not_tried_again(far: dict[str, Any], tmp_path: Path) -> None:
+    """Its worker dies of the order."""
+
+    def die_of_it(folder: Path | None) -> str:
+        if folder is not None:
+            leave_mark(folder, "begun")
+            if len(marks(folder, "begun")) == 1:
+                try:
+                    time.sleep(60)
+                except KeyboardInterrupt:
+                    os._exit(1)
+        return "done"
+
+    function = poolray.remote(**far)(die_of_it)
+    ref = on_loan(function, (None,), tmp_path)
+    wait_until(lambda: len(marks(tmp_path, "begun")) == 1, "the call has begun")
+    poolray.cancel(ref)
+    with pytest.raises(TaskCancelledError):
+        poolray.get(ref, timeout=DEADLINE_S)
+    assert poolray.get(function.remote(None)) == "done"
+    assert len(marks(tmp_path, "begun")) == 1
+
+
 def test_what_a_call_has_submitted_is_cancelled_with_it(
     far: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -422,6 +448,98 @@ def test_a_call_whose_worker_dies_is_tried_again(
             poolray.get(ref, timeout=DEADLINE_S)
     assert len(marks(tmp_path, "run")) == 2
     assert poolray.get(function.remote(None)) == "done"
+
+
+def test_a_worker_that_dies_is_missed_though_its_forked_child_lives(
+    far: dict[str, Any], tmp_path: Path
+) -> None:
+    def fork_and_die(folder: Path | None) -> str:
+        if folder is not None and not marks(folder, "child"):
+            if os.fork() == 0:
+                leave_mark(folder, "child")
+                while True:
+                    signal.pause()
+            while not marks(folder, "child"):
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "done"
+
+    function = poolray.remote(**far)(fork_and_die)
+    try:
+        ref = on_loan(function, (None,), tmp_path)
+        assert poolray.get(ref, timeout=DEADLINE_S) == "done"
+        assert [is_alive(pid) for pid in marks(tmp_path, "child")] == [True]
+    finally:
+        for pid in marks(tmp_path, "child"):
+            kill(pid)
+
+
+def test_a_stopped_driver_whose_worker_could_not_tell_it_all_goes_on(tmp_path: Path) -> None:
+    """What a worker on loan has to say is more than its channel takes."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    body = f"""
+        from tests.integration.test_loans import on_loan
+
+        def fail(started, release):
+            if started is not None:
+                started.open()
+                release.wait()
+                raise ValueError("x" * 2_000_000)
+
+        poolray.init(address={cluster.address!r})
+        gates = Gate({str(tmp_path / "started")!r}), Gate({str(tmp_path / "release")!r})
+        ref = on_loan(poolray.remote(fail), (None, None), *gates)
+        try:
+            poolray.get(ref, timeout=DEADLINE_S)
+        except ValueError as error:
+            print("failed", len(str(error)) > 2_000_000)
+        poolray.shutdown()
+    """
+    try:
+        poolray.init(address=cluster.address)
+        total = poolray.cluster_resources()
+        environment = {"POOLRAY_AUTH_TOKEN_PATH": cluster.auth_token_path}
+        with (
+            Gate(tmp_path / "started") as started,
+            Gate(tmp_path / "release") as release,
+            Script(tmp_path / "driver.py", body, environment=environment) as driver,
+        ):
+            started.wait()
+            os.kill(driver.pid, signal.SIGSTOP)
+            release.open(count=2)
+            wait_until(lambda: poolray.available_resources() == total, "the end of the loan")
+            os.kill(driver.pid, signal.SIGCONT)
+            result = driver.finish()
+        assert result.lines() == ["failed True"]
+    finally:
+        poolray.shutdown()
+        cluster.shutdown()
+
+
+def test_a_worker_that_finds_no_way_once_is_not_the_end_of_loans(
+    far: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, other = poolray.remote(**far)(echo), poolray.remote(**far)(lambda x: x)
+    borrow(function)
+    tried: list[str] = []
+
+    def lead_astray(*args: Any) -> Any:
+        gone, door = make_door(*args), make_door(*args)
+        assert gone is not None
+        assert door is not None
+        gone[0].close()
+        tried.append("a door")
+        return door[0], gone[1]
+
+    monkeypatch.setattr("poolray.direct.loans.make_door", lead_astray)
+
+    def has_tried() -> bool:
+        assert poolray.get(other.remote(1), timeout=DEADLINE_S) == 1
+        return bool(tried)
+
+    wait_until(has_tried, "a loan asked for in vain")
+    monkeypatch.undo()
+    borrow(function)
 
 
 def test_a_promised_result_comes_from_another_attempt(far: dict[str, Any], tmp_path: Path) -> None:
