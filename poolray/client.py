@@ -366,13 +366,16 @@ class Client(References):
                 borrows=borrows,
                 parent=parent,
             )
+            route = None
+            if direct is not None and actor_id is not None:
+                route = direct.begin_other_call(actor_id)
             link.submit(
                 SubmitTasks(tasks=[spec])
                 if actor_id is None
                 else CallActor(actor_id=actor_id, task=spec)
             )
-            if direct is not None and actor_id is not None:
-                direct.after_other_call(actor_id, refs[-1]._id if refs else _NO_OBJECT)
+            if direct is not None and route is not None:
+                direct.after_other_call(route, refs[-1]._id if refs else _NO_OBJECT)
             elif loan is not None and direct is not None and direct.loans is not None:
                 direct.loans.after_other_call(loan, refs[0]._id)
             if self._is_worker:

@@ -200,24 +200,42 @@ class DirectCalls:
                 if unsent:  # what is made from now on comes after these
                     self.lasts.pop(route.last, None)
                     route.last, route.is_clear = ObjectId(b""), False
+                    self._begin_other(route)
                 arguments = (connection.connection_id, connection.made)
             self._own.send(route.actor_id, AFTER, arguments)
             for call in unsent:
                 self._give_call(route, call)
             if unsent:
-                self.after_other_call(route.actor_id, unsent[-1][0])
+                self.after_other_call(route, unsent[-1][0])
 
-    def after_other_call(self, actor_id: ActorId, last: ObjectId) -> None:
-        """A call went by way of the nodes."""
+    def begin_other_call(self, actor_id: ActorId) -> Route:
+        """A call goes by way of the nodes now; `after_other_call` is to follow."""
         route = self.routes.get(actor_id)
         if route is None:
             route = self.routes.setdefault(actor_id, Route(actor_id))
-        if route.is_off:
-            return
         with self._lock:
+            self._begin_other(route)
+        return route
+
+    def _begin_other(self, route: Route) -> None:
+        route.making += 1
+        route.is_mixed |= route.making > 1
+
+    def after_other_call(self, route: Route, last: ObjectId) -> None:
+        """A call went by way of the nodes."""
+        with self._lock:
+            route.making -= 1
+            is_mixed = route.is_mixed
+            route.is_mixed = is_mixed and route.making > 0
+            if route.is_off:
+                return
             self.lasts.pop(route.last, None)
-            route.last, route.is_clear = last, False
-            self.lasts[last] = route
+            route.is_clear = False
+            if is_mixed:  # it may not be the last: the value of a later one tells
+                route.last = ObjectId(b"")
+            else:
+                route.last = last
+                self.lasts[last] = route
             route.calls += 1
             asks = (
                 route.calls >= self._worth_calls
@@ -233,9 +251,10 @@ class DirectCalls:
     def note_values(self, object_ids: Sequence[ObjectId]) -> None:
         """These have values, as the node says."""
         for object_id in self.lasts.keys() & object_ids:
-            route = self.lasts.pop(object_id, None)
-            if route is not None and route.last == object_id:
-                route.is_clear = True
+            with self._lock:  # another thread's call may become the last one
+                route = self.lasts.pop(object_id, None)
+                if route is not None and route.last == object_id:
+                    route.is_clear = True
 
     def turn_off(self, actor_id: ActorId) -> None:
         """Calls of an actor go by way of the nodes from now on."""

@@ -31,9 +31,11 @@ class Route:
         "is_asking",
         "is_clear",
         "is_giving",
+        "is_mixed",
         "is_off",
         "is_together",
         "last",
+        "making",
         "promises",
         "unread",
     )
@@ -45,6 +47,10 @@ class Route:
         #: The last one's result; all before it are over when that has a value.
         self.last = ObjectId(b"")
         self.is_clear = True
+        #: Threads that make a call by way of the nodes right now, and whether there were two at a
+        #: time since there was none: which of their calls came last nobody here knows.
+        self.making = 0
+        self.is_mixed = False
         #: The worker has been asked for a way in, which is not open yet.
         self.is_asking = False
         #: Calls that were not sent are being given to the node.

@@ -526,6 +526,34 @@ def test_calls_of_several_threads_keep_their_order_whichever_way_they_go(recorde
         assert own == sorted(own)
 
 
+def test_of_two_calls_made_at_once_neither_is_taken_for_the_last(
+    recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = b"x" * 40_000
+    was_sent, goes_on = threading.Event(), threading.Event()
+    after_other_call = DirectCalls.after_other_call
+    refs: list[Any] = []
+
+    def linger(direct: DirectCalls, *args: Any) -> None:
+        if threading.current_thread() is other:
+            was_sent.set()
+            goes_on.wait()
+        after_other_call(direct, *args)
+
+    monkeypatch.setattr(DirectCalls, "after_other_call", linger)
+    other = threading.Thread(target=lambda: refs.append(recorder.echo.remote(large)))
+    other.start()
+    was_sent.wait()
+    second = recorder.note.remote(large)
+    goes_on.set()
+    other.join()
+    poolray.get(refs)
+    assert way_to(recorder) is None  # the second one may wait still
+    third = recorder.note.remote(3)
+    assert poolray.get([third, second]) == [2, 1]
+    assert way_to(recorder) is not None
+
+
 def test_wait_does_not_take_calls_for_ended_that_were_given_to_the_node_meanwhile(
     recorder: Any, gates: Gates
 ) -> None:
@@ -560,7 +588,8 @@ def test_calls_go_on_when_another_thread_closes_the_way_behind_them(
     assert client is not None
     assert client.direct is not None
     # (As when that thread has looked for calls under way just before the first of these was made.)
-    client.direct.after_other_call(recorder._actor_id, poolray.put("unread")._id)
+    route = client.direct.begin_other_call(recorder._actor_id)
+    client.direct.after_other_call(route, poolray.put("unread")._id)
     refs.append(recorder.wait.remote(started, release))
     release.open()
     started.wait()

@@ -709,3 +709,40 @@ def test_groups_have_their_own_limits_whichever_way_calls_come() -> None:
         for _ in range(4):
             gate.open()
         assert set(poolray.get(refs)) == {"poolray-actor-io"}
+
+
+@pytest.mark.parametrize("kind", ["coroutines", "threads"])
+def test_calls_of_one_group_do_not_wait_for_many_of_another(kind: str) -> None:
+    class Waits:
+        def __init__(self) -> None:
+            self.event = threading.Event()
+
+        def pid(self) -> int:
+            return os.getpid()
+
+        @poolray.method(concurrency_group="work")
+        def wait(self) -> None:
+            self.event.wait()
+
+        @poolray.method(concurrency_group="orders")
+        def begin(self) -> bool:
+            return self.event.is_set()
+
+        @poolray.method(concurrency_group="orders")
+        def release(self) -> None:
+            self.event.set()
+
+    class WaitsInLoops(Waits):
+        @poolray.method(concurrency_group="work")
+        async def wait(self) -> None:  # type: ignore[override]
+            await asyncio.to_thread(self.event.wait)
+
+    poolray.init(num_cpus=2)
+    groups = poolray.remote(concurrency_groups={"work": 1, "orders": 1})
+    actor: Any = groups(Waits if kind == "threads" else WaitsInLoops).remote()
+    open_way(actor)
+    waiting = [actor.wait.remote() for _ in range(4 * AHEAD_MAX)]
+    for _ in range(10):
+        assert poolray.get(actor.begin.remote(), timeout=20) is False
+    actor.release.remote()
+    assert poolray.get(waiting, timeout=20) == [None] * len(waiting)
