@@ -75,6 +75,8 @@ class Caller:
         self._packets: deque[RunTasks] = deque()
         #: Calls that are not wanted -> whether nothing that they have submitted is, either.
         self.cancelled: dict[TaskId, bool] = {}
+        #: Whether the last look found something.
+        self.has_come = False
         #: The call that this process is to end with, if it runs.
         self.forced: TaskId | None = None
         #: What its channel is polled for.
@@ -92,14 +94,21 @@ class Caller:
         return self._end.connection_id
 
     @property
+    def is_far(self) -> bool:
+        """Its signals come with urgent data."""
+        return self._end.is_far
+
+    @property
     def is_open(self) -> bool:
         """It has proved who it is."""
         return self._end.is_open
 
     def read(self, all_of_it: bool = False) -> None:
         """Take in what has come; `is_gone` when that is the end."""
+        self.has_come = False
         try:
             for frame in self._end.read(all_of_it):
+                self.has_come = True
                 message = _decode(frame)
                 if type(message) is RunTasks:
                     self._packets.append(message)

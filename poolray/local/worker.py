@@ -87,6 +87,8 @@ _CALLER = Delivery.CALLER
 
 #: User code that could not be interrupted where it was is looked at again after this long.
 _LOOK_AGAIN_S = 1e-3
+#: What a far caller has signalled is looked for so many times more.
+_LOOKS_MAX = 3
 #: Results are sent early when they add up to this much.
 _FLUSH_BYTES = 64 * 1024
 
@@ -203,6 +205,8 @@ class Worker:
         self._obeying = False
         #: A thread will signal us again: user code could not be interrupted where it was.
         self._signal_due = False
+        #: Signals in a row for which nothing was there to read.
+        self._looks = 0
         self._thread = threading.get_ident()
         #: What its group asked for beyond running calls.
         self.extras: Extras | None = None
@@ -481,8 +485,12 @@ class Worker:
             self._nudged = self._packet is not None
         elif is_interruptible(frame):
             self._obey()
-        elif not self._signal_due:
-            # Our own code between two steps: leave it alone, and look again in a moment.
+        else:  # our own code between two steps: leave it alone
+            self._look_again()
+
+    def _look_again(self) -> None:
+        """Be signalled once more in a moment."""
+        if not self._signal_due:
             self._signal_due = True
             start_new_thread(self._signal_soon, ())
 
@@ -522,14 +530,18 @@ class Worker:
         KeyboardInterrupt
             It was.
         """
-        packet = self._packet
+        packet, caller = self._packet, self._caller
         assert packet is not None
         self._read_orders()
+        if caller is None or not caller.is_far or caller.has_come or self._looks >= _LOOKS_MAX:
+            self._looks = 0
+        else:  # the system signals urgent data a moment before it can be read
+            self._looks += 1
+            self._look_again()
         self._hand_back()
         if self._finished or self._partial:
             self._flush(packet, False)
         task_id = packet.tasks[self._position].task_id
-        caller = self._caller
         if caller is not None:
             if task_id in caller.cancelled:
                 recursive = caller.cancelled.pop(task_id)
@@ -537,7 +549,7 @@ class Worker:
                 if recursive:
                     self.client.api.cancel_children(task_id)
                 if caller.forced == task_id:
-                    _end_process()
+                    worker_process.end_by_force()
                 if self.bind_method is None:
                     raise KeyboardInterrupt
                 self.is_call_cancelled = True
@@ -545,7 +557,7 @@ class Worker:
         orders = self._take_orders(packet.sequence)
         mine = [order for order in orders if order.task_id == task_id]
         if any(order.force for order in mine):
-            _end_process()
+            worker_process.end_by_force()
         if mine:
             process_state.cancel_current_task()
             if self.bind_method is None:
@@ -783,9 +795,3 @@ OPEN_CODE.update(
         Guard.sleep.__code__,
     )
 )
-
-
-def _end_process() -> None:
-    """A task is stopped by force."""
-    worker_process.flush_output()
-    os.kill(os.getpid(), signal.SIGKILL)

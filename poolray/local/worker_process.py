@@ -325,3 +325,9 @@ def exit_code_of(error: SystemExit) -> int:
         return 0
     sys.stderr.write(f"{error.code}\n")
     return 1
+
+
+def end_by_force() -> None:
+    """A task is stopped by force: what it has printed arrives."""
+    flush_output()
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -17,6 +17,7 @@ import pytest
 import poolray
 from poolray.cluster_utils import Cluster
 from poolray.direct.addresses import make_door
+from poolray.direct.ends import End
 from poolray.direct.loans import Loan, Loans
 from poolray.exceptions import (
     ClusterConnectionError,
@@ -341,6 +342,37 @@ def test_a_call_that_runs_is_cancelled(far: dict[str, Any], tmp_path: Path) -> N
         with pytest.raises(TaskCancelledError):
             poolray.get(ref, timeout=DEADLINE_S)
     assert poolray.get(function.remote(None)) == 0
+    borrow(function, None)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_order_that_is_signalled_before_it_can_be_read_is_found(
+    far: dict[str, Any], tmp_path: Path, force: bool
+) -> None:
+    """As the system signals urgent data."""
+
+    def look_away(started: Gate | None) -> None:
+        if started is None:
+            return
+        read = End.read
+
+        def find_nothing(self: End, all_of_it: bool = False) -> list[bytes]:
+            End.read = read  # type: ignore[method-assign]
+            return []
+
+        if loans_are_far:
+            End.read = find_nothing  # type: ignore[method-assign]
+        started.open()
+        time.sleep(60)
+
+    loans_are_far = loans()._reads.machine == "another machine"
+    function = poolray.remote(**far)(look_away)
+    with Gate(tmp_path / "started") as started:
+        ref = on_loan(function, (None,), started)
+        started.wait()
+        poolray.cancel(ref, force=force)
+        with pytest.raises(TaskCancelledError):
+            poolray.get(ref, timeout=DEADLINE_S)
     borrow(function, None)
 
 
