@@ -17,6 +17,7 @@ import os
 import select
 import socket
 import time
+from collections.abc import Callable
 from typing import final
 
 from poolray.ids import WORKER_ID_BYTES, WorkerId
@@ -193,6 +194,32 @@ class Spinner:
         """A wait has lasted so long, polling and sleeping together."""
         sample_s = min(waited_s, _LONGEST_WAIT * self._spin_s)
         self._expected_s += _NEW_WEIGHT * (sample_s - self._expected_s)
+
+    def wait(
+        self,
+        poll: Callable[[float | None], list[tuple[int, int]]],
+        timeout_ms: float | None,
+        may_poll: bool = True,
+    ) -> list[tuple[int, int]]:
+        """What is ready: poll first if that is worth it, then sleep until something is, or the time
+        is up.
+        """
+        ready = poll(0)
+        if ready:
+            self.note(0.0)
+            return ready
+        started_s = time.perf_counter()
+        if may_poll:
+            end_s = started_s + self.limit_s()
+            while time.perf_counter() < end_s:
+                _YIELD()
+                ready = poll(0)
+                if ready:
+                    self.note(time.perf_counter() - started_s)
+                    return ready
+        ready = poll(timeout_ms)
+        self.note(time.perf_counter() - started_s)
+        return ready
 
 
 @final

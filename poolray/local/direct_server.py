@@ -38,7 +38,6 @@ from poolray.protocol.worker import InterruptTask, LoanEnded, RunTasks, TasksFin
 if TYPE_CHECKING:
     from poolray.local.worker import Worker
 
-_YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))
 #: Doors that wait for whoever asked for them.
 DOORS_MAX = 64
 #: A caller that reads takes what it is sent within less.
@@ -272,27 +271,14 @@ class DirectServer:
                     self._let_in(descriptor)
 
     def _wait(self) -> list[tuple[int, int]]:
-        poll, spinner = self._poller.poll, self._spinner
         for caller in self._callers.values():
             wanted = select.POLLIN | (select.POLLOUT if caller.has_unsent else 0)
             if wanted != caller.wanted:
                 caller.wanted = wanted
                 self._poller.modify(caller.channel, wanted)
-        ready = poll(0)
-        if ready:
-            spinner.note(0.0)
-            return ready
-        started_s = time.perf_counter()
-        end_s = started_s + spinner.limit_s()
-        while time.perf_counter() < end_s:
-            _YIELD()
-            ready = poll(0)
-            if ready:
-                spinner.note(time.perf_counter() - started_s)
-                return ready
         is_waiting = self._doors or self._leavers or self._strangers()
-        ready = poll(CONNECT_S * 1000.0 if is_waiting else None)
-        spinner.note(time.perf_counter() - started_s)
+        timeout_ms = CONNECT_S * 1000.0 if is_waiting else None
+        ready = self._spinner.wait(self._poller.poll, timeout_ms)
         if not ready:
             self._close_late()
         return ready

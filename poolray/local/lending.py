@@ -12,7 +12,6 @@ the node wants of it ends the loan after the call at hand; what was not begun by
 
 from __future__ import annotations
 
-import os
 import select
 import time
 from typing import TYPE_CHECKING, Any, final
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from poolray.local.worker import Worker
     from poolray.local.worker_functions import Function
 
-_YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))
 #: A loan ends after so long, so that others get their turn ...
 _LOAN_S = 0.1
 #: ... or when no call has come for so long.
@@ -201,17 +199,4 @@ class Lending:
 
     def _wait(self, idle_s: float) -> bool:
         """Wait for the driver; False when it has said nothing for so long."""
-        poll, spinner = self._poller.poll, self._spinner
-        if poll(0):
-            spinner.note(0.0)
-            return True
-        started_s = time.perf_counter()
-        end_s = started_s + spinner.limit_s()
-        while time.perf_counter() < end_s:
-            _YIELD()
-            if poll(0):
-                spinner.note(time.perf_counter() - started_s)
-                return True
-        is_ready = bool(poll(idle_s * 1000.0))
-        spinner.note(time.perf_counter() - started_s)
-        return is_ready
+        return bool(self._spinner.wait(self._poller.poll, idle_s * 1000.0))

@@ -24,7 +24,6 @@ from typing import Any, Protocol, TypeAlias, final
 
 from poolray.local.channel import Spinner
 
-_YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))
 _READ, _WRITE = select.POLLIN, select.POLLOUT
 _Call: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -142,25 +141,9 @@ class PollLoop:
             found, args = None, ()
 
     def _wait(self) -> list[tuple[int, int]]:
-        poll, spinner = self._poller.poll, self._spinner
         if self._soon:
-            return poll(0)
-        ready = poll(0)
-        if ready:
-            spinner.note(0.0)
-            return ready
-        started_s = time.perf_counter()
-        if self.may_poll():
-            end_s = started_s + spinner.limit_s()
-            while time.perf_counter() < end_s:
-                _YIELD()
-                ready = poll(0)
-                if ready:
-                    spinner.note(time.perf_counter() - started_s)
-                    return ready
+            return self._poller.poll(0)
         left_ms = None
         if self._timers:
             left_ms = max(0.0, self._timers[0][0] - time.monotonic()) * 1000.0
-        ready = poll(left_ms)
-        spinner.note(time.perf_counter() - started_s)
-        return ready
+        return self._spinner.wait(self._poller.poll, left_ms, self.may_poll())
