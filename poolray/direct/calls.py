@@ -86,7 +86,7 @@ class DirectCalls:
         self._host = host
         self._worth_calls = worth_calls
         #: Guards routes, connections and calls; never held while user code runs.
-        self._lock = self.lock = threading.Lock()
+        self.lock = threading.Lock()
         #: Held while calls that were not sent are given to the node: later ones come after.
         self._turn = threading.RLock()
         self.routes: dict[ActorId, Route] = {}
@@ -164,7 +164,7 @@ class DirectCalls:
         link = self._client.link
         link.enter()
         try:
-            with self._lock:
+            with self.lock:
                 is_lost, is_passable = connection.is_lost, route.is_passable
                 if not is_lost:
                     connection.flush()
@@ -193,7 +193,7 @@ class DirectCalls:
         process is stopped, it would wait as long, and other callers with it.
         """
         with self._giving(route):
-            with self._lock:
+            with self.lock:
                 connection.flush()
                 unsent = [call for call in connection.outbox if call[0] in self.pending]
                 connection.outbox.clear()
@@ -213,7 +213,7 @@ class DirectCalls:
         route = self.routes.get(actor_id)
         if route is None:
             route = self.routes.setdefault(actor_id, Route(actor_id))
-        with self._lock:
+        with self.lock:
             self._begin_other(route)
         return route
 
@@ -223,7 +223,7 @@ class DirectCalls:
 
     def after_other_call(self, route: Route, last: ObjectId) -> None:
         """A call went by way of the nodes."""
-        with self._lock:
+        with self.lock:
             route.making -= 1
             is_mixed = route.is_mixed
             route.is_mixed = is_mixed and route.making > 0
@@ -251,7 +251,7 @@ class DirectCalls:
     def note_values(self, object_ids: Sequence[ObjectId]) -> None:
         """These have values, as the node says."""
         for object_id in self.lasts.keys() & object_ids:
-            with self._lock:  # another thread's call may become the last one
+            with self.lock:  # another thread's call may become the last one
                 route = self.lasts.pop(object_id, None)
                 if route is not None and route.last == object_id:
                     route.is_clear = True
@@ -263,7 +263,7 @@ class DirectCalls:
             route = self.routes.setdefault(actor_id, Route(actor_id))
         if not route.is_off:
             route.is_off = True
-            with self._lock:
+            with self.lock:
                 self.lasts.pop(route.last, None)
 
     # ---- the way in ------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ class DirectCalls:
             assert self.loans is not None
             self.loans.on_open(connection)
             return
-        with self._lock:
+        with self.lock:
             route.is_asking = False
             if self.routes.get(route.actor_id) is route and not self.is_closed:
                 route.connection = connection
@@ -370,7 +370,7 @@ class DirectCalls:
 
     def _lose(self, connection: Connection, route: Route) -> None:
         self._host.unwatch(connection)
-        with self._lock:
+        with self.lock:
             begun, waiting = self.forget(connection)
             if route.connection is connection:
                 route.connection = None
@@ -426,7 +426,7 @@ class DirectCalls:
             client.link.send(message)
         else:
             client.link.submit(message)
-        with self._lock:
+        with self.lock:
             self.pending.pop(object_id, None)
             self._promised.pop(object_id, None)
             self.unknown.pop(object_id, None)
@@ -439,7 +439,7 @@ class DirectCalls:
     def fail_all(self, object_ids: Iterable[ObjectId], error: bytes) -> None:
         """These failed."""
         told: list[PutObject] = []
-        with self._lock:
+        with self.lock:
             for object_id in object_ids:
                 if object_id in self.pending:
                     self._end(object_id, error, True, told)
@@ -455,7 +455,7 @@ class DirectCalls:
         ended: list[Waiting] = []
         pending, sent = self.pending, connection.sent
         prefetched, counts = self._client.prefetched, self._client.counts
-        with self._lock:
+        with self.lock:
             for result in report.results:
                 if not result.results:
                     continue
@@ -586,7 +586,7 @@ class DirectCalls:
         """Wait until so many of these have ended; False when the time is up."""
         waiter = self._host.make_waiter()
         waiter.ends_on_error = ends_on_error
-        with self._lock:
+        with self.lock:
             waiting = [object_id for object_id in object_ids if object_id in self.pending]
             waiter.remaining = count - (len(object_ids) - len(waiting))
             if waiter.remaining <= 0:
@@ -600,7 +600,7 @@ class DirectCalls:
                 self._forget(waiter, waiting)
 
     def _forget(self, waiter: Waiter, object_ids: list[ObjectId]) -> None:
-        with self._lock:
+        with self.lock:
             for object_id in object_ids:
                 waiters = self._waiters.get(object_id)
                 if waiters is not None and waiter in waiters:
@@ -616,7 +616,7 @@ class DirectCalls:
         """
         self._await(object_ids, count, timeout_s, ends_on_error=False)
         pending, unknown = self.pending, self.unknown
-        with self._lock:
+        with self.lock:
             if not all(map(unknown.__contains__, object_ids)):
                 return None
             return [index for index, o in enumerate(object_ids) if o not in pending]
@@ -636,7 +636,7 @@ class DirectCalls:
         for object_id in object_ids:
             if object_id not in unknown:
                 continue
-            with self._lock:
+            with self.lock:
                 connection = self.pending.get(object_id)
                 if connection is not None:
                     self._promised[object_id] = None
@@ -663,7 +663,7 @@ class DirectCalls:
     def cancel(self, object_id: ObjectId, force: bool, recursive: bool) -> bool:
         """A call is not wanted; False when the node has to be told."""
         told: list[PutObject] = []
-        with self._lock:
+        with self.lock:
             connection = self.pending.get(object_id)
             if connection is None:
                 return object_id in self.unknown  # it is over
@@ -707,7 +707,7 @@ class DirectCalls:
                 self._forget_actor(actor_id)
 
     def _forget_actor(self, actor_id: ActorId) -> None:
-        with self._lock:
+        with self.lock:
             route = self.routes.pop(actor_id, None)
             if route is None:
                 return
@@ -722,7 +722,7 @@ class DirectCalls:
         """An actor is to be killed: no call that is made from now on may still reach it."""
         route = self.routes.get(actor_id)
         if route is not None:
-            with self._lock:
+            with self.lock:
                 route.connection = None
                 route.calls = 0
                 route.is_clear = False
@@ -750,7 +750,7 @@ class DirectCalls:
             self._notes.send()
         if self.pending:
             left: tuple[Connection, Route] | None = None
-            with self._lock:
+            with self.lock:
                 for connection in list(self._connections):
                     push_s = connection.push_due_s()
                     if push_s is not None and now >= push_s:

@@ -60,7 +60,6 @@ class LoanState(enum.Enum):
     NONE = 0  #: calls go to the nodes, and are counted
     ASKED = 1  #: the task is under way, or its worker to us
     OPEN = 2  #: a worker takes our calls, or has gone and the task that it was is not over yet
-    OFF = 3  #: never again
 
 
 @final
@@ -75,7 +74,6 @@ class Loan:
         "function",
         "held",
         "is_clear",
-        "is_losing",
         "is_off",
         "last",
         "last_s",
@@ -122,7 +120,7 @@ class Loan:
         #: Calls that this loan has run.
         self.served = 0
         # As of an actor's route:
-        self.is_losing = self.is_off = False
+        self.is_off = False
         self.promises = 0
         # As of a connection, before there is one:
         self.route = self
@@ -222,7 +220,7 @@ class Loans:
 
     def _forget_oldest(self) -> None:
         for class_id, loan in self._loans.items():
-            if loan is None or loan.state in (LoanState.NONE, LoanState.OFF):
+            if loan is None or loan.state is LoanState.NONE:
                 if loan is not None:
                     self._direct.lasts.pop(loan.last, None)
                 del self._loans[class_id]
@@ -295,7 +293,7 @@ class Loans:
         doors = [make_door(True, ""), make_door(False, self._host, self._ports)]
         loan.doors = [Door(self, loan, *made) for made in doors if made is not None]
         if not loan.doors:
-            loan.state, loan.is_off = LoanState.OFF, True
+            loan.state, loan.is_off = LoanState.NONE, True
             self._give_back_waiting(loan)
             return
         for door in loan.doors:
@@ -415,7 +413,7 @@ class Loans:
             loan.ref = loan.reply = loan.held = loan.function = None
             self._close_doors(loan)
             # (Last: from now on another thread may ask for the next one, with doors of its own.)
-            loan.state = LoanState.OFF if loan.is_off else LoanState.NONE
+            loan.state = LoanState.NONE
         assert ref is not None
         if held is not None:
             arguments = (reply, ref, held, function)
