@@ -1,6 +1,6 @@
 """The threads that move bytes of values between nodes.
 
-    jobs ──▶ deque, bell ──▶ ┌──────┐ ── sendfile, or seal and send ──▶ Sending ~~~ TCP ~~~▶ peer
+    jobs ──▶ deque, bell ──▶ ┌──────┐ ── read, seal, send ───────────▶ Sending ~~~ TCP ~~~▶ peer
                              │ loop │
     news ◀── report() ◀───── └──────┘ ◀─ receive into the arena ◀────── Receiving ◀~~ TCP ~~ peer
 
@@ -55,6 +55,11 @@ _HEADER = struct.Struct(">QQ?")
 _TURN_BYTES = 4 << 20
 #: Received in one go: so much may be written after it was asked to stop, which waits for it.
 _PIECE_BYTES = 1 << 20
+#: A receiver sleeps until so much has come of a chunk: woken for each packet it would do little but
+#: wake up (measured, one connection and four at once: 5.1 GB/s each, against 3.5 and 3.9).
+_WAKE_BYTES = 512 << 10
+#: Received in one go for memory without pages, by way of a buffer that stays in the cache.
+_SCRATCH_BYTES = 256 << 10
 #: A handshake takes no longer.
 HANDSHAKE_S = 3.0
 #: Who has not taken a byte for so long while some wait is given up.
@@ -239,7 +244,7 @@ class Sending(Connection):
             elif not self._is_open:
                 return _READ
             elif self._left:
-                sent = self._send_body()
+                sent = self._send_body(loop)
             elif self.jobs:
                 self._begin(loop, self.jobs.popleft())
                 continue
@@ -273,24 +278,20 @@ class Sending(Connection):
         header = _HEADER.pack(job.number, self._left, is_there)
         self._first = memoryview(header if self._seal is None else self._seal.close(header))
 
-    def _send_body(self) -> int:
-        if self._seal is not None:
-            size = min(self._left, RECORD_BYTES)
-            data = os.pread(self._file, size, self._offset)
-            if len(data) != size:
-                raise OSError("a file of values is shorter than it was")
-            self._first = memoryview(self._seal.close(data))
-            sent = size
+    def _send_body(self, loop: Loop) -> int:
+        if self._seal is None and not self._is_own_file:
+            # (`sendfile` copies once less, and is half as fast: it hands over page by page, and
+            # page by page must the other end take it.)
+            size = min(self._left, _PIECE_BYTES)
+            start = self._offset - CONTROL_BYTES
+            loop.arena.map_range(start, size)
+            sent = _send_some(self.channel, loop.arena.write(start, size))
         else:
-            try:
-                # Straight from the pages of the arena: the other end's copy is the only one.
-                sent = os.sendfile(
-                    self.channel.fileno(), self._file, self._offset, min(self._left, _PIECE_BYTES)
-                )
-            except BlockingIOError:
-                return 0
-            if not sent:
+            sent = min(self._left, RECORD_BYTES)
+            data = os.pread(self._file, sent, self._offset)
+            if len(data) != sent:
                 raise OSError("a file of values is shorter than it was")
+            self._first = memoryview(data if self._seal is None else self._seal.close(data))
         self._offset += sent
         self._left -= sent
         return sent
@@ -330,6 +331,10 @@ class Receiving(Connection):
         self._number = 0
         self._target: Expected | None = None
         self._offset = self._left = 0
+        #: There was less than was asked for: the rest is still to come.
+        self._is_drained = False
+        #: epoll says that there is something to read from so many bytes on.
+        self._wake_bytes = 1
         #: A sealed record of which so much is here.
         self._record = bytearray()
         self._record_bytes = 0
@@ -371,18 +376,32 @@ class Receiving(Connection):
         try:
             data = self.channel.recv(size)
         except BlockingIOError:
+            self._is_drained = True
             return b""
         if not data:
             raise ConnectionError("the other end has closed it")
+        self._is_drained = len(data) < size
         return data
 
     def _read(self, loop: Loop) -> None:
         budget = _TURN_BYTES
-        while budget > 0:
-            taken = self._read_sealed(loop) if self._seal is not None else self._read_open(loop)
-            if not taken:
-                return
-            budget -= taken
+        self._is_drained = False
+        while budget > 0 and not self._is_drained:
+            budget -= self._read_open(loop) if self._seal is None else self._read_sealed(loop)
+        if self._seal is not None:
+            self._sleep_until(self._record_size() - self._record_bytes)
+        else:
+            self._sleep_until(self._left or _HEADER.size - len(self._header))
+
+    def _sleep_until(self, size: int) -> None:
+        """Have epoll tell of this connection when so many bytes are there, or a fair part of them.
+
+        It tells of the other end's leaving all the same.
+        """
+        size = min(size, _WAKE_BYTES)
+        if size != self._wake_bytes:
+            self._wake_bytes = size
+            self.channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 
     # ---- in the open -----------------------------------------------------------------------------
 
@@ -405,21 +424,30 @@ class Receiving(Connection):
                 if target.revoked:
                     self._target = None
                     return self._read_open(loop)
-                start = target.offset + self._offset
-                # (Pages that were never used come one by one else: half as fast.)
-                loop.arena.map_range(start, size)
-                taken = self._receive_into(loop.arena.write(start, size))
+                taken = self._receive_into_arena(loop.arena, target.offset + self._offset, size)
         if taken:
             self._advance(loop, taken)
+        return taken
+
+    def _receive_into_arena(self, arena: Arena, start: int, size: int) -> int:
+        if arena.has_pages(start, size):
+            arena.map_range(start, size)  # (they would be mapped one by one else: half as fast)
+            return self._receive_into(arena.write(start, size))
+        # As in `Arena.store`, the kernel makes new pages faster than faults of ours: by 1.7.
+        taken = self._receive_into(self._scratch_of(min(size, _SCRATCH_BYTES)))
+        if taken:
+            arena.fill(start, [self._scratch_of(taken)])
         return taken
 
     def _receive_into(self, view: memoryview) -> int:
         try:
             taken = self.channel.recv_into(view)
         except BlockingIOError:
+            self._is_drained = True
             return 0
         if not taken:
             raise ConnectionError("the other end has closed it")
+        self._is_drained = taken < len(view)
         return taken
 
     def _scratch_of(self, size: int) -> memoryview:
@@ -429,8 +457,11 @@ class Receiving(Connection):
 
     # ---- sealed ----------------------------------------------------------------------------------
 
+    def _record_size(self) -> int:
+        return (min(self._left, RECORD_BYTES) if self._left else _HEADER.size) + TAG_BYTES
+
     def _read_sealed(self, loop: Loop) -> int:
-        size = (min(self._left, RECORD_BYTES) if self._left else _HEADER.size) + TAG_BYTES
+        size = self._record_size()
         if len(self._record) < size:
             self._record = bytearray(max(size, RECORD_BYTES + TAG_BYTES))
         with memoryview(self._record) as view:

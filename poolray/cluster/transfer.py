@@ -77,9 +77,7 @@ class ChunkStore:
     def write(self, offset: int, file_number: int, data: bytes | memoryview) -> None:
         """Bytes have come."""
         if not file_number:
-            target = self._arena.write(offset, len(data))
-            target[:] = data
-            target.release()
+            self._arena.put(offset, data)
             return
         path = self._paths.get(file_number)
         try:

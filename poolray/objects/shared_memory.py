@@ -44,7 +44,9 @@ _SLOT_WORDS = _SLOT_BYTES // 8
 _STEP_BYTES = 256 * 1024
 #: Since Linux 5.14; Python has no name for it.
 _MADV_POPULATE_READ = 22
-_SEEK_HOLE = getattr(os, "SEEK_HOLE", 4)
+_SEEK_DATA = getattr(os, "SEEK_DATA", 3)
+#: Pages of a range that are looked at to tell whether it has any.
+_SAMPLES = 4
 #: The most pieces that one system call writes.
 _PIECES_MAX = 512
 
@@ -120,8 +122,8 @@ class Arena:
         to as fast as to any memory (8 GB/s; through the file: 4.5).
         """
         size = frame.size_bytes
-        if not self._is_mapped(offset, size) and self._has_holes(offset, size):
-            self._write_through_file(CONTROL_BYTES + offset, frame.pieces())
+        if not self.has_pages(offset, size):
+            self.fill(offset, frame.pieces())
             self.map_range(offset, size)
             return
         self.map_range(offset, size)
@@ -132,13 +134,21 @@ class Arena:
     def _is_mapped(self, offset: int, size_bytes: int) -> bool:
         return 0 not in self._mapped[_steps(offset, size_bytes)]
 
-    def _has_holes(self, offset: int, size_bytes: int) -> bool:
-        """Whether there are pages that nobody has used."""
-        start = CONTROL_BYTES + offset
-        try:
-            return os.lseek(self.descriptor, start, _SEEK_HOLE) < start + size_bytes
-        except OSError:  # the system does not tell
+    def has_pages(self, offset: int, size_bytes: int) -> bool:
+        """Whether a range has been used before, by what some of its pages say."""
+        if self._is_mapped(offset, size_bytes):
             return True
+        start = CONTROL_BYTES + offset
+        first = -(-start // PAGE_BYTES) * PAGE_BYTES
+        step = max(PAGE_BYTES, size_bytes // _SAMPLES // PAGE_BYTES * PAGE_BYTES)
+        try:
+            # (Not the next hole: to find one after much that is used takes 8 ns a page.)
+            return all(
+                os.lseek(self.descriptor, page, _SEEK_DATA) == page
+                for page in range(first, start + size_bytes, step)
+            )
+        except OSError:  # there is nothing from there on, or the system does not tell
+            return False
 
     def map_range(self, offset: int, size_bytes: int) -> None:
         """Have pages of a range mapped in this process, before they are written or read."""
@@ -155,7 +165,26 @@ class Arena:
         except OSError:
             pass  # an older system, or one short of memory: then fault by fault
 
-    def _write_through_file(self, position: int, pieces: list[bytes | memoryview]) -> None:
+    def put(self, offset: int, data: bytes | memoryview) -> None:
+        """Write bytes to a part of a range, by the same two ways as `store`."""
+        size = len(data)
+        if not self.has_pages(offset, size):
+            self.fill(offset, [data])
+            return
+        self.map_range(offset, size)
+        target = self.write(offset, size)
+        target[:] = data
+        target.release()
+
+    def fill(self, offset: int, pieces: list[bytes | memoryview]) -> None:
+        """Write to a range through the file, which makes its pages.
+
+        Raises
+        ------
+        OSError
+            The system has no memory for it.
+        """
+        position = CONTROL_BYTES + offset
         for first in range(0, len(pieces), _PIECES_MAX):
             left = [memoryview(piece) for piece in pieces[first : first + _PIECES_MAX]]
             while left:

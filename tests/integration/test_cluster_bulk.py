@@ -156,6 +156,49 @@ def test_chunks_arrive_where_they_belong(pair: Pair) -> None:
     assert pair.source.by_link == []
 
 
+@pytest.mark.parametrize("is_used", [False, True], ids=["new memory", "used memory"])
+def test_chunks_of_any_size_arrive_in_a_row_and_touch_nothing_else(
+    pair: Pair, is_used: bool
+) -> None:
+    if is_used:
+        pair.target.fill(0, b"." * len(pair.data))
+    wake, piece = bulk_loop._WAKE_BYTES, bulk_loop._PIECE_BYTES
+    sizes = [piece, 1, wake - 1, 17, wake, wake + 1, 4095, piece + 1, 4097, 3 * piece - 5]
+    untouched = b"." if is_used else b"\0"
+    starts = []
+    start = 3
+    for number, size in enumerate(sizes, 1):
+        starts.append(start)
+        pair.expect(number, start, size)
+        pair.send(number, start, size)
+        start += size + 5
+    pair.run(lambda: len(pair.target.arrived()) == len(sizes))
+    for start, size in zip(starts, sizes, strict=True):
+        assert pair.target.read(start, size) == pair.data[start : start + size]
+        assert pair.target.read(start + size, 5) == untouched * 5
+    assert pair.source.by_link == []
+
+
+def test_what_ends_in_the_middle_of_a_chunk_is_noticed_at_once(pair: Pair) -> None:
+    pair.transfer(0)
+    send = bulk_loop.Sending._send_body
+
+    def end(self: bulk_loop.Sending, loop: bulk_loop.Loop) -> int:
+        if self._left < CHUNK:
+            raise ConnectionError("this end has had enough")
+        self._left, left = 100, self._left
+        sent = send(self, loop)
+        self._left += left - 100
+        return sent
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bulk_loop.Sending, "_send_body", end)
+        pair.expect(1, CHUNK)
+        pair.send(1, CHUNK)
+        pair.run(lambda: ChunksLost(numbers=[1]) in pair.target.told, timeout_s=10)
+    pair.transfer(2)
+
+
 def test_chunks_may_go_to_a_file_and_come_from_one(pair: Pair, tmp_path: Path) -> None:
     spilled = tmp_path / "spilled"
     spilled.write_bytes(b"before" + pair.data)
@@ -194,8 +237,8 @@ def test_what_is_revoked_in_the_middle_is_not_written_from_then_on(
     go_on = Event()
     send = bulk_loop.Sending._send_body
 
-    def hesitate(self: bulk_loop.Sending) -> int:
-        return send(self) if self._left > CHUNK // 2 or go_on.is_set() else 0
+    def hesitate(self: bulk_loop.Sending, loop: bulk_loop.Loop) -> int:
+        return send(self, loop) if self._left > CHUNK // 2 or go_on.is_set() else 0
 
     monkeypatch.setattr(bulk_loop.Sending, "_send_body", hesitate)
     pair.target.fill(CHUNK, b"." * CHUNK)

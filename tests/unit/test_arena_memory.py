@@ -78,3 +78,38 @@ def test_what_one_process_writes_the_other_sees_where_it_has_looked_before(
     assert bytes(other.write(0, first.size_bytes)) == first.to_bytes()
     mine.store(0, second)
     assert bytes(other.write(0, second.size_bytes)) == second.to_bytes()
+
+
+def test_a_range_has_pages_once_anybody_has_written_to_it(arenas: tuple[Arena, Arena]) -> None:
+    mine, other = arenas
+    assert not mine.has_pages(1 << 20, 1 << 20)
+    other.fill(1 << 20, [b"x" * (1 << 20)])
+    assert mine.has_pages(1 << 20, 1 << 20)
+    assert not mine.has_pages((1 << 20) + 4096, 2 << 20), "its second half was never written to"
+    assert not mine.has_pages(4096, (1 << 20) - 4096)
+    assert not mine.has_pages(CAPACITY_BYTES - (1 << 20), 1 << 20)
+
+
+def test_a_range_that_lies_within_a_page_can_be_filled(arenas: tuple[Arena, Arena]) -> None:
+    mine, other = arenas
+    other.fill(5000, [b"ab", b"cd"])
+    assert mine.has_pages(5000, 4)
+    assert bytes(mine.write(4999, 6)) == b"\0abcd\0"
+
+
+def test_to_tell_whether_a_range_has_pages_takes_no_look_at_all_that_follows(
+    arenas: tuple[Arena, Arena], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = arenas
+    other.fill(0, [bytes(CAPACITY_BYTES)])
+    ways: list[int] = []
+    seek = os.lseek
+
+    def look(descriptor: int, position: int, way: int) -> int:
+        ways.append(way)
+        return seek(descriptor, position, way)
+
+    monkeypatch.setattr(os, "lseek", look)
+    assert mine.has_pages(0, 8 << 20)
+    assert set(ways) == {os.SEEK_DATA}
+    assert len(ways) <= 8
