@@ -18,7 +18,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import msgspec
 
@@ -30,7 +30,6 @@ from poolray.client_values import load_from_disk, named, ready_to_raise, write_v
 from poolray.config import Config
 from poolray.direct.calls import DirectCalls
 from poolray.direct.loans import Loan
-from poolray.direct.route import Route
 from poolray.exceptions import (
     GetTimeoutError,
     InternalError,
@@ -75,6 +74,9 @@ from poolray.protocol.values import InArena, InFile, TaskClass, TaskSpec
 
 if TYPE_CHECKING:
     import asyncio
+
+#: An actor's route, or a loan.
+R = TypeVar("R")
 
 _REF = ObjectRef
 #: Refs among the arguments of one call (refs inside of other objects do not count).
@@ -310,13 +312,13 @@ class Client(References):
             if actor_id is not None:
                 route = direct.routes.get(actor_id)
                 if route is not None and direct.takes(route, task_class):
-                    ref = self._call_directly(direct, route, task_class, args, kwargs)
+                    ref = self._call_directly(direct.call, route, task_class, args, kwargs)
                     if ref is not None:
                         return [ref]
             elif direct.loans is not None:
                 loan = direct.loans.loan_for(task_class)
                 if loan is not None and direct.loans.takes(loan):
-                    ref = self._call_directly(direct, loan, task_class, args, kwargs)
+                    ref = self._call_directly(direct.loans.call, loan, task_class, args, kwargs)
                     if ref is not None:
                         return [ref]
         dependencies, slots = _NO_IDS, _NO_SLOTS
@@ -392,8 +394,8 @@ class Client(References):
 
     def _call_directly(
         self,
-        direct: DirectCalls,
-        route: Route | Loan,
+        call: Callable[[R, TaskClass, bytes], ObjectRef[Any] | None],
+        route: R,
         task_class: TaskClass,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -410,9 +412,7 @@ class Client(References):
             return None  # told in full the other way
         if type(data) is not bytes:
             return None
-        if isinstance(route, Loan):
-            return direct.loans.call(route, data) if direct.loans is not None else None
-        return direct.call(route, task_class, data)
+        return call(route, task_class, data)
 
     def _take_refs(
         self, args: tuple[Any, ...], dependencies: list[ObjectId], slots: list[int | str]

@@ -1,6 +1,6 @@
 """Calls of actors that go straight to the actor's worker, past the nodes; the caller's side.
 
-    handle.f.remote() ──▶ Route ──open, nothing else under way──▶ Connection ══▶ the actor's worker
+    handle.f.remote() ──▶ route ──open, nothing else under way──▶ Connection ══▶ the actor's worker
                             │ else: by way of the nodes               ║
     get ◀── values, errors ◀┴─────────────────────────────────────────╝
 
@@ -29,11 +29,11 @@ from typing import Any, final
 
 from poolray.direct.addresses import Offer, come_to, settle_in
 from poolray.direct.connection import ARGUMENTS_BYTES_MAX, Connection, Waiting
-from poolray.direct.interfaces import Host, Owner, Waiter
-from poolray.direct.loans import Loan, Loans, cancelled_error
+from poolray.direct.interfaces import Host, Owner, Route, Waiter
+from poolray.direct.loans import Asked, Loans, cancelled_error
 from poolray.direct.notes import Notes
 from poolray.direct.own_calls import AFTER, LISTEN, RESULT, OwnCalls
-from poolray.direct.route import Route, may_go_straight, unavailable
+from poolray.direct.route import ActorRoute, may_go_straight, unavailable
 from poolray.direct.seal import HandshakeError
 from poolray.ids import (
     ActorId,
@@ -89,11 +89,11 @@ class DirectCalls:
         self.lock = threading.Lock()
         #: Held while calls that were not sent are given to the node: later ones come after.
         self._turn = threading.RLock()
-        self.routes: dict[ActorId, Route] = {}
+        self.routes: dict[ActorId, ActorRoute] = {}
         #: Objects that exist in this process only, while it has refs to them.
         self.unknown: dict[ObjectId, None] = {}
-        #: object id -> the way of the call under way that makes it.
-        self.pending: dict[ObjectId, Connection | Loan] = {}
+        #: object id -> who has the call under way that makes it.
+        self.pending: dict[ObjectId, Connection | Asked] = {}
         #: Of these: who waits for one, and those of which the node is to be told.
         self._waiters: dict[ObjectId, list[Waiter]] = {}
         self._promised: dict[ObjectId, None] = {}
@@ -102,16 +102,16 @@ class DirectCalls:
         #: Errors that somebody has seen.
         self._seen: dict[ObjectId, None] = {}
         #: Last results of calls by way of the nodes -> their routes.
-        self.lasts: dict[ObjectId, Route | Loan] = {}
+        self.lasts: dict[ObjectId, Route] = {}
         #: Whether calls of a class may go straight.
         self._is_plain: dict[ClassId, bool] = {}
         self._index = _FIRST_INDEX + (int.from_bytes(os.urandom(5), "little") << 20)
-        self._notes = Notes(client)
+        self.notes = Notes(client)
         self._own = OwnCalls(client)
         #: Connections that stand, also those that no call uses any more.
         self._connections: dict[Connection, None] = {}
         #: Handles that have died while calls were under way: the actor must outlive these.
-        self._kept: dict[ActorId, ObjectId] = {}
+        self._kept: dict[Route, ObjectId] = {}
         #: Handles that have died, and were the last ones here to their actors; for the next call.
         self.gone: deque[ObjectId] = deque()
         #: Workers that are kept for this process's tasks; None: its tasks all go to the nodes.
@@ -125,7 +125,7 @@ class DirectCalls:
 
     # ---- making calls ----------------------------------------------------------------------------
 
-    def takes(self, route: Route, task_class: TaskClass) -> bool:
+    def takes(self, route: ActorRoute, task_class: TaskClass) -> bool:
         """Whether a call that is made now may go straight, if its arguments are plain and small."""
         if route.usable() is None:
             return False
@@ -134,7 +134,9 @@ class DirectCalls:
             is_plain = self._is_plain[task_class.class_id] = may_go_straight(task_class)
         return is_plain
 
-    def call(self, route: Route, task_class: TaskClass, payload: bytes) -> ObjectRef[Any] | None:
+    def call(
+        self, route: ActorRoute, task_class: TaskClass, payload: bytes
+    ) -> ObjectRef[Any] | None:
         """Make a call without refs among its arguments; None: it has to go by way of the nodes.
 
         Ctrl-C may strike between any two steps outside of `_flush`: what has been noted by then
@@ -160,7 +162,7 @@ class DirectCalls:
             self._host.read_now()
         return ref
 
-    def _flush(self, connection: Connection, route: Route) -> None:
+    def _flush(self, connection: Connection, route: ActorRoute) -> None:
         link = self._client.link
         link.enter()
         try:
@@ -169,9 +171,9 @@ class DirectCalls:
                 if not is_lost:
                     connection.flush()
             if is_lost:
-                self.on_lost(connection)
+                self.lose_route(route, connection)
             elif not is_passable:  # another thread's call goes by way of the nodes
-                self._give_unsent(connection, route)
+                self.give_unsent(route, connection)
             self._host.on_sent()
         finally:
             link.leave()
@@ -186,9 +188,9 @@ class DirectCalls:
             return
         connection = route.connection
         if connection is not None and connection.is_busy:
-            self._give_unsent(connection, route)
+            self.give_unsent(route, connection)
 
-    def _give_unsent(self, connection: Connection, route: Route) -> None:
+    def give_unsent(self, route: ActorRoute, connection: Connection) -> None:
         """The worker is to wait for what it was sent, and for nothing that waits here: if this
         process is stopped, it would wait as long, and other callers with it.
         """
@@ -208,20 +210,24 @@ class DirectCalls:
             if unsent:
                 self.after_other_call(route, unsent[-1][0])
 
-    def begin_other_call(self, actor_id: ActorId) -> Route:
+    def begin_other_call(self, actor_id: ActorId) -> ActorRoute:
         """A call goes by way of the nodes now; `after_other_call` is to follow."""
-        route = self.routes.get(actor_id)
-        if route is None:
-            route = self.routes.setdefault(actor_id, Route(actor_id))
+        route = self._route_to(actor_id)
         with self.lock:
             self._begin_other(route)
         return route
 
-    def _begin_other(self, route: Route) -> None:
+    def _route_to(self, actor_id: ActorId) -> ActorRoute:
+        route = self.routes.get(actor_id)
+        if route is None:
+            route = self.routes.setdefault(actor_id, ActorRoute(actor_id, self))
+        return route
+
+    def _begin_other(self, route: ActorRoute) -> None:
         route.making += 1
         route.is_mixed |= route.making > 1
 
-    def after_other_call(self, route: Route, last: ObjectId) -> None:
+    def after_other_call(self, route: ActorRoute, last: ObjectId) -> None:
         """A call went by way of the nodes."""
         with self.lock:
             route.making -= 1
@@ -258,9 +264,7 @@ class DirectCalls:
 
     def turn_off(self, actor_id: ActorId) -> None:
         """Calls of an actor go by way of the nodes from now on."""
-        route = self.routes.get(actor_id)
-        if route is None:
-            route = self.routes.setdefault(actor_id, Route(actor_id))
+        route = self._route_to(actor_id)
         if not route.is_off:
             route.is_off = True
             with self.lock:
@@ -268,7 +272,7 @@ class DirectCalls:
 
     # ---- the way in ------------------------------------------------------------------------------
 
-    def _ask_for_way(self, route: Route) -> None:
+    def _ask_for_way(self, route: ActorRoute) -> None:
         """Ask the worker, after all calls that were made before."""
         client = self._client
         task_class = self._own.class_of(LISTEN, LISTEN)
@@ -293,7 +297,7 @@ class DirectCalls:
 
         client.link.when_ready(ref._id, learn)
 
-    def _come(self, route: Route, offer: Offer) -> None:
+    def _come(self, route: ActorRoute, offer: Offer) -> None:
         """Connect."""
         try:
             channel = come_to(offer)
@@ -317,31 +321,24 @@ class DirectCalls:
         self._connections[connection] = None
         self._host.watch(connection)
 
-    def on_open(self, connection: Connection) -> None:
+    def unwatch(self, connection: Connection) -> None:
+        """Do not, any more."""
+        self._host.unwatch(connection)
+
+    def open_route(self, route: ActorRoute, connection: Connection) -> None:
         """A connection may be used."""
-        route = connection.route
-        if isinstance(route, Loan):
-            assert self.loans is not None
-            self.loans.on_open(connection)
-            return
         with self.lock:
             route.is_asking = False
             if self.routes.get(route.actor_id) is route and not self.is_closed:
                 route.connection = connection
 
-    def on_lost(self, connection: Connection) -> None:
+    def lose_route(self, route: ActorRoute, connection: Connection) -> None:
         """A connection has ended: so has the actor, or its way to us."""
-        route = connection.route
-        if isinstance(route, Loan):
-            assert self.loans is not None
-            self._host.unwatch(connection)
-            self.loans.on_lost(connection)
-            return
         with self._giving(route):
             self._lose(connection, route)
 
     @contextlib.contextmanager
-    def _giving(self, route: Route) -> Iterator[None]:
+    def _giving(self, route: ActorRoute) -> Iterator[None]:
         """Calls that were not sent are given to the node meanwhile, and others wait for it."""
         with self._turn:
             before, route.is_giving = route.is_giving, True
@@ -349,12 +346,6 @@ class DirectCalls:
                 yield
             finally:
                 route.is_giving = before
-
-    def on_given_back(self, connection: Connection) -> None:
-        """A worker on loan goes."""
-        assert self.loans is not None
-        self._host.unwatch(connection)
-        self.loans.on_ended(connection)
 
     def forget(self, connection: Connection) -> tuple[list[Waiting], list[Waiting]]:
         """A connection is over; gives the calls that were sent and those that were not. Under the
@@ -368,8 +359,8 @@ class DirectCalls:
         connection.outbox.clear()
         return begun, waiting
 
-    def _lose(self, connection: Connection, route: Route) -> None:
-        self._host.unwatch(connection)
+    def _lose(self, connection: Connection, route: ActorRoute) -> None:
+        self.unwatch(connection)
         with self.lock:
             begun, waiting = self.forget(connection)
             if route.connection is connection:
@@ -385,9 +376,9 @@ class DirectCalls:
                 arguments = (connection.connection_id, connection.made)
                 self._own.send(route.actor_id, AFTER, arguments)
             self._decide_lost(route, begun, waiting)
-            self._release_handle(route.actor_id)
+            self._release_handle(route)
 
-    def _decide_lost(self, route: Route, begun: list[Waiting], waiting: list[Waiting]) -> None:
+    def _decide_lost(self, route: ActorRoute, begun: list[Waiting], waiting: list[Waiting]) -> None:
         """What was sent may have run: it fails as the nodes say. What was not goes their way."""
         client = self._client
         if begun:
@@ -405,13 +396,13 @@ class DirectCalls:
         for call in waiting:
             self._give_call(route, call)
 
-    def _release_handle(self, actor_id: ActorId) -> None:
+    def _release_handle(self, route: Route) -> None:
         """Nothing is under way any more that a dead handle was kept for."""
-        handle = self._kept.pop(actor_id, None)
+        handle = self._kept.pop(route, None)
         if handle is not None:
             self._client.dropped.append(handle)
 
-    def _give_call(self, route: Route, call: Waiting) -> None:
+    def _give_call(self, route: ActorRoute, call: Waiting) -> None:
         """A call goes by way of the nodes."""
         object_id, task_id, task_class, payload = call
         spec = TaskSpec(task_id=task_id, class_id=task_class.class_id, calls=[payload])
@@ -480,22 +471,18 @@ class DirectCalls:
             connection.note_reported(report)
             if connection.outbox:
                 connection.flush()
-            is_left = connection.outbox and not connection.route.is_passable
-        route = connection.route
-        if ended and not isinstance(route, Loan):  # (of those its worker tells its node)
-            self._notes.add(connection.route.actor_id, ended, errors, report)
+            route = connection.route
+            is_left = connection.outbox and not route.is_passable
+        if ended:
+            route.on_ended(ended, errors, report)
         if told:
             self._tell(told)
         for call in held:
-            if isinstance(route, Loan):
-                assert self.loans is not None
-                self.loans.on_held(route, call)
-            else:
-                self._fetch_held(call, route.actor_id)
-        if is_left and isinstance(route, Route):
-            self._give_unsent(connection, route)
+            route.on_held(call)
+        if is_left:
+            route.on_unsent(connection)
         if self._kept and not connection.is_busy:
-            self._release_handle(connection.route.actor_id)
+            self._release_handle(route)
 
     def _end(self, object_id: ObjectId, value: Any, is_error: bool, told: list[PutObject]) -> None:
         """A call that was pending is over; under the lock."""
@@ -531,7 +518,7 @@ class DirectCalls:
             if client.count_of(message.object_id) == 0:
                 client.link.send(ReleaseReferences(object_ids=[message.object_id]))
 
-    def _fetch_held(self, call: Waiting, actor_id: ActorId) -> None:
+    def fetch_held(self, route: ActorRoute, call: Waiting) -> None:
         """A result is large, or has refs inside: the nodes know how to bring it."""
         object_id, task_id, task_class, _ = call
         self._is_plain[task_class.class_id] = False  # the next ones will be like it
@@ -540,7 +527,7 @@ class DirectCalls:
             class_id=self._own.class_of(RESULT, task_class.name).class_id,
             calls=[self._client.inline(((task_id,), {}))],
         )
-        self.give_to_node(object_id, CallActor(actor_id=actor_id, task=spec))
+        self.give_to_node(object_id, CallActor(actor_id=route.actor_id, task=spec))
 
     def values(
         self, object_ids: Sequence[ObjectId], timeout_s: float | None
@@ -652,7 +639,7 @@ class DirectCalls:
                         client.link.send(message)
                 unknown.pop(object_id, None)
 
-    def _count_promise(self, connection: Connection | Loan) -> None:
+    def _count_promise(self, connection: Connection | Asked) -> None:
         route = connection.route
         if route.is_together and not route.is_clear:
             return  # a burst in which the way has opened: refs are waited for among earlier ones
@@ -671,17 +658,15 @@ class DirectCalls:
             call = waiting or connection.sent.get(object_id)
             if call is None:
                 return True  # its result is on its way
-            if waiting is not None:
-                # (Where calls have an order it is sent, for the worker counts, and not run.)
-                self._end(object_id, cancelled_error(call), True, told)
-            elif force and isinstance(connection.route, Loan):
-                # Its worker ends: nothing else is to come of it, and nothing is tried again.
+            route = connection.route
+            force = force and route.is_forcible
+            if waiting is not None or force:
+                # (Where calls have an order it is sent, for the worker counts, and not run. One
+                # that is to end by force takes its worker along: nothing else is to come of it.)
                 self._end(object_id, cancelled_error(call), True, told)
             else:
-                force = False  # (an actor's call cannot be, as the caller has been told)
-                if isinstance(connection.route, Loan):
-                    connection.route.cancelled.add(object_id)
-            if waiting is not None and connection.route.is_together:
+                route.on_cancelled(object_id)
+            if waiting is not None and route.is_together:
                 connection.outbox.remove(waiting)
             else:
                 connection.cancel(call[1], force, recursive)
@@ -696,7 +681,7 @@ class DirectCalls:
         route = None if actor_id is None else self.routes.get(actor_id)
         if route is None or route.connection is None or not route.connection.is_busy:
             return False
-        self._kept[route.actor_id] = handle
+        self._kept[route] = handle
         return True
 
     def forget_gone(self) -> None:
@@ -715,7 +700,7 @@ class DirectCalls:
             connection, route.connection = route.connection, None
         if connection is not None:
             self._connections.pop(connection, None)
-            self._host.unwatch(connection)
+            self.unwatch(connection)
             connection.close()
 
     def on_kill(self, actor_id: ActorId) -> None:
@@ -731,7 +716,7 @@ class DirectCalls:
 
     def next_deadline(self) -> float | None:
         """When to call `tick` at the latest; None: no need."""
-        deadline = self._notes.due_s()
+        deadline = self.notes.due_s()
         if self.pending:
             for connection in list(self._connections):
                 push_s = connection.push_due_s()
@@ -745,29 +730,28 @@ class DirectCalls:
     def tick(self) -> None:
         """Time has passed."""
         now = time.monotonic()
-        due_s = self._notes.due_s()
+        due_s = self.notes.due_s()
         if due_s is not None and now >= due_s and not self.is_closed:
-            self._notes.send()
+            self.notes.send()
         if self.pending:
-            left: tuple[Connection, Route] | None = None
+            left: Connection | None = None
             with self.lock:
                 for connection in list(self._connections):
                     push_s = connection.push_due_s()
                     if push_s is not None and now >= push_s:
                         connection.push()
-                        route = connection.route
-                        if connection.outbox and not route.is_passable and isinstance(route, Route):
-                            left = connection, route
+                        if connection.outbox and not connection.route.is_passable:
+                            left = connection
                     late_s = connection.first_sent_s + _NUDGE_AFTER_S
                     if connection.waits_behind() and now >= late_s:
                         connection.nudge()
             if left is not None:
-                self._give_unsent(*left)
+                left.route.on_unsent(left)
 
     def give_up(self, error: bytes) -> None:
         """The node is gone: with it everything else, as far as this process knows."""
         for connection in list(self._connections):
-            self._host.unwatch(connection)
+            self.unwatch(connection)
         self.close()
         self.fail_all(list(self.pending), error)
 

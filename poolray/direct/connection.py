@@ -1,7 +1,7 @@
 """One way from a caller to an actor's worker: packets out, reports in.
 
     outbox ──at the most two packets under way──▶ frames ══▶ the worker
-    `Calls.on_report` ◀── TasksFinished ◀── frames ◀════════════╝
+    `Listener.on_report` ◀─ TasksFinished ◀── frames ◀════════════╝
 
 What: numbers packets, decides how many calls go in one, proves who we are.
 Who calls: `direct/calls.py`, whose lock guards it; the loop that reads, `answer`.
@@ -37,8 +37,7 @@ from poolray.protocol.worker import (
 )
 
 if TYPE_CHECKING:
-    from poolray.direct.loans import Loan
-    from poolray.direct.route import Route
+    from poolray.direct.interfaces import Route
 
 #: What a packet holds at the most.
 _PACKET_CALLS_MAX = 256
@@ -65,17 +64,8 @@ Waiting: TypeAlias = tuple[ObjectId, TaskId, TaskClass, bytes]
 class Listener(Protocol):
     """Who makes the calls."""
 
-    def on_open(self, connection: Connection) -> None:
-        """It may be used."""
-
-    def on_lost(self, connection: Connection) -> None:
-        """The other end is gone."""
-
     def on_report(self, connection: Connection, report: TasksFinished) -> None:
         """The worker has results."""
-
-    def on_given_back(self, connection: Connection) -> None:
-        """It was on loan, and goes; what it has not answered it has not begun."""
 
     def new_index(self) -> int:
         """A name for a class that no other one has in any worker."""
@@ -94,7 +84,7 @@ class Connection:
     def __init__(
         self,
         listener: Listener,
-        route: Route | Loan,
+        route: Route,
         channel: socket.socket,
         offer: Offer,
         *,
@@ -149,14 +139,14 @@ class Connection:
         try:
             messages = [_decode(frame) for frame in self._end.read()]
         except (ConnectionLost, HandshakeError, msgspec.MsgspecError, OSError):
-            self._listener.on_lost(self)
+            self.route.on_lost(self)
             return
         if not self.is_open and self._end.is_open:
             self.is_open = True
-            self._listener.on_open(self)
+            self.route.on_open(self)
         for message in messages:
             if type(message) is LoanEnded:
-                self._listener.on_given_back(self)
+                self.route.on_given_back(self)
                 return
             self._listener.on_report(self, message)
 

@@ -1,7 +1,8 @@
 """What direct calls need of the process that makes them.
 
-What: the interfaces alone; `client.py` and `local/direct_host.py` have the implementations.
-Who calls: `direct/calls.py`.
+What: the interfaces alone; `client.py` and `local/direct_host.py` have the implementations, and of
+routes `direct/route.py` and `direct/loans.py`.
+Who calls: `direct/calls.py`, `direct/connection.py`.
 May touch: nothing.
 Invariants: none.
 """
@@ -14,9 +15,10 @@ from poolray.ids import ActorId, GroupId, ObjectId, TaskIdSource
 from poolray.objects.object_ref import ObjectRef, RefOwner
 from poolray.protocol.client import ObjectValues, PutObject
 from poolray.protocol.values import TaskClass
+from poolray.protocol.worker import TasksFinished
 
 if TYPE_CHECKING:
-    from poolray.direct.connection import Connection
+    from poolray.direct.connection import Connection, Waiting
     from poolray.direct.loans import Door
 
 
@@ -54,6 +56,50 @@ class Owner(RefOwner, Protocol):
         self, reply: ObjectValues, ref: ObjectRef[Any]
     ) -> tuple[BaseException | None, Any]:
         """The error to raise for an object, or None and its value."""
+
+
+class Route(Protocol):
+    """How some calls go, and what becomes of them: those of one actor, or of one function."""
+
+    #: There is no way past the nodes, or it does not pay.
+    is_off: bool
+    #: The last call by way of the nodes; whether it and all before it are over, as far as is known.
+    last: ObjectId
+    is_clear: bool
+    #: Calls run side by side, in no order.
+    is_together: bool
+    #: A call that runs may be cancelled by force, which ends its worker.
+    is_forcible: bool
+    #: Results that the node was promised.
+    promises: int
+
+    @property
+    def is_passable(self) -> bool:
+        """Whether calls may be sent: they come after none that goes another way."""
+
+    def usable(self) -> Connection | None:
+        """The way for a call that is made now; None: by way of the nodes."""
+
+    def on_open(self, connection: Connection) -> None:
+        """A connection may be used."""
+
+    def on_lost(self, connection: Connection) -> None:
+        """Its other end is gone."""
+
+    def on_given_back(self, connection: Connection) -> None:
+        """Its worker goes; what it has not answered it has not begun."""
+
+    def on_ended(self, calls: list[Waiting], errors: dict[int, str], report: TasksFinished) -> None:
+        """Calls are over, these of them with errors."""
+
+    def on_held(self, call: Waiting) -> None:
+        """The worker keeps a result, for the nodes to bring."""
+
+    def on_unsent(self, connection: Connection) -> None:
+        """Calls wait there that may not be sent any more."""
+
+    def on_cancelled(self, object_id: ObjectId) -> None:
+        """The worker was told that a call is not wanted."""
 
 
 class Waiter(Protocol):

@@ -35,10 +35,11 @@ from poolray.direct.addresses import Offer, make_door, settle_in
 from poolray.direct.connection import ARGUMENTS_BYTES_MAX, Connection, Waiting
 from poolray.direct.seal import HandshakeError
 from poolray.exceptions import TaskCancelledError
-from poolray.ids import ActorId, ClassId, ObjectId, TaskId, return_id
+from poolray.ids import ClassId, ObjectId, TaskId, return_id
 from poolray.objects.object_ref import ObjectRef, make_ref
 from poolray.protocol.client import ObjectValues, SubmitTasks
 from poolray.protocol.values import CallKind, Delivery, TaskClass, TaskSpec, identified
+from poolray.protocol.worker import TasksFinished
 
 if TYPE_CHECKING:
     from poolray.direct.calls import DirectCalls
@@ -63,10 +64,27 @@ class LoanState(enum.Enum):
 
 
 @final
+class Asked:
+    """Has the call that is to bring a worker, in the place of the connection there will be."""
+
+    __slots__ = ("made", "outbox", "route", "sent")
+
+    def __init__(self, route: Loan) -> None:
+        self.route = route
+        self.outbox: deque[Waiting] = deque()
+        self.sent: dict[ObjectId, Waiting] = {}
+        self.made = 0
+
+    def cancel(self, task_id: TaskId, force: bool, recursive: bool) -> None:
+        """A call is not wanted: nobody has been told of it yet."""
+
+
+@final
 class Loan:
-    """How calls of one function go: to `direct/calls.py` a route like an actor's."""
+    """How calls of one function go: a `Route`, whose news are for `Loans`."""
 
     __slots__ = (
+        "asked",
         "calls",
         "cancelled",
         "connection",
@@ -77,25 +95,22 @@ class Loan:
         "is_off",
         "last",
         "last_s",
-        "made",
-        "outbox",
+        "loans",
         "patience",
         "promises",
         "ref",
         "reply",
-        "route",
-        "sent",
         "served",
         "state",
         "task_class",
     )
 
-    #: (It is no actor's.)
-    actor_id = ActorId(b"")
     is_together = False
+    is_forcible = True
 
-    def __init__(self, task_class: TaskClass) -> None:
+    def __init__(self, task_class: TaskClass, loans: Loans) -> None:
         self.task_class = task_class
+        self.loans = loans
         self.state = LoanState.NONE
         #: Calls in a row of which each was made when the result of the one before had been taken.
         self.calls = 0
@@ -122,12 +137,8 @@ class Loan:
         # As of an actor's route:
         self.is_off = False
         self.promises = 0
-        # As of a connection, before there is one:
-        self.route = self
-        self.made = 0
         #: The call that is to bring a worker.
-        self.outbox: deque[Waiting] = deque()
-        self.sent: dict[ObjectId, Waiting] = {}
+        self.asked = Asked(self)
 
     @property
     def is_passable(self) -> bool:
@@ -141,8 +152,32 @@ class Loan:
             return None
         return connection
 
-    def cancel(self, task_id: TaskId, force: bool, recursive: bool) -> None:
-        """A call is not wanted: nobody has it yet."""
+    def on_open(self, connection: Connection) -> None:
+        """A worker has proved that it was sent here."""
+        self.loans.open(self, connection)
+
+    def on_lost(self, connection: Connection) -> None:
+        """The worker is gone, or the way to it is: what it had counts as tried."""
+        self.loans.part(self, connection, is_lost=True)
+
+    def on_given_back(self, connection: Connection) -> None:
+        """The worker goes, and has not begun what it has not answered."""
+        self.loans.part(self, connection, is_lost=False)
+
+    def on_ended(self, calls: list[Waiting], errors: dict[int, str], report: TasksFinished) -> None:
+        """Calls are over: the worker tells its node of them."""
+
+    def on_held(self, call: Waiting) -> None:
+        """The worker keeps a result that is large, or has refs inside: it comes as the loan's."""
+        self.held = call
+        self.is_off = True  # the next ones will be like it
+
+    def on_unsent(self, connection: Connection) -> None:
+        """Another thread's call goes by way of the nodes: this one waits for its value."""
+
+    def on_cancelled(self, object_id: ObjectId) -> None:
+        """The worker was told that a call is not wanted: it is not to be tried again."""
+        self.cancelled.add(object_id)
 
 
 @final
@@ -212,7 +247,7 @@ class Loans:
             return self._loans[class_id]
         except KeyError:
             pass
-        loan = Loan(task_class) if _is_plain(task_class) else None
+        loan = Loan(task_class, self) if _is_plain(task_class) else None
         with self._direct.lock:
             if len(self._loans) >= _CLASSES_MAX:
                 self._forget_oldest()
@@ -242,7 +277,7 @@ class Loans:
             and not self._direct.is_closed
         )
 
-    def call(self, loan: Loan, payload: bytes) -> ObjectRef[Any] | None:
+    def call(self, loan: Loan, task_class: TaskClass, payload: bytes) -> ObjectRef[Any] | None:
         """Make a call without refs among its arguments; None: it has to go by way of the nodes."""
         if len(payload) > ARGUMENTS_BYTES_MAX:
             return None
@@ -257,14 +292,14 @@ class Loans:
                     if not self._is_due(loan):
                         return None
                     loan.state = LoanState.ASKED
-                way = connection or loan
+                way = connection or loan.asked
                 task_id = client.task_ids.next_task_id()
                 object_id = return_id(task_id, 0)
                 ref = make_ref(object_id, client)
                 client.counts[object_id] = 1
                 direct.unknown[object_id] = None
                 direct.pending[object_id] = way
-                way.outbox.append((object_id, task_id, loan.task_class, payload))
+                way.outbox.append((object_id, task_id, task_class, payload))
                 loan.served += 1
                 if connection is not None:
                     connection.flush()
@@ -338,37 +373,25 @@ class Loans:
             self._reads.unwatch(door)
             door.channel.close()
 
-    def on_open(self, connection: Connection) -> None:
+    def open(self, loan: Loan, connection: Connection) -> None:
         """A worker has proved that it was sent here."""
-        loan, direct = connection.route, self._direct
-        assert isinstance(loan, Loan)
+        direct = self._direct
         self._has_come = True
         with direct.lock:
             if loan.state is LoanState.ASKED and not direct.is_closed:
                 loan.state, loan.connection = LoanState.OPEN, connection
-                while loan.outbox:
-                    call = loan.outbox.popleft()
+                waiting = loan.asked.outbox
+                while waiting:
+                    call = waiting.popleft()
                     if call[0] in direct.pending:  # (else it was cancelled)
                         direct.pending[call[0]] = connection
                         connection.outbox.append(call)
                 connection.flush()
 
-    def on_held(self, loan: Loan, call: Waiting) -> None:
-        """The worker keeps a result that is large, or has refs inside: it comes as the loan's."""
-        loan.held = call
-        loan.is_off = True  # the next ones will be like it
-
-    def on_ended(self, connection: Connection) -> None:
-        """The worker goes, and has not begun what it has not answered."""
-        self._part(connection, is_lost=False)
-
-    def on_lost(self, connection: Connection) -> None:
-        """The worker is gone, or the way to it is: what it had counts as tried."""
-        self._part(connection, is_lost=True)
-
-    def _part(self, connection: Connection, is_lost: bool) -> None:
-        direct, loan = self._direct, connection.route
-        assert isinstance(loan, Loan)
+    def part(self, loan: Loan, connection: Connection, is_lost: bool) -> None:
+        """The worker goes, or is lost."""
+        direct = self._direct
+        direct.unwatch(connection)
         with direct.lock:
             begun, waiting = direct.forget(connection)
             unwanted = [call for call in begun if call[0] in loan.cancelled]
@@ -433,8 +456,9 @@ class Loans:
     def _give_back_waiting(self, loan: Loan) -> None:
         """No worker has come for the call that was to bring one."""
         with self._direct.lock:
-            calls = [call for call in loan.outbox if call[0] in self._direct.pending]
-            loan.outbox.clear()
+            waiting = loan.asked.outbox
+            calls = [call for call in waiting if call[0] in self._direct.pending]
+            waiting.clear()
         for call in calls:
             self._give_to_node(call, call[2])
 

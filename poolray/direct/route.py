@@ -15,19 +15,22 @@ from typing import TYPE_CHECKING, final
 from poolray.exceptions import ActorUnavailableError
 from poolray.ids import ActorId, ObjectId
 from poolray.protocol.values import CallKind, TaskClass
+from poolray.protocol.worker import TasksFinished
 
 if TYPE_CHECKING:
-    from poolray.direct.connection import Connection
+    from poolray.direct.calls import DirectCalls
+    from poolray.direct.connection import Connection, Waiting
 
 
 @final
-class Route:
-    """How calls of one actor go."""
+class ActorRoute:
+    """How calls of one actor go: a `Route`, whose news are for `DirectCalls`."""
 
     __slots__ = (
         "actor_id",
         "calls",
         "connection",
+        "direct",
         "is_asking",
         "is_clear",
         "is_giving",
@@ -40,8 +43,12 @@ class Route:
         "unread",
     )
 
-    def __init__(self, actor_id: ActorId) -> None:
+    #: (As the caller has been told.)
+    is_forcible = False
+
+    def __init__(self, actor_id: ActorId, direct: DirectCalls) -> None:
         self.actor_id = actor_id
+        self.direct = direct
         #: Calls that went by way of the nodes, of this life of the actor.
         self.calls = 0
         #: The last one's result; all before it are over when that has a value.
@@ -73,6 +80,33 @@ class Route:
     def is_passable(self) -> bool:
         """Whether straight calls may be sent: they come after none that goes another way."""
         return self.is_clear or self.is_together
+
+    def on_open(self, connection: Connection) -> None:
+        """A connection may be used."""
+        self.direct.open_route(self, connection)
+
+    def on_lost(self, connection: Connection) -> None:
+        """The actor has ended, or its way to us."""
+        self.direct.lose_route(self, connection)
+
+    def on_given_back(self, connection: Connection) -> None:
+        """Not what an actor's worker says."""
+        self.on_lost(connection)
+
+    def on_ended(self, calls: list[Waiting], errors: dict[int, str], report: TasksFinished) -> None:
+        """Calls are over: whoever lists tasks is to know."""
+        self.direct.notes.add(self.actor_id, calls, errors, report)
+
+    def on_held(self, call: Waiting) -> None:
+        """A result is large, or has refs inside."""
+        self.direct.fetch_held(self, call)
+
+    def on_unsent(self, connection: Connection) -> None:
+        """Another thread's call goes by way of the nodes."""
+        self.direct.give_unsent(self, connection)
+
+    def on_cancelled(self, object_id: ObjectId) -> None:
+        """Calls of actors are not tried again anyway."""
 
 
 def may_go_straight(task_class: TaskClass) -> bool:

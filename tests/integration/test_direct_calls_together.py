@@ -352,8 +352,8 @@ def test_what_is_asked_for_by_way_of_the_node_waits_for_no_calls_there(
     actor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[Any] = []
-    fetch = DirectCalls._fetch_held
-    monkeypatch.setattr(DirectCalls, "_fetch_held", lambda self, *found: held.append(found))
+    fetch = DirectCalls.fetch_held
+    monkeypatch.setattr(DirectCalls, "fetch_held", lambda self, *found: held.append(found))
     large = actor.zeros.remote(1_000_000)
     wait_until(lambda: bool(held), "the word of a large result")
     put = poolray.put(1)
