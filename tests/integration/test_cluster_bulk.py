@@ -179,6 +179,40 @@ def test_chunks_of_any_size_arrive_in_a_row_and_touch_nothing_else(
     assert pair.source.by_link == []
 
 
+def test_where_sockets_cannot_be_spliced_chunks_arrive_all_the_same(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "splice", refuse)
+    pair.transfer(0, 1, 2)
+    assert pair.target.told == [ChunkArrived(number=number) for number in (0, 1, 2)]
+
+
+def test_memory_that_cannot_be_had_costs_the_connection_and_chunks_are_asked_for_again(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    splice, write = os.splice, os.pwritev
+
+    def take_but_not_give(source: int, target: int, size: int, **options: Any) -> int:
+        if "offset_dst" in options:
+            no_room()
+        return splice(source, target, size, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "splice", take_but_not_give)
+        patch.setattr(os, "pwritev", no_room)
+        pair.expect(0, 0)
+        pair.send(0, 0)
+        pair.run(lambda: ChunksLost(numbers=[0]) in pair.target.told)
+    assert os.pwritev is write
+    pair.transfer(0, 1)  # nothing of the first one is in the way
+
+
 def test_what_ends_in_the_middle_of_a_chunk_is_noticed_at_once(pair: Pair) -> None:
     pair.transfer(0)
     send = bulk_loop.Sending._send_body
