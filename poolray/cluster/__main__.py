@@ -20,9 +20,9 @@ def main() -> int:
         from poolray.cluster import head_daemon
 
         return head_daemon.main()
-    from poolray.cluster import node_daemon
+    from poolray.cluster import node_main
 
-    return node_daemon.main()
+    return node_main.main()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a node's daemon says of itself to who only asks: no driver, no peer.
+"""What a node's daemon says of itself: to the head, and to who only asks.
 
-What: answers who it is and which nodes it knows.
+What: facts for whoever lists nodes; who it is and which nodes it knows.
 Who calls: the node's daemon.
-May touch: nothing.
+May touch: nothing but this machine's name and ids.
 Invariants: an answer is a snapshot.
 """
 
@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 from collections.abc import Iterable
 
 from poolray._version import __version__
+from poolray.cluster import places
+from poolray.cluster.options import NodeOptions
 from poolray.ids import NodeId
 from poolray.protocol import PROTOCOL_VERSION
 from poolray.protocol.cluster import (
@@ -26,6 +29,21 @@ from poolray.protocol.cluster import (
 )
 from poolray.protocol.directory import NodeRow
 from poolray.protocol.node import NodeView
+
+
+def facts(options: NodeOptions, address: str, socket_name: str) -> dict[str, str]:
+    """What the head is told of a node beside its resources, for those who list nodes or look for
+    the one on their machine.
+    """
+    return {
+        "host": address.rpartition(":")[0],
+        "hostname": socket.gethostname(),
+        "machine": places.machine_id(),
+        "pid": str(os.getpid()),
+        "socket": socket_name,
+        "is_head": "1" if options.is_head else "",
+        "session_folder": options.session_folder,
+    }
 
 
 def answer(

@@ -17,7 +17,6 @@ import dataclasses
 import logging
 import os
 import socket
-import sys
 import time
 from collections import deque
 from typing import Any, final
@@ -30,7 +29,7 @@ from poolray.cluster.bulk import Bulk
 from poolray.cluster.deliveries import Deliveries
 from poolray.cluster.head_daemon import HEAD_ID
 from poolray.cluster.jobs import Job, Jobs, groups_in
-from poolray.cluster.node_answers import answer
+from poolray.cluster.node_answers import answer, facts
 from poolray.cluster.options import NodeOptions, Ready
 from poolray.cluster.pressure import Pressure
 from poolray.cluster.remote_sessions import RemoteReception
@@ -143,6 +142,8 @@ class NodeDaemon(NodeShell):
         #: What threads that read and write files have to tell; they append.
         self._spill_news: deque[Any] = deque()
         self._stop = Waitable()
+        #: The head counts this node; or it does not and has said why, or this node ends.
+        self.answered, self.refusal = Waitable(), ""
         self.is_rejoining = False
         #: It was drained: its last word to the head, and when that is said at the latest.
         self._farewell: tuple[LeaveCluster, float] | None = None
@@ -239,7 +240,13 @@ class NodeDaemon(NodeShell):
     def stop(self) -> None:
         """End; safe in a signal handler."""
         self._stop.finish()
+        self.answered.finish()
         self.reactor.wake()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it ends, or has ended."""
+        return self._stop.done
 
     def _shut_down(self) -> None:
         if not self.is_rejoining:
@@ -664,18 +671,9 @@ class NodeDaemon(NodeShell):
     # ---- peers and the head ----------------------------------------------------------------------
 
     def _register(self) -> None:
-        host, _, _ = self.address.rpartition(":")
-        info = {
-            "host": host,
-            "hostname": socket.gethostname(),
-            "machine": places.machine_id(),
-            "pid": str(os.getpid()),
-            "socket": self._reception.name,
-            "is_head": "1" if self._options.is_head else "",
-            "session_folder": self._options.session_folder,
-        }
         with self.guard:
-            self.node.address, self.node.info = self.address, info
+            self.node.address = self.address
+            self.node.info = facts(self._options, self.address, self._reception.name)
             message = self.node.register()
         self._send_head(message)
 
@@ -746,11 +744,12 @@ class NodeDaemon(NodeShell):
                 self._views[view.node_id] = view
                 if view.address and view.node_id != self.node_id:
                     self._addresses[view.node_id] = split_address(view.address)
+            self.answered.finish()
         elif isinstance(message, Refused):
             if self._stop.done:
                 return  # it has heard that we leave
             _logger.error("the head refuses this node: %s", message.reason)
-            self.is_rejoining = message.is_dead
+            self.is_rejoining, self.refusal = message.is_dead, message.reason
             self.stop()
             return
         self._feed_remote(HEAD_ID, message)
@@ -779,21 +778,3 @@ class NodeDaemon(NodeShell):
 
     def _answer_question(self, question: Question) -> Answer:
         return answer(question, self.node_id, self._options.session_folder, self._views.values())
-
-
-def main() -> int:
-    """The whole life of a node's daemon; gives its exit code."""
-    pipe = int(sys.argv[2])
-    options = daemon.read_options(NodeOptions)
-    daemon.detach(options.session_folder, f"node-{os.getpid()}")
-    try:
-        node = NodeDaemon(options)
-    except BaseException as error:
-        daemon.report_failure(pipe, error)
-        return 1
-    daemon.on_stop(node.stop)
-    daemon.report(pipe, node.ready())
-    node.run()
-    if node.is_rejoining:
-        daemon.start_again(msgspec.structs.replace(options, worker_logs=node.kept_logs()))
-    return 0

@@ -9,7 +9,8 @@ free, and takes nodes out politely.
 Who calls: `head/head.py`.
 May touch: nothing.
 Invariants: a node is a member, dead, or unknown; a dead node's id never becomes a member again;
-views are sent at most once per heartbeat interval.
+views are sent at most once per heartbeat interval, but for those of the first few nodes that join
+in one, which all hear of at once.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ from poolray.protocol.node import (
 #: Dead nodes remembered, so that they are refused and listed; the first are forgotten when there
 #: are more.
 _DEAD_MAX = 10_000
+#: Nodes that may join in one heartbeat interval and are told of at once: a thousand nodes that
+#: start together would be a million messages.
+_AT_ONCE_MAX = 8
 
 _TABLE = "nodes"
 _decode_row = msgspec.msgpack.Decoder(NodeRow).decode
@@ -75,7 +79,10 @@ class Member:
 class Members:
     """The nodes of the cluster."""
 
-    __slots__ = ("_changed", "_deadlines", "_next_view_s", "_state", "dead", "on_gone")
+    __slots__ = (
+        *("_at_once", "_changed", "_deadlines", "_next_view_s", "_state"),
+        *("dead", "on_gone"),
+    )
 
     def __init__(self, state: HeadState) -> None:
         self._state = state
@@ -88,8 +95,10 @@ class Members:
         self._deadlines: list[tuple[float, NodeId]] = []
         #: Members whose view has changed since the last that was sent.
         self._changed: dict[NodeId, None] = {}
-        #: When views may be sent again.
+        #: When views may be sent again …
         self._next_view_s = 0.0
+        #: … and how many nodes may join until then and be told of before.
+        self._at_once = _AT_ONCE_MAX
 
     def restore(self, rows: Mapping[bytes, bytes]) -> None:
         """Members as they were in an earlier life of the head: they have time to say that they
@@ -154,7 +163,12 @@ class Members:
         for peer in message.peers:  # an earlier head may have had no time to say so
             if peer not in state.members:
                 state.send(node_id, NodeDied(node_id=peer, reason="is no member"))
-        self.send_views()
+        if member is None and self._at_once > 0 and state.now < self._next_view_s:
+            # Whoever started it looks for it next, and by way of any node.
+            self._at_once -= 1
+            self._spread()
+        else:
+            self.send_views()
         return True
 
     def _store(self, view: NodeView) -> None:
@@ -200,6 +214,12 @@ class Members:
         if not self._changed or state.now < self._next_view_s:
             return
         self._next_view_s = state.now + state.config.heartbeat_interval_s
+        self._at_once = _AT_ONCE_MAX
+        self._spread()
+
+    def _spread(self) -> None:
+        """Tell all members what has changed."""
+        state = self._state
         views = ClusterView(nodes=[state.members[node_id].view for node_id in self._changed])
         self._changed.clear()
         for node_id in state.members:

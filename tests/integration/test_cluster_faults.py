@@ -19,7 +19,12 @@ import pytest
 import poolray
 from poolray.cluster import launch
 from poolray.cluster_utils import Cluster
-from poolray.exceptions import ActorDiedError, ObjectLostError, OwnerDiedError
+from poolray.exceptions import (
+    ActorDiedError,
+    ClusterConnectionError,
+    ObjectLostError,
+    OwnerDiedError,
+)
 from tests.integration.support import Gate, announce_and_hold, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons need Linux")
@@ -314,6 +319,7 @@ def test_a_daemon_whose_starter_is_gone_before_it_is_up_ends(cluster: Cluster) -
     node = msgspec.structs.replace(
         cluster._node_options(False, {"num_cpus": 1}), owner_pid=gone.pid
     )
-    for options in (head, node):
-        daemon = launch.start(options)
-        wait_until(lambda daemon=daemon: not daemon.is_alive(), "its end")  # type: ignore[misc]
+    daemon = launch.start(head)
+    wait_until(lambda: not daemon.is_alive(), "its end")
+    with pytest.raises(ClusterConnectionError, match="was stopped before"):
+        launch.start(node)

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 import poolray
+from poolray.cluster.asking import ask
+from poolray.cluster.auth import Credentials
 from poolray.cluster_utils import Cluster
 from poolray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from poolray.protocol.cluster import AskNodes, Nodes
 from poolray.protocol.directory import DrainNode
 from poolray.protocol.inquiry import AskHead
 from poolray.session import find_client
@@ -52,6 +55,15 @@ class Counter:
 @poolray.remote(resources={"there": 1}, num_cpus=0, max_retries=2)
 def large(value: int) -> np.ndarray[Any, Any]:
     return np.full(1_000_000, value)
+
+
+def test_the_head_counts_a_node_as_soon_as_it_is_said_to_be_up(cluster: Cluster) -> None:
+    with open(cluster.auth_token_path, encoding="ascii") as file:
+        credentials = Credentials.of(file.read().strip())
+    for _ in range(5):
+        node = cluster.add_node(wait=False)  # (as `poolray start`: nobody else is waited for)
+        rows = ask(cluster.address, AskNodes(), Nodes, credentials).nodes
+        assert node.node_id in {row.node_id.hex() for row in rows}
 
 
 def test_a_head_that_is_killed_is_missed_by_nobody_and_comes_back_with_all_it_knew(

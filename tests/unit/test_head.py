@@ -125,6 +125,25 @@ def test_a_dead_node_that_speaks_again_is_told_so_and_stays_dead() -> None:
     assert bench.head.statistics().nodes == (A,)
 
 
+def test_all_hear_at_once_of_the_first_few_nodes_that_join_and_of_many_together() -> None:
+    bench = HeadBench(A)
+    told = 0
+    for number in range(20):
+        joined = NodeId(bytes([number]) * 28)
+        effects = bench.join(joined)
+        views = [message for node_id, message in effects if node_id == A]
+        told += len(views)
+        if number < 5:
+            (view,) = views
+            assert isinstance(view, ClusterView)
+            assert [node.node_id for node in view.nodes] == [joined]
+    assert told < 12
+    bench.now += CONFIG.heartbeat_interval_s
+    (late,) = [message for node_id, message in bench.tick() if node_id == A]
+    assert isinstance(late, ClusterView)
+    assert len(late.nodes) + told == 20
+
+
 def test_a_stranger_has_to_register_first() -> None:
     bench = HeadBench()
     ((_, refusal),) = bench.beat(C)
