@@ -44,6 +44,7 @@ from poolray.ids import (
 from poolray.objects.object_ref import ObjectRef, make_ref
 from poolray.protocol.actors import CallActor
 from poolray.protocol.client import (
+    CancelTask,
     ObjectValues,
     PromiseObjects,
     PutObject,
@@ -92,11 +93,15 @@ class DirectCalls:
         self.routes: dict[ActorId, ActorRoute] = {}
         #: Objects that exist in this process only, while it has refs to them.
         self.unknown: dict[ObjectId, None] = {}
-        #: object id -> who has the call under way that makes it.
-        self.pending: dict[ObjectId, Connection | Asked] = {}
+        #: object id -> the call under way that makes it.
+        self.pending: dict[ObjectId, Waiting] = {}
         #: Of these: who waits for one, and those of which the node is to be told.
         self._waiters: dict[ObjectId, list[Waiter]] = {}
         self._promised: dict[ObjectId, None] = {}
+        #: Of these: calls whose workers were told that they are not wanted, those whose results the
+        #: workers keep, and those that are being given to the node -> the order to cancel, if there
+        #: is one. It holds should the call go to the node.
+        self._orders: dict[ObjectId, CancelTask | None] = {}
         #: object id -> what it failed with; values are in `Client.prefetched`.
         self._errors: dict[ObjectId, bytes] = {}
         #: Errors that somebody has seen.
@@ -151,8 +156,9 @@ class DirectCalls:
         ref = make_ref(object_id, client)
         client.counts[object_id] = 1  # (without the lock: nobody else knows the id yet)
         self.unknown[object_id] = None
-        self.pending[object_id] = connection
-        connection.outbox.append((object_id, task_id, task_class, payload))
+        call = object_id, task_id, task_class, payload, connection
+        self.pending[object_id] = call
+        connection.outbox.append(call)
         # (On one that was lost or left just now it would wait for ever.)
         if connection.wants_flush() or connection.is_lost or not route.is_passable:
             self._flush(connection, route)
@@ -197,8 +203,7 @@ class DirectCalls:
         with self._giving(route):
             with self.lock:
                 connection.flush()
-                unsent = [call for call in connection.outbox if call[0] in self.pending]
-                connection.outbox.clear()
+                unsent = [call for call in connection.take_unsent() if call[0] in self.pending]
                 if unsent:  # what is made from now on comes after these
                     self.lasts.pop(route.last, None)
                     route.last, route.is_clear = ObjectId(b""), False
@@ -354,9 +359,8 @@ class DirectCalls:
         self._connections.pop(connection, None)
         connection.close()
         begun = [call for call in connection.sent.values() if call[0] in self.pending]
-        waiting = [call for call in connection.outbox if call[0] in self.pending]
+        waiting = [call for call in connection.take_unsent() if call[0] in self.pending]
         connection.sent.clear()
-        connection.outbox.clear()
         return begun, waiting
 
     def _lose(self, connection: Connection, route: ActorRoute) -> None:
@@ -390,7 +394,7 @@ class DirectCalls:
                 client.read_reply(reply, ref)  # (what it names is seen)
                 if not isinstance(data, bytes):
                     data = unavailable(route.actor_id, begun[0][2].name)
-                self.fail_all([call[0] for call in begun], data)
+                self.fail_all(begun, data)
 
             client.link.when_ready(ref._id, learn)
         for call in waiting:
@@ -404,14 +408,30 @@ class DirectCalls:
 
     def _give_call(self, route: ActorRoute, call: Waiting) -> None:
         """A call goes by way of the nodes."""
-        object_id, task_id, task_class, payload = call
+        _, task_id, task_class, payload, _ = call
         spec = TaskSpec(task_id=task_id, class_id=task_class.class_id, calls=[payload])
-        self.give_to_node(object_id, CallActor(actor_id=route.actor_id, task=spec))
+        self.give_to_node(call, CallActor(actor_id=route.actor_id, task=spec))
 
-    def give_to_node(
+    def give_to_node(self, call: Waiting, message: CallActor | SubmitTasks) -> None:
+        """The node makes a call, unless it was cancelled; an order that comes now goes after it."""
+        object_id = call[0]
+        with self.lock:
+            is_wanted = object_id in self.pending and self._orders.get(object_id) is None
+            if is_wanted:
+                self._orders[object_id] = None
+        if not is_wanted:
+            self.fail_all([call], cancelled_error(call))
+            return
+        order = self.leave_to_node(object_id, message)
+        if order is not None:
+            self._client.link.send(order)
+
+    def leave_to_node(
         self, object_id: ObjectId, message: CallActor | SubmitTasks | PutObject
-    ) -> None:
-        """The node makes a call's result, and knows of it from now on."""
+    ) -> CancelTask | None:
+        """The node brings a call's result, and knows of it from now on; gives the order to cancel
+        it that has come meanwhile.
+        """
         client = self._client
         if type(message) is PutObject:
             client.link.send(message)
@@ -421,19 +441,23 @@ class DirectCalls:
             self.pending.pop(object_id, None)
             self._promised.pop(object_id, None)
             self.unknown.pop(object_id, None)
+            order = self._orders.pop(object_id, None)
             waiters = self._waiters.pop(object_id, ())
         if client.count_of(object_id) == 0:
             client.link.send(ReleaseReferences(object_ids=[object_id]))
         for waiter in waiters:
             waiter.finish()  # who waits looks again, and asks the node
+        return order
 
-    def fail_all(self, object_ids: Iterable[ObjectId], error: bytes) -> None:
-        """These failed."""
+    def fail_all(self, calls: Iterable[Waiting], error: bytes) -> None:
+        """These failed, those that are pending; or were cancelled before."""
         told: list[PutObject] = []
         with self.lock:
-            for object_id in object_ids:
-                if object_id in self.pending:
-                    self._end(object_id, error, True, told)
+            for call in calls:
+                if call[0] in self.pending:
+                    is_cancelled = self._orders.get(call[0]) is not None
+                    reason = cancelled_error(call) if is_cancelled else error
+                    self._end(call[0], reason, True, told)
         self._tell(told)
 
     # ---- results ---------------------------------------------------------------------------------
@@ -456,13 +480,14 @@ class DirectCalls:
                     continue
                 outcome = result.results[0]
                 if type(outcome) is bytes:
-                    if self._promised or self._waiters or object_id not in counts:
+                    if self._promised or self._waiters or self._orders or object_id not in counts:
                         self._end(object_id, outcome, False, told)
                     else:
                         prefetched[object_id] = outcome
                         del pending[object_id]  # (last: `values` looks without the lock)
                 elif not outcome.values:  # type: ignore[union-attr]
                     held.append(call)  # (it is pending until the node has it)
+                    self._orders.setdefault(object_id, None)
                     continue
                 else:
                     self._end(object_id, outcome.values[0], True, told)  # type: ignore[union-attr]
@@ -487,6 +512,8 @@ class DirectCalls:
     def _end(self, object_id: ObjectId, value: Any, is_error: bool, told: list[PutObject]) -> None:
         """A call that was pending is over; under the lock."""
         client = self._client
+        if self._orders:
+            self._orders.pop(object_id, None)
         if self._promised and self._promised.pop(object_id, self) is None:
             told.append(PutObject(object_id=object_id, value=value, is_error=is_error))
         elif object_id not in client.counts:
@@ -520,14 +547,14 @@ class DirectCalls:
 
     def fetch_held(self, route: ActorRoute, call: Waiting) -> None:
         """A result is large, or has refs inside: the nodes know how to bring it."""
-        object_id, task_id, task_class, _ = call
+        object_id, task_id, task_class, _, _ = call
         self._is_plain[task_class.class_id] = False  # the next ones will be like it
         spec = TaskSpec(
             task_id=task_id,
             class_id=self._own.class_of(RESULT, task_class.name).class_id,
             calls=[self._client.inline(((task_id,), {}))],
         )
-        self.give_to_node(object_id, CallActor(actor_id=route.actor_id, task=spec))
+        self.leave_to_node(object_id, CallActor(actor_id=route.actor_id, task=spec))
 
     def values(
         self, object_ids: Sequence[ObjectId], timeout_s: float | None
@@ -624,11 +651,11 @@ class DirectCalls:
             if object_id not in unknown:
                 continue
             with self.lock:
-                connection = self.pending.get(object_id)
-                if connection is not None:
+                call = self.pending.get(object_id)
+                if call is not None:
                     self._promised[object_id] = None
                     client.link.send(PromiseObjects(object_ids=[object_id]))
-                    self._count_promise(connection)
+                    self._count_promise(call[4])
                 else:
                     error = self._errors.pop(object_id, None)
                     self._seen.pop(object_id, None)
@@ -651,25 +678,23 @@ class DirectCalls:
         """A call is not wanted; False when the node has to be told."""
         told: list[PutObject] = []
         with self.lock:
-            connection = self.pending.get(object_id)
-            if connection is None:
-                return object_id in self.unknown  # it is over
-            waiting = next((call for call in connection.outbox if call[0] == object_id), None)
-            call = waiting or connection.sent.get(object_id)
+            call = self.pending.get(object_id)
             if call is None:
-                return True  # its result is on its way
-            route = connection.route
-            force = force and route.is_forcible
-            if waiting is not None or force:
-                # (Where calls have an order it is sent, for the worker counts, and not run. One
-                # that is to end by force takes its worker along: nothing else is to come of it.)
+                return object_id in self.unknown  # it is over
+            holder = call[4]
+            force = force and holder.route.is_forcible
+            order = CancelTask(task_id=call[1], force=force, recursive=recursive)
+            if object_id in holder.sent:
+                if force:  # its worker ends: nothing else is to come of it
+                    self._end(object_id, cancelled_error(call), True, told)
+                else:
+                    self._orders[object_id] = order
+                holder.cancel(order)
+            elif object_id in self._orders:
+                self._orders[object_id] = order
+            else:  # it was not sent, or its worker is lost, and the node does not have it yet
                 self._end(object_id, cancelled_error(call), True, told)
-            else:
-                route.on_cancelled(object_id)
-            if waiting is not None and route.is_together:
-                connection.outbox.remove(waiting)
-            else:
-                connection.cancel(call[1], force, recursive)
+                holder.drop(call)
         self._tell(told)
         return True
 
@@ -753,7 +778,7 @@ class DirectCalls:
         for connection in list(self._connections):
             self.unwatch(connection)
         self.close()
-        self.fail_all(list(self.pending), error)
+        self.fail_all(list(self.pending.values()), error)
 
     def close(self) -> None:
         """The end of the runtime, or a forked child: connections are let go of."""

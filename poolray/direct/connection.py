@@ -12,6 +12,7 @@ has no room for (hundreds of cancelled calls, while it is busy outside of Python
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -26,6 +27,7 @@ from poolray.direct.ends import End
 from poolray.direct.frames import ConnectionLost
 from poolray.direct.seal import HandshakeError
 from poolray.ids import ClassId, ObjectId, TaskId
+from poolray.protocol.client import CancelTask
 from poolray.protocol.values import TaskClass
 from poolray.protocol.worker import (
     ClassDefinition,
@@ -38,6 +40,7 @@ from poolray.protocol.worker import (
 
 if TYPE_CHECKING:
     from poolray.direct.interfaces import Route
+    from poolray.direct.loans import Asked
 
 #: What a packet holds at the most.
 _PACKET_CALLS_MAX = 256
@@ -56,9 +59,9 @@ _NUDGE = InterruptTask(task_id=TaskId(b""), sequence=0, force=False)
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(TasksFinished | LoanEnded).decode
 
-#: A call that was not sent: its result, its task, its class, its arguments. (A tuple: one is made
-#: for every call.)
-Waiting: TypeAlias = tuple[ObjectId, TaskId, TaskClass, bytes]
+#: A call: its result, its task, its class, its arguments, who has it. (A tuple: one is made for
+#: every call.)
+Waiting: TypeAlias = "tuple[ObjectId, TaskId, TaskClass, bytes, Connection | Asked]"
 
 
 class Listener(Protocol):
@@ -180,7 +183,7 @@ class Connection:
         size, limit = 0, self._calls_allowed()
         while outbox and len(tasks) < limit:
             call = outbox[0]
-            object_id, task_id, task_class, payload = call
+            object_id, task_id, task_class, payload, _ = call
             size += len(payload)
             if tasks and size > _PACKET_BYTES:
                 break
@@ -197,6 +200,18 @@ class Connection:
             self.first_sent_s, self.is_nudged = time.monotonic(), False
         self.packets.append((self._sequence, len(tasks)))
         self._send(RunTasks(sequence=self._sequence, tasks=tasks, classes=classes))
+
+    def take_unsent(self) -> list[Waiting]:
+        """Calls that were not sent, which it has no longer; others may be appended meanwhile."""
+        outbox, unsent = self.outbox, []
+        while outbox:
+            unsent.append(outbox.popleft())
+        return unsent
+
+    def drop(self, call: Waiting) -> None:
+        """A call that was not sent is not to be."""
+        with contextlib.suppress(ValueError):  # it is on its way to the nodes
+            self.outbox.remove(call)
 
     def _calls_allowed(self) -> int:
         estimate = self._estimate_s
@@ -251,8 +266,9 @@ class Connection:
 
     # ---- what a worker is told in the middle of a packet -----------------------------------------
 
-    def cancel(self, task_id: TaskId, force: bool, recursive: bool) -> None:
-        """A call is not wanted."""
+    def cancel(self, order: CancelTask) -> None:
+        """A call that was sent is not wanted."""
+        task_id, force, recursive = order.task_id, order.force, order.recursive
         self._interrupt(
             InterruptTask(task_id=task_id, sequence=0, force=force, recursive=recursive)
         )

@@ -98,9 +98,6 @@ class Route(Protocol):
     def on_unsent(self, connection: Connection) -> None:
         """Calls wait there that may not be sent any more."""
 
-    def on_cancelled(self, object_id: ObjectId) -> None:
-        """The worker was told that a call is not wanted."""
-
 
 class Waiter(Protocol):
     """What a thread waits for."""

@@ -35,9 +35,9 @@ from poolray.direct.addresses import Offer, make_door, settle_in
 from poolray.direct.connection import ARGUMENTS_BYTES_MAX, Connection, Waiting
 from poolray.direct.seal import HandshakeError
 from poolray.exceptions import TaskCancelledError
-from poolray.ids import ClassId, ObjectId, TaskId, return_id
+from poolray.ids import ClassId, ObjectId, return_id
 from poolray.objects.object_ref import ObjectRef, make_ref
-from poolray.protocol.client import ObjectValues, SubmitTasks
+from poolray.protocol.client import CancelTask, ObjectValues, SubmitTasks
 from poolray.protocol.values import CallKind, Delivery, TaskClass, TaskSpec, identified
 from poolray.protocol.worker import TasksFinished
 
@@ -72,11 +72,15 @@ class Asked:
     def __init__(self, route: Loan) -> None:
         self.route = route
         self.outbox: deque[Waiting] = deque()
+        #: (Nobody is told of it before there is a connection.)
         self.sent: dict[ObjectId, Waiting] = {}
         self.made = 0
 
-    def cancel(self, task_id: TaskId, force: bool, recursive: bool) -> None:
-        """A call is not wanted: nobody has been told of it yet."""
+    def cancel(self, order: CancelTask) -> None:
+        """Nothing was sent."""
+
+    def drop(self, call: Waiting) -> None:
+        """A call is not wanted: who takes it looks whether it is pending."""
 
 
 @final
@@ -86,7 +90,6 @@ class Loan:
     __slots__ = (
         "asked",
         "calls",
-        "cancelled",
         "connection",
         "doors",
         "function",
@@ -130,8 +133,6 @@ class Loan:
         self.function: object = None
         #: A call whose result the worker keeps, and gives back as the loan's.
         self.held: Waiting | None = None
-        #: Results of calls that were cancelled after they were sent: nothing is tried again.
-        self.cancelled: set[ObjectId] = set()
         #: Calls that this loan has run.
         self.served = 0
         # As of an actor's route:
@@ -174,10 +175,6 @@ class Loan:
 
     def on_unsent(self, connection: Connection) -> None:
         """Another thread's call goes by way of the nodes: this one waits for its value."""
-
-    def on_cancelled(self, object_id: ObjectId) -> None:
-        """The worker was told that a call is not wanted: it is not to be tried again."""
-        self.cancelled.add(object_id)
 
 
 @final
@@ -298,8 +295,9 @@ class Loans:
                 ref = make_ref(object_id, client)
                 client.counts[object_id] = 1
                 direct.unknown[object_id] = None
-                direct.pending[object_id] = way
-                way.outbox.append((object_id, task_id, task_class, payload))
+                made = object_id, task_id, task_class, payload, way
+                direct.pending[object_id] = made
+                way.outbox.append(made)
                 loan.served += 1
                 if connection is not None:
                     connection.flush()
@@ -382,9 +380,10 @@ class Loans:
                 loan.state, loan.connection = LoanState.OPEN, connection
                 waiting = loan.asked.outbox
                 while waiting:
-                    call = waiting.popleft()
-                    if call[0] in direct.pending:  # (else it was cancelled)
-                        direct.pending[call[0]] = connection
+                    object_id, task_id, task_class, payload, _ = waiting.popleft()
+                    if object_id in direct.pending:  # (else it was cancelled)
+                        call = object_id, task_id, task_class, payload, connection
+                        direct.pending[object_id] = call
                         connection.outbox.append(call)
                 connection.flush()
 
@@ -394,16 +393,11 @@ class Loans:
         direct.unwatch(connection)
         with direct.lock:
             begun, waiting = direct.forget(connection)
-            unwanted = [call for call in begun if call[0] in loan.cancelled]
-            begun = [call for call in begun if call[0] not in loan.cancelled]
             if loan.connection is connection:
                 loan.connection = None
-                loan.cancelled.clear()
                 self._weigh(loan)
         if direct.is_closed:
             return
-        for call in unwanted:
-            direct.fail_all([call[0]], cancelled_error(call))
         for call in begun if is_lost else []:
             self._try_again(call)
         for call in [*waiting, *([] if is_lost else begun)]:
@@ -476,9 +470,9 @@ class Loans:
         self._give_to_node(call, task_class)
 
     def _give_to_node(self, call: Waiting, task_class: TaskClass) -> None:
-        object_id, task_id, _, payload = call
+        _, task_id, _, payload, _ = call
         spec = TaskSpec(task_id=task_id, class_id=task_class.class_id, calls=[payload])
-        self._direct.give_to_node(object_id, SubmitTasks(tasks=[spec]))
+        self._direct.give_to_node(call, SubmitTasks(tasks=[spec]))
 
     def _bring(
         self,
@@ -502,11 +496,11 @@ class Loans:
             message = client.put_message(object_id, found[1])
         except Exception as reason:
             if not direct.is_closed:
-                direct.fail_all([object_id], pickle.dumps(reason))
+                direct.fail_all([held], pickle.dumps(reason))
             return
         del found
         if not direct.is_closed:
-            direct.give_to_node(object_id, message)
+            direct.leave_to_node(object_id, message)
 
     # ---- the end ---------------------------------------------------------------------------------
 

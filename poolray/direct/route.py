@@ -105,9 +105,6 @@ class ActorRoute:
         """Another thread's call goes by way of the nodes."""
         self.direct.give_unsent(self, connection)
 
-    def on_cancelled(self, object_id: ObjectId) -> None:
-        """Calls of actors are not tried again anyway."""
-
 
 def may_go_straight(task_class: TaskClass) -> bool:
     """Whether the nodes have nothing to decide about calls of a class but where they go."""
