@@ -12,7 +12,6 @@ has no room for (hundreds of cancelled calls, while it is busy outside of Python
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -101,6 +100,9 @@ class Connection:
         self.is_open = self.is_lost = False
         #: Calls that were not sent; whoever makes calls appends, without the lock.
         self.outbox: deque[Waiting] = deque()
+        #: Of these, calls that are not wanted: less than half, so that to cancel all takes as long
+        #: for each as to cancel one.
+        self._unwanted: set[ObjectId] = set()
         #: object id -> call that was sent, oldest first.
         self.sent: dict[ObjectId, Waiting] = {}
         #: Packets that were not reported: number, calls.
@@ -178,12 +180,17 @@ class Connection:
 
     def _send_packet(self) -> None:
         outbox, sent, indexes = self.outbox, self.sent, self._indexes
+        unwanted = self._unwanted
         tasks: list[TaskCall] = []
         classes: list[ClassDefinition] = []
         size, limit = 0, self._calls_allowed()
         while outbox and len(tasks) < limit:
             call = outbox[0]
             object_id, task_id, task_class, payload, _ = call
+            if unwanted and object_id in unwanted:
+                unwanted.remove(object_id)
+                outbox.popleft()
+                continue
             size += len(payload)
             if tasks and size > _PACKET_BYTES:
                 break
@@ -194,6 +201,8 @@ class Connection:
             tasks.append(TaskCall(task_id=task_id, class_index=index, calls=[payload]))
             sent[object_id] = call
             outbox.popleft()
+        if not tasks:
+            return
         self._count += len(tasks)
         self._sequence += 1
         if not self.packets:
@@ -203,15 +212,19 @@ class Connection:
 
     def take_unsent(self) -> list[Waiting]:
         """Calls that were not sent, which it has no longer; others may be appended meanwhile."""
-        outbox, unsent = self.outbox, []
+        outbox, unwanted, unsent = self.outbox, self._unwanted, []
         while outbox:
-            unsent.append(outbox.popleft())
+            call = outbox.popleft()
+            if call[0] not in unwanted:
+                unsent.append(call)
+        unwanted.clear()
         return unsent
 
     def drop(self, call: Waiting) -> None:
         """A call that was not sent is not to be."""
-        with contextlib.suppress(ValueError):  # it is on its way to the nodes
-            self.outbox.remove(call)
+        self._unwanted.add(call[0])
+        if 2 * len(self._unwanted) > len(self.outbox):
+            self.outbox.extendleft(reversed(self.take_unsent()))
 
     def _calls_allowed(self) -> int:
         estimate = self._estimate_s

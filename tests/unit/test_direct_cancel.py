@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
 from poolray.exceptions import TaskCancelledError
+from poolray.ids import return_id
 from poolray.objects.object_ref import ObjectRef
 from poolray.protocol.client import ObjectValues, PutObject
 from poolray.protocol.values import Outcome
@@ -175,3 +177,52 @@ def test_orders_are_forgotten_with_their_calls() -> None:
     connection.answer()
     assert not bench.direct._orders
     assert bench.prefetched == {ref._id: b"value"}
+
+
+class _Counting(deque[Any]):
+    """Counts steps, and cannot be searched."""
+
+    steps = 0
+
+    def popleft(self) -> Any:
+        self.steps += 1
+        return super().popleft()
+
+    def extendleft(self, values: Iterable[Any]) -> None:
+        for value in values:
+            self.steps += 1
+            self.appendleft(value)
+
+    def remove(self, value: Any) -> None:
+        raise AssertionError("a search takes as long as there are calls")
+
+    def __iter__(self) -> Any:
+        raise AssertionError("a search takes as long as there are calls")
+
+
+@pytest.mark.parametrize("is_together", [False, True])
+@pytest.mark.parametrize("direction", [1, -1])
+def test_to_cancel_calls_that_wait_takes_the_same_for_each(
+    is_together: bool, direction: int
+) -> None:
+    bench = DirectBench()
+    route, connection, worker = bench.open_way(is_together)
+    connection.outbox = outbox = _Counting()
+    refs = [bench.call(route) for _ in range(1_002)]
+    unwanted = refs[2:][::direction][:900]  # (two are under way)
+    for ref in unwanted:
+        bench.cancel(ref)
+    assert all(was_cancelled(bench, ref) for ref in unwanted)
+    assert outbox.steps < 10 * len(refs)
+    assert len(outbox) < 200
+    begun: list[Any] = []
+    while connection.is_busy:
+        packets = worker.read()
+        assert packets
+        for packet in packets:
+            begun += [task.task_id for task in packet.tasks]
+            worker.report({return_id(task.task_id, 0): b"value" for task in packet.tasks})
+            connection.answer()
+    wanted = [ref for ref in refs if ref not in unwanted]
+    assert begun == [ref.task_id().binary() for ref in wanted]
+    assert not bench.direct.pending
