@@ -20,7 +20,15 @@ from typing import Any, final
 from poolray import session
 from poolray.cluster import launch, places
 from poolray.cluster.asking import ask
-from poolray.cluster.auth import Credentials, make_token, write_token
+from poolray.cluster.auth import (
+    TOKEN_VARIABLE,
+    AuthMode,
+    Credentials,
+    find_named_token,
+    make_token,
+    mode,
+    write_token,
+)
 from poolray.cluster.options import HeadOptions, NodeOptions
 from poolray.config import Config
 from poolray.exceptions import PoolrayError
@@ -31,6 +39,37 @@ from poolray.protocol.directory import NodeRow, NodeStatus
 __all__ = ["Cluster", "ClusterNode"]
 
 _STORE_BYTES = 150 << 20
+
+
+@final
+class _Tokens:
+    """The token of this process's clusters, where its children look for it."""
+
+    def __init__(self) -> None:
+        #: Put into the environment by us; empty: it had one, or there is no cluster.
+        self._made = ""
+        self._clusters = 0
+
+    def take(self) -> str:
+        """The token for one more cluster; empty: it is to have none."""
+        if mode() is AuthMode.DISABLED:
+            return ""
+        found = find_named_token()
+        if found is None:
+            self._made = os.environ[TOKEN_VARIABLE] = make_token()
+        self._clusters += 1
+        return self._made if found is None else found[0]
+
+    def give_back(self) -> None:
+        """A cluster with a token has ended."""
+        self._clusters -= 1
+        if not self._clusters and self._made:
+            if os.environ.get(TOKEN_VARIABLE) == self._made:
+                del os.environ[TOKEN_VARIABLE]
+            self._made = ""
+
+
+_tokens = _Tokens()
 
 
 @final
@@ -91,7 +130,10 @@ class Cluster:
 
     Notes
     -----
-    Every cluster has a token and a temporary folder of its own.
+    Every cluster has a temporary folder of its own. Its token is the one that the environment
+    names; where it names none, a new one is there, in `POOLRAY_AUTH_TOKEN`, as long as a cluster of
+    this process lives, so that programs that it starts can connect as well. With
+    `POOLRAY_AUTH_MODE=disabled` there is no token.
 
     Examples
     --------
@@ -156,7 +198,7 @@ class Cluster:
 
     @property
     def auth_token_path(self) -> str:
-        """The file with the cluster's token; `connect` and `init` in this process know it."""
+        """The file with the cluster's token, for programs that do not get our environment."""
         return os.path.join(self._folder, "auth_token")
 
     @property
@@ -213,8 +255,9 @@ class Cluster:
             self._folder = tempfile.mkdtemp(prefix="poolray-cluster-")
             if self._shutdown_at_exit:  # else it outlives us, and what it needs does
                 self._lock = lock_folder(self._folder)
-            self._token = make_token()
-            write_token(self.auth_token_path, self._token)
+            self._token = _tokens.take()
+            if self._token:
+                write_token(self.auth_token_path, self._token)
             self._session = places.make_session_folder(self._folder)
         Config.load(None, **config)  # what is wrong with it is said here
         # (On one machine views of what is free may go around more often.)
@@ -230,7 +273,8 @@ class Cluster:
             config=config,
         )
         self._head = launch.start(self._head_options)
-        launch.known_tokens[self.address] = self._token
+        if self._token:
+            launch.known_tokens[self.address] = self._token
 
     def _node_options(self, is_head: bool, arguments: dict[str, Any]) -> NodeOptions:
         given = dict(arguments)
@@ -318,7 +362,7 @@ class Cluster:
         self._wait_for(lambda rows: _alive(rows) == wanted, timeout, "all nodes")
 
     def _wait_for(self, holds: Any, timeout_s: float, what: str) -> None:
-        credentials = Credentials.of(self._token)
+        credentials = Credentials.of(self._token) if self._token else None
         deadline = time.monotonic() + timeout_s
         while True:
             left_s = deadline - time.monotonic()
@@ -363,6 +407,9 @@ class Cluster:
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = ""
+            if self._token:
+                _tokens.give_back()
+                self._token = ""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

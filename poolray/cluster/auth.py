@@ -129,18 +129,28 @@ def find_token(
     AuthenticationError
         The file that is named is not there, cannot be read, or holds no token.
     """
-    variables = os.environ if environment is None else environment
     if path is not None:
         return read_token(path), path
+    named = find_named_token(environment)
+    usual = default_path()
+    if named is None and os.path.exists(usual):
+        return read_token(usual), usual
+    return named
+
+
+def find_named_token(environment: Mapping[str, str] | None = None) -> tuple[str, str] | None:
+    """The token that the variables name, and where it is from; None: they name none.
+
+    Raises
+    ------
+    AuthenticationError
+        The file that is named is not there, cannot be read, or holds no token.
+    """
+    variables = os.environ if environment is None else environment
     if TOKEN_VARIABLE in variables:
         return check_token(variables[TOKEN_VARIABLE], TOKEN_VARIABLE), TOKEN_VARIABLE
-    named = variables.get(PATH_VARIABLE)
-    if named:
-        return read_token(named), named
-    usual = default_path()
-    if os.path.exists(usual):
-        return read_token(usual), usual
-    return None
+    path = variables.get(PATH_VARIABLE)
+    return (read_token(path), path) if path else None
 
 
 def read_token(path: str) -> str:

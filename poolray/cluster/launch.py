@@ -22,7 +22,7 @@ import msgspec
 from poolray import exceptions
 from poolray.cluster import daemon, places
 from poolray.cluster.asking import ask
-from poolray.cluster.auth import AuthMode, Credentials, find_token, mode
+from poolray.cluster.auth import AuthMode, Credentials, find_named_token, find_token, mode
 from poolray.cluster.options import HeadOptions, NodeOptions, Ready
 from poolray.cluster.switch import split_address
 from poolray.exceptions import ClusterConnectionError, PoolrayError
@@ -34,7 +34,7 @@ _START_S = 30.0
 #: Nodes that a driver outside of the cluster tries to reach.
 _SERVERS_TRIED = 3
 
-#: Address -> token, of clusters that this process has started.
+#: Address -> token, of clusters that this process has started; what the environment names is first.
 known_tokens: dict[str, str] = {}
 
 
@@ -149,10 +149,10 @@ def credentials_for(address: str, path: str | None = None) -> Credentials | None
     AuthenticationError
         There is none.
     """
-    if address in known_tokens and path is None:
-        return Credentials.of(known_tokens[address])
     if mode() is AuthMode.DISABLED:
         return None
+    if address in known_tokens and path is None and find_named_token() is None:
+        return Credentials.of(known_tokens[address])
     found = find_token(path)
     if found is None:
         raise exceptions.AuthenticationError(

@@ -364,9 +364,7 @@ def test_a_wrong_address_or_token_fails_within_seconds_and_names_it(
         poolray.init(address="127.0.0.1:9")
     made = Cluster(initialize_head=True)
     try:
-        from poolray.cluster import launch
-
-        launch.known_tokens.clear()
+        monkeypatch.setenv("POOLRAY_AUTH_TOKEN", "fedcba9876543210fedcba9876543210")
         with pytest.raises(AuthenticationError, match=made.address):
             poolray.init(address=made.address)
     finally:
