@@ -90,6 +90,7 @@ class Loan:
     __slots__ = (
         "asked",
         "calls",
+        "coming",
         "connection",
         "doors",
         "function",
@@ -124,6 +125,8 @@ class Loan:
         #: So many times the usual calls are waited for.
         self.patience = 1
         self.connection: Connection | None = None
+        #: Who has come, and may not have said yet who it is.
+        self.coming: Connection | None = None
         #: What the worker may come by.
         self.doors: list[Door] = []
         #: The result of the task that is the loan, once it is there, and the ref to it.
@@ -363,6 +366,7 @@ class Loans:
         except (HandshakeError, OSError):
             channel.close()
             return
+        loan.coming = connection
         direct.watch(connection)
 
     def _close_doors(self, loan: Loan) -> None:
@@ -428,10 +432,13 @@ class Loans:
             was_open = loan.state is not LoanState.ASKED
             ref, held, function = loan.ref, loan.held, loan.function
             loan.ref = loan.reply = loan.held = loan.function = None
+            coming, loan.coming = loan.coming, None
             self._close_doors(loan)
             # (Last: from now on another thread may ask for the next one, with doors of its own.)
             loan.state = LoanState.NONE
         assert ref is not None
+        if coming is not None and not coming.is_open and not coming.is_lost:
+            self.part(loan, coming, is_lost=True)  # it was not that task's worker, or is stopped
         if held is not None:
             arguments = (reply, ref, held, function)
             threading.Thread(

@@ -50,6 +50,9 @@ def run_actor(worker: Worker, message: RunTasks, receive: Callable[[], bytes]) -
     ToldToExit
         The actor ended itself, or its constructor raised.
     """
+    if worker.former is not None:
+        worker.former.close()  # (nobody looks at it from now on)
+        worker.former = None
     worker.mark_begun(message.sequence)
     worker.functions.read(message)
     task = message.tasks[0]

@@ -16,7 +16,7 @@ import select
 import time
 from typing import TYPE_CHECKING, Any, final
 
-from poolray.direct.addresses import Offer, come_to, settle_in
+from poolray.direct.addresses import CONNECT_S, Offer, come_to, settle_in
 from poolray.direct.seal import HandshakeError
 from poolray.ids import ActorId, ClassId, TaskId
 from poolray.local import process_state
@@ -57,7 +57,7 @@ def lend(worker: Worker, arguments: tuple[str, list[Offer]]) -> tuple[bool, Any]
     worker.prepare_to_block()
     worker.leave_user_code(True)
     if worker.former is not None:
-        _close(worker.former)
+        worker.former.close()
         worker.former = None
     is_near = machine == worker.setup.machine
     offer = next((offer for offer in offers if bool(offer[0]) == is_near), None)
@@ -80,18 +80,50 @@ def lend(worker: Worker, arguments: tuple[str, list[Offer]]) -> tuple[bool, Any]
         return lending.run()
     finally:
         worker.lending = None
-        if caller.has_unsent:
-            # It was stopped: nobody sends the rest when it goes on, so it is to find us gone.
-            _close(caller)
-        else:
-            # The driver closes it when it has read all: if we did, what it sends just now would
-            # come back as an error, before what we have sent.
-            worker.former = caller
+        worker.former = Former(caller)
+        if not caller.is_open or caller.is_gone or caller.has_unsent:
+            # There was nothing to say; or the driver was stopped, and nobody sends the rest when it
+            # goes on, so it is to find us gone.
+            worker.former.close()
+            worker.former = None
 
 
-def _close(caller: Caller) -> None:
-    process_state.off_fork_in_child(caller.close)
-    caller.close()
+@final
+class Former:
+    """The way to a driver that this worker is not on loan to any more.
+
+    The driver closes it when it has read all: if we did, what it sends just now would come back as
+    an error, before what we have sent. One that is stopped does not.
+
+    Parameters
+    ----------
+    caller : Caller
+        The driver.
+    """
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+        self._until_s = time.monotonic() + CONNECT_S
+
+    def wait(self, worker: Worker) -> None:
+        """Until the node has something to say, or the driver has left, or has had its time."""
+        caller = self._caller
+        poller = select.poll()
+        poller.register(worker.tasks, select.POLLIN)
+        poller.register(caller.channel, select.POLLIN)
+        while not caller.is_gone and (left_s := self._until_s - time.monotonic()) > 0:
+            ready = [descriptor for descriptor, _ in poller.poll(left_s * 1000.0)]
+            if caller.channel.fileno() in ready:
+                caller.read()  # (calls that it gives to its node, now that it reads of our end)
+            elif ready:
+                return
+        self.close()
+        worker.former = None
+
+    def close(self) -> None:
+        """Its end."""
+        process_state.off_fork_in_child(self._caller.close)
+        self._caller.close()
 
 
 @final

@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from poolray.local.direct_lines import Lines
     from poolray.local.direct_server import Caller, DirectServer
     from poolray.local.fork_server import WorkerSetup
-    from poolray.local.lending import Lending
+    from poolray.local.lending import Former, Lending
     from poolray.local.worker_extras import Extras
 
 #: Ignored unless handled, and of no use to programs otherwise: Go's runtime uses it to preempt.
@@ -178,7 +178,7 @@ class Worker:
         #: While this worker is on loan to its driver.
         self.lending: Lending | None = None
         #: Who it was on loan to last, until he has heard that it is not any more.
-        self.former: Caller | None = None
+        self.former: Former | None = None
         #: Signals that have come: somebody wants something.
         self.nudges = 0
         #: Whose packet is at hand, where it is not the node's.
@@ -278,6 +278,8 @@ class Worker:
         """Packets until told to stop or until the node is gone."""
         receive, decode = self.reader.receive, self.decode
         while True:
+            if self.former is not None:
+                self.former.wait(self)
             packet = receive()
             if not packet:
                 return

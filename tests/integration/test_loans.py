@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -137,6 +138,21 @@ def test_a_loan_ends_with_its_use(far: dict[str, Any]) -> None:
     wait_until(lambda: poolray.available_resources() == total, "resources given back")
     wait_until(lambda: not is_lent(function), "the end of the loan")
     assert poolray.get(function.remote(5)) == 5
+
+
+def sockets_of(pid: int) -> int:
+    """How many sockets a process has."""
+    count = 0
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            count += os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:")
+    return count
+
+
+def test_the_way_to_the_driver_ends_with_the_loan(far: dict[str, Any]) -> None:
+    function = poolray.remote(**far)(lambda: (os.getpid(), sockets_of(os.getpid())))
+    pid, count = poolray.get(on_loan(function, ()))
+    wait_until(lambda: sockets_of(pid) == count - 1, "the end of the way")
 
 
 def test_errors_are_those_of_the_function(far: dict[str, Any]) -> None:
