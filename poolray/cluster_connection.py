@@ -14,7 +14,6 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from poolray.exceptions import ClusterConnectionError
 from poolray.local import process_state
 
 if TYPE_CHECKING:
@@ -82,15 +81,7 @@ def connect(address: str, namespace: str, log_to_driver: bool) -> DriverRuntime:
     from poolray.protocol.cluster import Hello
 
     given, outside = address, outside_address(address)
-    if address == "auto":
-        found = launch.find_head()
-        if found is None:
-            raise ClusterConnectionError(
-                "Could not find any running Ray instance. Please specify the one to connect to by "
-                f"setting `--address` flag or `{ADDRESS_VARIABLE}` environment variable, or start "
-                "one with `poolray start --head`."
-            )
-        address = found
+    address = launch.resolve_auto(address)
     hello = Hello(
         protocol_version=PROTOCOL_VERSION,
         pid=os.getpid(),

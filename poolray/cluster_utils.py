@@ -32,9 +32,11 @@ from poolray.cluster.auth import (
 from poolray.cluster.options import HeadOptions, NodeOptions
 from poolray.config import Config
 from poolray.exceptions import PoolrayError
+from poolray.local.machine import check_amounts
 from poolray.local.session_folder import lock_folder
 from poolray.protocol.cluster import AskNodes, Nodes
 from poolray.protocol.directory import NodeRow, NodeStatus
+from poolray.scheduling.labels import check_labels
 
 __all__ = ["Cluster", "ClusterNode"]
 
@@ -171,10 +173,15 @@ class Cluster:
         self._shutdown_at_exit = shutdown_at_exit
         if shutdown_at_exit:
             atexit.register(self.shutdown)
-        if initialize_head:
+        if not initialize_head:
+            return
+        try:
             self.add_node(**(head_node_args or {}))
             if connect:
                 self.connect()
+        except BaseException:
+            self.shutdown()  # nobody has us, who could
+            raise
 
     # ---- addresses -------------------------------------------------------------------------------
 
@@ -234,6 +241,8 @@ class Cluster:
         ------
         TypeError
             There is no such argument.
+        ValueError
+            An amount or a label that no node can have.
         PoolrayError
             The daemon does not start.
         """
@@ -278,6 +287,8 @@ class Cluster:
 
     def _node_options(self, is_head: bool, arguments: dict[str, Any]) -> NodeOptions:
         given = dict(arguments)
+        names = ("num_cpus", "num_gpus", "resources", "object_store_memory", "memory")
+        check_amounts(*map(given.get, names))
         spill = given.pop("object_spilling_directory", None)
         config = {**self._config, **(given.pop("_system_config", None) or {})}
         cpus = given.pop("num_cpus", 1)
@@ -297,7 +308,7 @@ class Cluster:
             num_gpus=gpus,
             memory_bytes=given.pop("memory", None),
             resources=given.pop("resources", None) or {},
-            labels=given.pop("labels", None) or {},
+            labels=check_labels(given.pop("labels", None)),
             spill_directories=[spill] if isinstance(spill, str) else list(spill or ()),
             config=config,
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from poolray.config import Config
 from poolray.exceptions import NotSupportedError
-from poolray.local.machine import HEAD_RESOURCE, memory_bytes
+from poolray.local.machine import check_amounts
 from poolray.objects import spill_urls
 
 
@@ -105,20 +105,7 @@ def check_init(
             raise ValueError(
                 "When connecting to an existing cluster, object_store_memory must not be provided."
             )
-    for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)):
-        _check_whole(name, amount)
-    _check_custom(resources)
-    if object_store_memory is not None and object_store_memory < _STORE_MIN_BYTES:
-        raise ValueError(
-            f"Attempting to cap object store memory usage at {object_store_memory} bytes, but the "
-            f"minimum allowed is {_STORE_MIN_BYTES} bytes."
-        )
-    if object_store_memory is not None and object_store_memory > memory_bytes():
-        raise ValueError(
-            f"object_store_memory is {object_store_memory} bytes, and this machine has "
-            f"{memory_bytes()} bytes of memory: what the store has no room for goes "
-            "to disk, so a smaller one will do."
-        )
+    check_amounts(num_cpus, num_gpus, resources, object_store_memory)
     if namespace is not None and not isinstance(namespace, str):
         raise TypeError("namespace must be None or a string.")
     if namespace == "":
@@ -137,9 +124,6 @@ def checked_system_config(given: dict[str, Any] | None) -> dict[str, Any]:
             "that there are, with their reasons, are the fields of poolray.config.Config."
         )
     return given
-
-
-_STORE_MIN_BYTES = 1 << 20
 
 
 def find_spill_directories(
@@ -177,38 +161,3 @@ def find_spill_directories(
     if not directories:
         raise ValueError("object_spilling_directory names no folder.")
     return tuple(dict.fromkeys(directories))
-
-
-def _check_whole(name: str, amount: float | None) -> None:
-    if amount is None:
-        return
-    if not isinstance(amount, (int, float)):
-        raise TypeError(f"The quantity of {name} must be a number: {amount!r}")
-    if amount < 0:
-        raise ValueError(
-            f"Resource quantities must be nonnegative. Violated by resource '{name}' in "
-            f"{{'{name}': {amount}}}."
-        )
-    if amount != int(amount):
-        raise ValueError(
-            f"Resource quantities must all be whole numbers. Violated by resource '{name}' in "
-            f"{{'{name}': {amount}}}."
-        )
-
-
-def _check_custom(resources: dict[str, float] | None) -> None:
-    if resources is None:
-        return
-    if not isinstance(resources, dict):
-        raise TypeError(f"resources must be a dictionary of names to quantities: {resources!r}")
-    for name, amount in resources.items():
-        if name in ("CPU", "GPU", "memory", "object_store_memory"):
-            raise ValueError(
-                f"`{name}` cannot be a custom resource because it is one of the default resources: "
-                "use the parameter of init() for it."
-            )
-        if not isinstance(amount, (int, float)):
-            raise TypeError(f"The quantity of resource {name} must be a number: {amount!r}")
-        if name == HEAD_RESOURCE:
-            raise ValueError(f"{name} is a reserved resource name, use another name instead.")
-        _check_whole(name, amount)

@@ -1,7 +1,7 @@
 """Where a task may run, as options say it: strategies and label selectors.
 
 What: checks them as they are given and turns them into a `Placement`.
-Who calls: `remote_function.py`; `init` for the labels of a node.
+Who calls: `remote_function.py`.
 May touch: nothing.
 Invariants: what cannot be understood is refused when it is given, never later.
 """
@@ -24,23 +24,18 @@ from poolray.remote_strategies import (
     PlacementGroupSchedulingStrategy,
     SchedulingStrategyT,
 )
-from poolray.scheduling.labels import NODE_ID_LABEL
+from poolray.scheduling.labels import NAME, NAME_RULE, NODE_ID_LABEL, check_key
 
 if TYPE_CHECKING:
     from poolray.remote_groups import PlacementGroup
 
-_NAME = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
-_SELECTOR = rf"(!?)(?:in)?\(({_NAME}(?:, ?{_NAME})*)\)|(!?)({_NAME})"
+_SELECTOR = rf"(!?)(?:in)?\(({NAME}(?:, ?{NAME})*)\)|(!?)({NAME})"
 _STRATEGIES = (
     type(None),
     str,
     PlacementGroupSchedulingStrategy,
     NodeAffinitySchedulingStrategy,
     NodeLabelSchedulingStrategy,
-)
-_NAME_RULE = (
-    "must be 63 chars or less beginning and ending with an alphanumeric character ([a-z0-9A-Z]) "
-    "with dashes (-), underscores (_),dots (.), and alphanumerics between."
 )
 
 
@@ -213,7 +208,7 @@ def parse_selector(selector: Mapping[str, str]) -> list[LabelMatch]:
     """
     matches = []
     for key, value in selector.items():
-        _check_key(key)
+        check_key(key)
         if not isinstance(value, str):
             raise TypeError(f"expected string or bytes-like object, got '{type(value).__name__}'")
         match = re.fullmatch(_SELECTOR, value)
@@ -224,7 +219,7 @@ def parse_selector(selector: Mapping[str, str]) -> list[LabelMatch]:
             raise ValueError(
                 f"Invalid label selector value `{value}`. The label selector value should contain "
                 "optional operators and a label value. Supported operators are: ! and {'in'}. "
-                f"Value {_NAME_RULE}"
+                f"Value {NAME_RULE}"
             )
         negated = match.group(1) or match.group(3)
         values = re.split(", ?", match.group(2) or match.group(4))
@@ -255,46 +250,3 @@ def parse_fallbacks(fallbacks: list[Any]) -> list[list[LabelMatch]]:
                 )
         selectors.append(parse_selector(options.get("label_selector") or {}))
     return selectors
-
-
-def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
-    """Labels of a node, checked.
-
-    Raises
-    ------
-    ValueError
-        A name or a value that is none.
-    TypeError
-        Not a dictionary of strings.
-    """
-    if labels is None:
-        return {}
-    if not isinstance(labels, dict):
-        raise TypeError(f"labels must be a dictionary of strings: {labels!r}")
-    for key, value in labels.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise TypeError(f"labels must be a dictionary of strings: {key!r}: {value!r}")
-        if key.startswith("ray.io/"):
-            raise ValueError(
-                f"Custom label keys `{key}` cannot start with the prefix `ray.io/`. This is "
-                "reserved for Ray defined labels."
-            )
-        _check_key(key)
-        if value and not re.fullmatch(_NAME, value):
-            raise ValueError(f"Invalid label key value `{value}`. Value {_NAME_RULE}")
-    return dict(labels)
-
-
-def _check_key(key: str) -> None:
-    if not isinstance(key, str):
-        raise TypeError(f"The name of a label must be a string: {key!r}")
-    prefix, _, name = key.rpartition("/")
-    if not re.fullmatch(_NAME, name):
-        raise ValueError(f"Invalid label key name `{name}`. Name {_NAME_RULE}")
-    if len(prefix) > 253 or not all(
-        re.fullmatch(_NAME, part) for part in prefix.split(".") if prefix
-    ):
-        raise ValueError(
-            f"Invalid label key prefix `{prefix}`. Prefix must be a series of DNS labels separated "
-            "by dots (.), not longer than 253 characters in total."
-        )

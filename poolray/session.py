@@ -24,7 +24,7 @@ from poolray.local.fork_server import WorkerSetup
 from poolray.local.machine import NODE_ADDRESS, Wishes
 from poolray.objects.object_ref import ObjectRef
 from poolray.plain_values import plain
-from poolray.remote_placement import check_labels
+from poolray.scheduling.labels import check_labels
 
 if TYPE_CHECKING:
     from poolray.cluster.driver import DriverRuntime

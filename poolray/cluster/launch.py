@@ -174,6 +174,26 @@ def find_head(temp: str | None = None) -> str | None:
     return None
 
 
+def resolve_auto(address: str) -> str:
+    """The address, or what "auto" means: that of the cluster of this machine.
+
+    Raises
+    ------
+    ClusterConnectionError
+        There is none.
+    """
+    if address != "auto":
+        return address
+    found = find_head()
+    if found is None:
+        raise ClusterConnectionError(
+            "Could not find any running Ray instance. Please specify the one to connect to by "
+            "setting `--address` flag or `POOLRAY_ADDRESS` environment variable, or start "
+            "one with `poolray start --head`."
+        )
+    return found
+
+
 def find_node(address: str, credentials: Credentials | None) -> NodeRow:
     """The node of a cluster that runs on this machine.
 

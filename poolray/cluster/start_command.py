@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 from typing import Any, final
 
 from poolray.cluster import auth, launch, places
@@ -21,8 +22,10 @@ from poolray.cluster.options import HeadOptions, NodeOptions
 from poolray.cluster.speaking import fail, say
 from poolray.cluster.switch import split_address
 from poolray.exceptions import AuthenticationError, PoolrayError
+from poolray.local.machine import check_amounts
 from poolray.objects.spill_urls import is_url
 from poolray.protocol.cluster import AskWho, Who
+from poolray.scheduling.labels import check_labels
 
 #: The port of the head, as in the reference.
 DEFAULT_PORT = 6379
@@ -38,10 +41,14 @@ def add_start(commands: Any) -> None:
     start.set_defaults(run=_start)
     add = start.add_argument
     add("--head", action="store_true", help="start a cluster")
-    add("--address", metavar="HOST:PORT", help="join the cluster whose head is there")
+    add(
+        "--address",
+        metavar="HOST:PORT",
+        help="join the cluster whose head is there; auto: the one of this machine",
+    )
     add(
         "--port",
-        type=int,
+        type=_port,
         help=f"the head's port (default: {DEFAULT_PORT}; 0: any that is free)",
     )
     add(
@@ -50,17 +57,17 @@ def add_start(commands: Any) -> None:
         help="the address by which others reach this machine (default: found; without a token "
         "127.0.0.1)",
     )
-    add("--node-manager-port", type=int, default=0, help="the node's port (default: any)")
-    add("--object-manager-port", type=int, default=0, help="its port for values (default: any)")
-    add("--min-worker-port", type=int, help="the lowest port at which actors take direct calls")
-    add("--max-worker-port", type=int, help="the highest (default of both: any)")
+    add("--node-manager-port", type=_port, default=0, help="the node's port (default: any)")
+    add("--object-manager-port", type=_port, default=0, help="its port for values (default: any)")
+    add("--min-worker-port", type=_port, help="the lowest port at which actors take direct calls")
+    add("--max-worker-port", type=_port, help="the highest (default of both: any)")
     add("--worker-port-list", type=_ports, help="these ports instead, with commas between them")
     add("--num-cpus", type=int, help="CPUs that tasks may use at once (default: all)")
     add("--num-gpus", type=int, help="GPUs (default: those that are found)")
     add("--memory", type=int, metavar="BYTES", help="memory that tasks with memory= share")
     add("--resources", type=_numbers, default={}, metavar="JSON", help="custom resources")
     add("--labels", type=_labels, default={}, metavar="KEY=VALUE,...", help="labels of the node")
-    add("--labels-file", metavar="FILE", help="the same, JSON in a file")
+    add("--labels-file", metavar="FILE", help="the same in a file: JSON, or lines of KEY: VALUE")
     add("--object-store-memory", type=int, metavar="BYTES", help="shared memory for objects")
     add("--object-spilling-directory", metavar="DIR", help="where objects go that it cannot hold")
     add("--temp-dir", metavar="DIR", help="where state and logs go (default: POOLRAY_TMPDIR)")
@@ -119,6 +126,12 @@ class _Refused(argparse.Action):
         parser.error(f"{option_string}: {self._why}")
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: say a number from 0 to 65535")
+    return int(text)
+
+
 def _ports(text: str) -> list[int]:
     try:
         found = [int(part) for part in text.split(",")]
@@ -147,7 +160,7 @@ def _numbers(text: str) -> dict[str, float]:
         found = json.loads(text)
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not all(isinstance(v, (int, float)) for v in found.values()):
+    if not isinstance(found, dict) or not all(type(v) in (int, float) for v in found.values()):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no JSON object of names and numbers, such as '{{\"disk\": 4}}'"
         )
@@ -155,13 +168,57 @@ def _numbers(text: str) -> dict[str, float]:
 
 
 def _labels(text: str) -> dict[str, str]:
-    labels = {}
-    for part in filter(None, text.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals or not key:
-            raise argparse.ArgumentTypeError(f"{part!r} is no KEY=VALUE")
-        labels[key.strip()] = value.strip()
-    return labels
+    labels = _labels_in_json(text)
+    if labels is None:
+        labels = {}
+        for part in filter(None, text.split(",")):
+            key, equals, value = part.partition("=")
+            if not equals or not key:
+                raise argparse.ArgumentTypeError(f"{part!r} is no KEY=VALUE")
+            labels[key.strip()] = value.strip()
+    try:
+        return check_labels(labels, may_be_reserved=True)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _labels_in_json(text: str) -> dict[str, str] | None:
+    """None: it is something else."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    is_right = isinstance(found, dict) and all(isinstance(v, str) for v in found.values())
+    return found if is_right else None
+
+
+def _labels_of_file(path: str) -> dict[str, str]:
+    """Labels in JSON, or in as much of YAML as names and values need.
+
+    Raises
+    ------
+    OSError
+        It cannot be read.
+    ValueError
+        It holds something else.
+    """
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    labels = _labels_in_json(text)
+    if labels is None:
+        labels = {}
+        for line in text.splitlines():
+            bare = line.partition("#")[0].strip()
+            key, colon, value = bare.partition(":")
+            if not bare or bare == "---":
+                continue
+            if not colon or not key:
+                raise ValueError(
+                    f"--labels-file={path}: {line!r} is no label: say KEY: VALUE in each line, "
+                    "such as 'gpu_type: A100', or write the labels as a JSON object"
+                )
+            labels[key.strip().strip("'\"")] = value.strip().strip("'\"")
+    return check_labels(labels, may_be_reserved=True)
 
 
 def _boolean(text: str) -> bool:
@@ -178,8 +235,15 @@ def _start(options: argparse.Namespace) -> int:
     if problem:
         return fail(problem)
     try:
+        check_amounts(
+            options.num_cpus,
+            options.num_gpus,
+            options.resources,
+            options.object_store_memory,
+            options.memory,
+        )
         return _start_head(options) if options.head else _start_node(options)
-    except (PoolrayError, OSError, ValueError) as error:
+    except (PoolrayError, OSError, ValueError, TypeError) as error:
         return fail(str(error))
 
 
@@ -201,14 +265,20 @@ def _start_head(options: argparse.Namespace) -> int:
     token = source = ""
     if auth.mode() is AuthMode.TOKEN:
         token, source = auth.ensure_token(options.auth_token_file)
-    host = options.node_ip_address or (places.usual_host() if token else "127.0.0.1")
+    host = _own_host(options) or (places.usual_host() if token else "127.0.0.1")
+    port = DEFAULT_PORT if options.port is None else options.port
+    if any(each.head_address == f"{host}:{port}" for each in places.listeners()):
+        raise PoolrayError(
+            f"a cluster is running at {host}:{port} already: end it with `poolray stop`, or start "
+            "another one with --port=PORT (0: any that is free)"
+        )
     temp = places.temp_dir(options.temp_dir)
     session = places.make_session_folder(temp)
     head = launch.start(
         HeadOptions(
             token=token,
             host=host,
-            port=DEFAULT_PORT if options.port is None else options.port,
+            port=port,
             temp_dir=temp,
             session_folder=session,
             storage=options.storage or f"sqlite:///{session}/head.db",
@@ -239,12 +309,12 @@ def _start_head(options: argparse.Namespace) -> int:
 
 
 def _start_node(options: argparse.Namespace) -> int:
-    address = options.address
+    address = launch.resolve_auto(options.address)
     split_address(address)
     credentials, token = _credentials(address, options.auth_token_file)
     # In words and within seconds, before anything is started.
     ask(address, AskWho(), Who, credentials)
-    host = options.node_ip_address or _host_towards(address, bool(token))
+    host = _own_host(options) or _host_towards(address, bool(token))
     temp = places.temp_dir(options.temp_dir)
     session = places.make_session_folder(temp)
     node = launch.start(_node_options(options, token, address, host, temp, session))
@@ -265,6 +335,15 @@ def _credentials(address: str, path: str | None) -> tuple[Credentials | None, st
     return Credentials.of(found[0]), found[0]
 
 
+def _own_host(options: argparse.Namespace) -> str:
+    """The address that this machine is said to have; empty: none is said."""
+    given: str = options.node_ip_address or ""
+    try:
+        return socket.gethostbyname(given) if given and ":" not in given else given
+    except OSError as error:
+        raise ValueError(f"--node-ip-address={given}: {error.strerror}") from error
+
+
 def _host_towards(address: str, has_token: bool) -> str:
     """Loopback for a head on loopback; else the address that the way to it has."""
     head_host, _ = split_address(address)
@@ -276,10 +355,9 @@ def _host_towards(address: str, has_token: bool) -> str:
 def _node_options(
     options: argparse.Namespace, token: str, address: str, host: str, temp: str, session: str
 ) -> NodeOptions:
-    labels = dict(options.labels)
+    labels = options.labels
     if options.labels_file:
-        with open(options.labels_file, encoding="utf-8") as file:
-            labels = {**json.load(file), **labels}
+        labels = {**_labels_of_file(options.labels_file), **labels}
     config: dict[str, int | float] = dict(options.system_config)
     if options.num_cpus is not None:
         config["num_cpus"] = options.num_cpus

@@ -80,7 +80,8 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 
 def _address_of(options: argparse.Namespace) -> str | None:
-    return options.address or os.environ.get("POOLRAY_ADDRESS") or launch.find_head()
+    given = options.address or os.environ.get("POOLRAY_ADDRESS") or "auto"
+    return launch.find_head() if given == "auto" else given.removeprefix("poolray://")
 
 
 def _no_cluster() -> int:

@@ -1,13 +1,14 @@
 """What this machine offers to tasks: its resources, devices and labels.
 
-What: turns what the user says and what is found into the amounts that a node is made with.
-Who calls: the local runtime, once, before it makes its node.
+What: checks what the user says, and makes of it and of what is found what a node is made with.
+Who calls: the local runtime and daemons, once, before they make their node; who is told by users.
 May touch: the environment, `/dev` and `/sys` (through `scheduling/accelerators.py`).
 Invariants: of a resource with devices there is as much as there are devices.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 #: Where the node is, as far as anybody has to know: nothing listens in local mode.
 NODE_ADDRESS = "127.0.0.1"
 HEAD_RESOURCE = "node:__internal_head__"
+#: Resources that every node may have -> what they are given as.
+_DEFAULT_RESOURCES = {
+    "CPU": "num_cpus",
+    "GPU": "num_gpus",
+    "memory": "memory",
+    "object_store_memory": "object_store_memory",
+}
+_STORE_MIN_BYTES = 1 << 20
 
 
 class Wishes(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +67,73 @@ def memory_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return 4 << 30
+
+
+def check_amounts(
+    num_cpus: float | None,
+    num_gpus: float | None,
+    resources: dict[str, float] | None,
+    object_store_memory: int | None,
+    memory: int | None = None,
+) -> None:
+    """Refuse what no node can be made with.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An amount that is negative, fractional, too small, too large or no number; a custom resource
+        with a name that is taken.
+    """
+    for name, amount in (("CPU", num_cpus), ("GPU", num_gpus), ("memory", memory)):
+        _check_whole(name, amount)
+    if resources is not None:
+        _check_custom(resources)
+    if object_store_memory is None:
+        return
+    if object_store_memory < _STORE_MIN_BYTES:
+        raise ValueError(
+            f"Attempting to cap object store memory usage at {object_store_memory} bytes, but the "
+            f"minimum allowed is {_STORE_MIN_BYTES} bytes."
+        )
+    if object_store_memory > memory_bytes():
+        raise ValueError(
+            f"object_store_memory is {object_store_memory} bytes, and this machine has "
+            f"{memory_bytes()} bytes of memory: what the store has no room for goes "
+            "to disk, so a smaller one will do."
+        )
+
+
+def _check_whole(name: str, amount: float | None) -> None:
+    if amount is None:
+        return
+    if not isinstance(amount, (int, float)):
+        raise TypeError(f"The quantity of {name} must be a number: {amount!r}")
+    if amount < 0:
+        raise ValueError(
+            f"Resource quantities must be nonnegative. Violated by resource '{name}' in "
+            f"{{'{name}': {amount}}}."
+        )
+    if not math.isfinite(amount) or amount != int(amount):
+        raise ValueError(
+            f"Resource quantities must all be whole numbers. Violated by resource '{name}' in "
+            f"{{'{name}': {amount}}}."
+        )
+
+
+def _check_custom(resources: dict[str, float]) -> None:
+    if not isinstance(resources, dict):
+        raise TypeError(f"resources must be a dictionary of names to quantities: {resources!r}")
+    for name, amount in resources.items():
+        if name in _DEFAULT_RESOURCES:
+            raise ValueError(
+                f"`{name}` cannot be a custom resource because it is one of the default resources: "
+                f"use `{_DEFAULT_RESOURCES[name]}` instead."
+            )
+        if not isinstance(amount, (int, float)) or isinstance(amount, bool):
+            raise TypeError(f"The quantity of resource {name} must be a number: {amount!r}")
+        if name == HEAD_RESOURCE:
+            raise ValueError(f"{name} is a reserved resource name, use another name instead.")
+        _check_whole(name, amount)
 
 
 def describe(
@@ -110,6 +186,7 @@ __all__ = [
     "NODE_ADDRESS",
     "Machine",
     "Wishes",
+    "check_amounts",
     "describe",
     "memory_bytes",
     "usable_cpus",

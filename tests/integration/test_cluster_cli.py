@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -177,6 +178,18 @@ def test_blocking_start_ends_with_its_daemons(folder: Path, poolray_command: Run
         (["--head", "--dashboard-port=1"], "--dashboard-port: this version"),
         (["--head", "--enable-resource-isolation"], "--enable-resource-isolation: this version"),
         (["--head", "--include-log-monitor=false"], "log_to_driver"),
+        (["--head", "--num-cpus=-1"], "Resource quantities must be nonnegative"),
+        (["--head", "--num-gpus=-1"], "Resource quantities must be nonnegative"),
+        (["--head", '--resources={"CPU": 3}'], "use `num_cpus` instead"),
+        (["--head", '--resources={"disk": 1.5}'], "must all be whole numbers"),
+        (["--head", '--resources={"disk": Infinity}'], "must all be whole numbers"),
+        (["--head", '--resources={"disk": true}'], "JSON"),
+        (["--head", "--labels=zone=@"], "Invalid label key value `@`"),
+        (["--head", "--labels-file=/dev/null/none"], "/dev/null/none"),
+        (["--head", "--object-store-memory=1000"], "minimum allowed"),
+        (["--head", "--port=65536"], "is no port"),
+        (["--head", "--port=-1"], "is no port"),
+        (["--head", "--node-ip-address=no.such.host.invalid"], "--node-ip-address=no.such.host"),
     ],
 )
 def test_what_cannot_be_started_is_refused(
@@ -186,6 +199,33 @@ def test_what_cannot_be_started_is_refused(
     assert done.returncode != 0
     assert text in done.stderr
     assert daemons(folder) == []
+
+
+def test_a_machine_joins_its_own_cluster_with_labels_of_a_file_and_in_json(
+    folder: Path, poolray_command: Run
+) -> None:
+    labels = folder / "labels.yaml"
+    labels.write_text("# of this machine\ngpu_type: A100\nregion: 'us'\n")
+    address = start_head(
+        poolray_command,
+        *(f"--labels-file={labels}", '--labels={"region": "eu"}', "--node-ip-address=localhost"),
+    )
+    assert address.startswith("127.0.0.1:")
+    joined = poolray_command("start", "--address=auto", "--num-cpus=1", "--labels=ray.io/tpu=x")
+    assert joined.returncode == 0, joined.stderr
+    assert address in joined.stdout
+    shown = poolray_command("list", "nodes", "--detail", "--format=json", "--address=auto")
+    rows = json.loads(shown.stdout)
+    found = [row["labels"] for row in sorted(rows, key=lambda row: not row["is_head_node"])]
+    assert found[0].items() >= {"gpu_type": "A100", "region": "eu"}.items()
+    assert found[1]["ray.io/tpu"] == "x"
+    status = poolray_command("status", "--address=auto")
+    assert status.stdout.count(" 1 node_") == 2
+    again = poolray_command(
+        "start", "--head", "--node-ip-address=localhost", f"--port={address.rpartition(':')[2]}"
+    )
+    assert again.returncode == 1
+    assert f"a cluster is running at {address} already" in again.stderr
 
 
 def test_the_token_is_printed_when_there_is_one(folder: Path, poolray_command: Run) -> None:

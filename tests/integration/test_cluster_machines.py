@@ -66,6 +66,22 @@ def test_the_head_counts_a_node_as_soon_as_it_is_said_to_be_up(cluster: Cluster)
         assert node.node_id in {row.node_id.hex() for row in rows}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"num_cpus": -1}, "must be nonnegative"),
+        ({"num_gpus": 0.5}, "must all be whole numbers"),
+        ({"resources": {"GPU": 1}}, "use `num_gpus` instead"),
+        ({"resources": {"disk": -1}}, "must be nonnegative"),
+        ({"labels": {"zone": "@"}}, "Invalid label key value"),
+        ({"object_store_memory": 1000}, "minimum allowed"),
+    ],
+)
+def test_what_no_node_can_have_is_refused(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Cluster(initialize_head=True, head_node_args=arguments)
+
+
 def test_a_head_that_is_killed_is_missed_by_nobody_and_comes_back_with_all_it_knew(
     cluster: Cluster,
 ) -> None:
