@@ -145,6 +145,9 @@ class NodeDaemon(NodeShell):
         #: The head counts this node; or it does not and has said why, or this node ends.
         self.answered, self.refusal = Waitable(), ""
         self.is_rejoining = False
+        #: It ends: peers hear of that from the head, and nothing more from here. What this end
+        #: does to its workers would be taken for what their tasks and actors came to.
+        self._is_mute = False
         #: It was drained: its last word to the head, and when that is said at the latest.
         self._farewell: tuple[LeaveCluster, float] | None = None
         #: group -> fork servers in a row that died before a worker came of them.
@@ -256,6 +259,7 @@ class NodeDaemon(NodeShell):
         for session in list(self._sessions.values()):
             session.dismiss(reason)
         self._storage.stop()
+        self._is_mute = True
         self._end_groups()
         self._closed = True
         self.reactor.stop()
@@ -478,6 +482,8 @@ class NodeDaemon(NodeShell):
 
     def send_peer(self, node_id: NodeId, message: Any) -> None:
         """Send a message to another node's daemon."""
+        if self._is_mute:
+            return
         if not self._switch.is_reachable(node_id):
             address = self._addresses.get(node_id)
             if address is None:

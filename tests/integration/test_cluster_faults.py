@@ -82,6 +82,19 @@ def test_an_actor_is_restarted_on_another_node_when_its_own_is_killed(cluster: C
     assert poolray.get(actor.add.remote()) == 1
 
 
+def test_actors_are_restarted_on_another_node_when_their_own_is_stopped_politely(
+    cluster: Cluster,
+) -> None:
+    first = cluster.add_node(num_cpus=1, resources={"spot": 8})
+    kind = Counter.options(max_restarts=1, max_task_retries=-1)
+    actors = [kind.remote() for _ in range(8)]
+    assert {poolray.get(actor.where.remote())[1] for actor in actors} == {first.node_id}
+    spare = cluster.add_node(num_cpus=1, resources={"spot": 8})
+    cluster.remove_node(first, allow_graceful=True)
+    found = poolray.get([actor.where.remote() for actor in actors], timeout=30)
+    assert {node_id for _, node_id in found} == {spare.node_id}
+
+
 def test_an_actor_without_restarts_dies_with_its_node(cluster: Cluster) -> None:
     node = cluster.add_node(num_cpus=1, resources={"spot": 1})
     actor = Counter.remote()
