@@ -22,7 +22,7 @@ from poolray.exceptions import TaskCancelledError
 from poolray.ids import TaskId, return_id
 from poolray.node.effects import Interrupt, SendPeer, TakeBack, TerminateWorker
 from poolray.node.state import NodeState
-from poolray.node.workers import GroupState, Packet, WorkerRecord, WorkerState
+from poolray.node.workers import GroupState, WorkerRecord, WorkerState
 from poolray.protocol.node import CancelForwarded
 from poolray.protocol.values import Delivery
 from poolray.protocol.worker import InterruptTask
@@ -121,7 +121,8 @@ class Cancellation:
             self._tasks.streams.let_go_on(record.task_id)  # threads cannot be interrupted
             return
         state.effects.append(TakeBack(worker.worker_id))
-        if force and self._packet_of(worker, record).calls == 1:
+        if force and len(worker.packets) == 1 and worker.packets[0].calls == 1:
+            # (With more than that, it may be another one that it runs.)
             self._kill(worker)
             return
         order = InterruptTask(task_id=record.task_id, sequence=record.sequence, force=force)
@@ -130,9 +131,6 @@ class Cancellation:
             # Neighbours in its packet are handed back by the worker first, if it gets to that.
             due_s = self._kill_at[record.task_id] = state.now + state.config.force_after_s
             self.dispatcher.watch_time(due_s)
-
-    def _packet_of(self, worker: WorkerRecord, record: TaskRecord) -> Packet:
-        return next(packet for packet in worker.packets if packet.sequence == record.sequence)
 
     def _kill(self, worker: WorkerRecord) -> None:
         """End a worker for the task that it runs; it gets nothing more to do."""

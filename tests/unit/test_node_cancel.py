@@ -373,6 +373,23 @@ def test_a_cancelled_task_whose_node_dies_is_not_tried_again() -> None:
     assert is_cancelled(pair.a, task)
 
 
+def test_by_force_a_task_is_stopped_and_not_the_one_that_its_worker_runs_before_it() -> None:
+    bench = Bench(cpus=1)
+    bench.group(workers=1)
+    kind = bench.task_class(max_retries=0)
+    bench.warm_up(kind)
+    first, second = bench.submit(kind), bench.submit(kind)
+    (worker,) = bench.busy()
+    packet = bench.read(worker)
+    assert [call.task_id for call in packet.tasks] == [first]
+    bench.cancel(second, force=True)
+    assert bench.take(TerminateWorker) == []
+    bench.take_back(worker)
+    assert is_cancelled(bench, second)
+    bench.finish(worker, packet)
+    assert bench.value_of(result_of(first)) == b"result"
+
+
 def test_a_node_stops_a_task_for_its_owner_alone() -> None:
     pair = Pair()
     task = pair.a.submit(pair.kind)
