@@ -16,11 +16,13 @@ that death). `parents` and `_children` are inverse; both ends of each pair have 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, final
 
 from poolray.exceptions import TaskCancelledError
-from poolray.ids import TaskId, return_id
+from poolray.ids import TaskId, WorkerId, return_id
 from poolray.node.effects import Interrupt, SendPeer, TakeBack, TerminateWorker
+from poolray.node.packets import is_in
 from poolray.node.state import NodeState
 from poolray.node.workers import GroupState, WorkerRecord, WorkerState
 from poolray.protocol.node import CancelForwarded
@@ -88,6 +90,43 @@ class Cancellation:
             record = self._state.tasks.get(chosen_id)
             if record is not None and record.class_queue.task_class.delivery is Delivery.OBJECTS:
                 self._cancel(record, force, recursive)
+
+    def abandon(self, records: list[TaskRecord]) -> None:
+        """Nobody will ever ask what came of these: they end, and so does what they submitted.
+
+        Calls that an actor runs it runs to their end.
+        """
+        orphans = {record.task_id: None for record in records if not record.actor_id}
+        children = [child for task_id in orphans for child in self._children.get(task_id, ())]
+        for child in children:
+            self.cancel(child, force=True, recursive=True)
+        stops = [stop for record in records for stop in self._stops(record, orphans)]
+        self._tasks.cancel([TaskId(record.root_id) for record in records])
+        for stop in dict.fromkeys(stops):
+            if isinstance(stop, Interrupt):
+                self._state.effects.append(stop)
+            else:
+                self._kill(self._state.workers[stop])
+
+    def _stops(
+        self, record: TaskRecord, orphans: dict[TaskId, None]
+    ) -> Iterator[WorkerId | Interrupt]:
+        """How to stop one that its worker may have begun: by the worker's end, if it has been sent
+        nothing else, or by an order.
+        """
+        if record.task_id not in orphans or record.state is not RUNNING:
+            return
+        assert record.worker_id is not None
+        worker = self._state.workers[record.worker_id]
+        packet = worker.packets[0]
+        if worker.group.state >= GroupState.FAILED or record.sequence != packet.sequence:
+            return
+        ours = [r for r in packet.records if is_in(r, worker, packet.sequence)]
+        if len(worker.packets) == 1 and all(r.task_id in orphans for r in ours):
+            yield worker.worker_id
+        else:
+            order = InterruptTask(task_id=record.task_id, sequence=packet.sequence, force=True)
+            yield Interrupt(worker.worker_id, order)
 
     def _cancel(self, record: TaskRecord, force: bool, recursive: bool) -> None:
         for index in range(record.class_queue.task_class.num_returns):

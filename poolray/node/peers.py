@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, final
 
 import msgspec
 
-from poolray.ids import ClientId, GroupId, NodeId, ObjectId, TaskId
+from poolray.ids import ClientId, GroupId, NodeId, ObjectId
 from poolray.node.ahead import Ahead
 from poolray.node.borrowing import Borrowing, client_of, is_peer, node_of
 from poolray.node.effects import SendPeer
@@ -448,9 +448,9 @@ class Peers:
         self.ahead.on_node_died(node_id)
         stopped = self.transfers.on_node_died(node_id)
         client_id = client_of(node_id)
-        self._tasks.cancel(
+        self.cancellation.abandon(
             [
-                TaskId(record.root_id)
+                record
                 for record in self._state.tasks.values()
                 if record.is_foreign and record.client_id == client_id
             ]

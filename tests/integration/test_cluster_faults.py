@@ -22,10 +22,11 @@ from poolray.cluster_utils import Cluster
 from poolray.exceptions import (
     ActorDiedError,
     ClusterConnectionError,
+    NodeDiedError,
     ObjectLostError,
     OwnerDiedError,
 )
-from tests.integration.support import Gate, announce_and_hold, wait_until
+from tests.integration.support import Gate, announce_and_hold, is_alive, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons need Linux")
 
@@ -245,6 +246,29 @@ def test_a_large_detached_actor_is_made_again_when_the_node_that_made_it_is_kill
     found = poolray.get_actor("heavy")
     assert poolray.get(found.get.remote(), timeout=40) == ((200_000, 200_000, 3), spare.node_id)
     poolray.kill(found)
+
+
+def test_what_runs_for_a_node_that_was_killed_is_ended(cluster: Cluster, tmp_path: Path) -> None:
+    def hold(path: str) -> None:
+        Path(path, str(os.getpid())).touch()
+        signal.pause()
+
+    def run_elsewhere(path: str) -> None:
+        held = poolray.remote(hold).options(resources={"away": 1})
+        poolray.get([held.remote(path) for _ in range(2)])
+
+    owner = cluster.add_node(num_cpus=1, resources={"spot": 1})
+    cluster.add_node(num_cpus=2, resources={"away": 2})
+    cluster.wait_for_nodes()
+    kind = poolray.remote(run_elsewhere).options(resources={"spot": 1}, max_retries=0)
+    waiting = kind.remote(str(tmp_path))
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 2, "two tasks of a task")
+    cluster.remove_node(owner, allow_graceful=False)
+    with pytest.raises(NodeDiedError):
+        poolray.get(waiting, timeout=20)
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    wait_until(lambda: not any(map(is_alive, pids)), "the end of their processes")
+    wait_until(lambda: poolray.available_resources().get("away") == 2, "the room that they had")
 
 
 def test_a_node_that_was_taken_for_dead_joins_afresh(cluster: Cluster) -> None:

@@ -8,7 +8,7 @@ from poolray.config import Config
 from poolray.ids import TaskId, WorkerId
 from poolray.node.effects import Interrupt, SendPeer, UnhandledError
 from poolray.protocol.client import CancelTasks
-from poolray.protocol.node import CancelForwarded
+from poolray.protocol.node import CancelForwarded, NodeDied
 from poolray.protocol.values import Outcome, Value
 from poolray.protocol.worker import RunTasks
 from tests.unit.node_harness import (
@@ -388,6 +388,50 @@ def test_by_force_a_task_is_stopped_and_not_the_one_that_its_worker_runs_before_
     assert is_cancelled(bench, second)
     bench.finish(worker, packet)
     assert bench.value_of(result_of(first)) == b"result"
+
+
+def test_what_runs_for_a_node_that_dies_is_ended_and_so_is_what_it_submitted() -> None:
+    pair = Pair()
+    pair.b.warm_up(pair.b.task_class("before"))  # (Both benches count tasks from 0.)
+    task = pair.a.submit(pair.kind)
+    pair.carry()
+    pair.b.start_all()
+    worker, packet = running(pair.b, task)
+    child = pair.b.submit(pair.b.task_class("child"), client=worker, parent=task)
+    pair.b.start_all()
+    helper, read = running(pair.b, child)
+    pair.b.tell(NodeDied(node_id=A))
+    ended = [effect.worker_id for effect in pair.b.take(TerminateWorker)]
+    assert ended == [helper, worker]
+    pair.b.lose(helper, read.sequence, 0)
+    pair.b.lose(worker, packet.sequence, 0)
+    assert pair.b.state(child) is None
+    assert pair.b.state(task) is None
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_worker_with_more_to_do_is_told_to_stop_what_runs_for_a_dead_node(is_first: bool) -> None:
+    pair = Pair()
+    kind = pair.b.task_class()
+    pair.b.warm_up(kind)
+    slow = pair.b.submit_many(pair.b.task_class("slow"), 2)
+    pair.b.start_all()
+    occupied = [running(pair.b, task) for task in slow]
+    own = None if is_first else pair.b.submit(kind)
+    foreign = pair.a.submit(pair.kind)  # (Its id is that of the first task here, which has ended.)
+    pair.carry()
+    own = own or pair.b.submit(kind)
+    for worker, packet in occupied:
+        pair.b.finish(worker, packet)
+    (worker,) = pair.b.busy()
+    packet = pair.b.read(worker)
+    pair.b.tell(NodeDied(node_id=A))
+    assert pair.b.take(TerminateWorker) == []
+    orders = [effect.message.task_id for effect in pair.b.take(Interrupt)]
+    assert orders == [call.task_id for call in packet.tasks if call.task_id != own]
+    assert (foreign in orders) is is_first
+    assert pair.b.state(foreign) is None
+    assert pair.b.state(own) == "RUNNING"
 
 
 def test_a_node_stops_a_task_for_its_owner_alone() -> None:
