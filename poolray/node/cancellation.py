@@ -20,13 +20,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, final
 
 from poolray.exceptions import TaskCancelledError
-from poolray.ids import TaskId, WorkerId, return_id
+from poolray.ids import ClientId, TaskId, WorkerId, return_id
 from poolray.node.effects import Interrupt, SendPeer, TakeBack, TerminateWorker
 from poolray.node.packets import is_in
 from poolray.node.state import NodeState
 from poolray.node.workers import GroupState, WorkerRecord, WorkerState
 from poolray.protocol.node import CancelForwarded
-from poolray.protocol.values import Delivery
+from poolray.protocol.values import CallKind, Delivery
 from poolray.protocol.worker import InterruptTask
 from poolray.tasks.lifecycle import FORWARDED, RUNNING, TaskRecord
 
@@ -90,6 +90,24 @@ class Cancellation:
             record = self._state.tasks.get(chosen_id)
             if record is not None and record.class_queue.task_class.delivery is Delivery.OBJECTS:
                 self._cancel(record, force, recursive)
+
+    def on_driver_left(self, client_id: ClientId) -> None:
+        """A driver is gone, and what it held is let go: tasks end of whose results nobody else has
+        any, and so does what they submitted.
+        """
+        tasks, objects = self._state.tasks, self._state.objects
+        for record in list(tasks.values()):
+            known = record.class_queue.task_class
+            if (
+                record.client_id == client_id
+                and not record.is_foreign
+                and not record.actor_id
+                and known.kind is not CallKind.CREATE
+                and not any(
+                    return_id(record.root_id, i) in objects for i in range(known.num_returns)
+                )
+            ):
+                self.cancel(record.root_id, force=True, recursive=True)
 
     def abandon(self, records: list[TaskRecord]) -> None:
         """Nobody will ever ask what came of these: they end, and so does what they submitted.

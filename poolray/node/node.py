@@ -513,6 +513,8 @@ class Node:
                 groups.resize(message.group_id, message.size)
             case ClientLeft():
                 self._tasks.drop_client(ClientId(message.client_id))
+                self._actors.on_client_lost(ClientId(message.client_id))
+                self._cancellation.on_driver_left(ClientId(message.client_id))
                 self._forget_questions(ClientId(message.client_id))
             case SpillDone():
                 self._store.on_spill_done(message)

@@ -248,6 +248,82 @@ def test_a_large_detached_actor_is_made_again_when_the_node_that_made_it_is_kill
     poolray.kill(found)
 
 
+def test_work_of_a_driver_that_is_killed_ends_where_its_detached_actor_lives_on(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    cluster.add_node(num_cpus=4, resources={"spot": 9})
+    script = tmp_path / "driver.py"
+    script.write_text(
+        """
+import os, pathlib, signal, sys
+import poolray
+
+poolray.init(address=sys.argv[1], namespace="tests")
+
+
+def hold(path):
+    pathlib.Path(path).write_text(str(os.getpid()))
+    signal.pause()
+
+
+class Keeper:
+    def keep(self, refs):
+        self.refs = refs
+        return os.getpid()
+
+    def kept(self):
+        return poolray.get(self.refs)
+
+    def hold(self, path):
+        hold(path)
+
+
+def parent(path):
+    return poolray.get(there(hold).remote(path))
+
+
+def useful(path):
+    open(path).read()
+    return "was wanted"
+
+
+def there(what):
+    return poolray.remote(num_cpus=0, resources={"spot": 1})(what)
+
+
+folder = sys.argv[2]
+os.mkfifo(folder + "/go")
+keeper = there(Keeper).options(name="keeper", lifetime="detached").remote()
+poolray.get(keeper.keep.remote([there(useful).remote(folder + "/go")]))
+other = there(Keeper).remote()
+waiting = [
+    there(hold).remote(folder + "/task"),
+    there(parent).remote(folder + "/child"),
+    other.hold.remote(folder + "/actor"),
+]
+signal.pause()
+"""
+    )
+    driver = subprocess.Popen(
+        [sys.executable, str(script), cluster.address, str(tmp_path)],
+        env={**os.environ, "POOLRAY_AUTH_TOKEN": Path(cluster.auth_token_path).read_text()},
+    )
+    try:
+        paths = [tmp_path / name for name in ("task", "child", "actor")]
+        wait_until(
+            lambda: all(p.exists() and p.read_text() for p in paths), "all that it has begun"
+        )
+    finally:
+        driver.kill()
+        driver.wait()
+    pids = [int(path.read_text()) for path in paths]
+    wait_until(lambda: not any(map(is_alive, pids)), "the end of their processes")
+    (tmp_path / "go").write_text("x")
+    keeper = poolray.get_actor("keeper")
+    assert poolray.get(keeper.kept.remote(), timeout=20) == ["was wanted"]
+    poolray.kill(keeper)
+
+
 def test_what_runs_for_a_node_that_was_killed_is_ended(cluster: Cluster, tmp_path: Path) -> None:
     def hold(path: str) -> None:
         Path(path, str(os.getpid())).touch()

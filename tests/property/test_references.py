@@ -10,7 +10,7 @@ from poolray.ids import ObjectId, TaskId
 from poolray.protocol.client import CancelTasks, PutObject
 from poolray.protocol.node import ClientLeft
 from poolray.protocol.values import Outcome
-from tests.unit.node_harness import DRIVER, Bench, result_of
+from tests.unit.node_harness import DRIVER, Bench, TerminateWorker, result_of
 
 CLIENTS = [b"one", b"two"]
 some_client = st.sampled_from(CLIENTS)
@@ -140,6 +140,11 @@ class ReferenceMachine(RuleBasedStateMachine):
     def leave(self, client: bytes) -> None:
         self.bench.tell(ClientLeft(client_id=client))
         self.held[client].clear()
+        # What it submitted, and nobody else has a ref to, ends.
+        for effect in self.bench.take(TerminateWorker):
+            self.bench.lose(effect.worker_id)
+        self.bench.start_all()
+        self.settle()
 
     def settle(self) -> None:
         """Tasks that have ended hold nothing."""

@@ -8,7 +8,7 @@ from poolray.config import Config
 from poolray.ids import TaskId, WorkerId
 from poolray.node.effects import Interrupt, SendPeer, UnhandledError
 from poolray.protocol.client import CancelTasks
-from poolray.protocol.node import CancelForwarded, NodeDied
+from poolray.protocol.node import CancelForwarded, ClientLeft, NodeDied
 from poolray.protocol.values import Outcome, Value
 from poolray.protocol.worker import RunTasks
 from tests.unit.node_harness import (
@@ -432,6 +432,23 @@ def test_a_worker_with_more_to_do_is_told_to_stop_what_runs_for_a_dead_node(is_f
     assert (foreign in orders) is is_first
     assert pair.b.state(foreign) is None
     assert pair.b.state(own) == "RUNNING"
+
+
+def test_what_a_driver_that_leaves_submitted_ends_unless_another_has_a_ref_to_its_result() -> None:
+    bench = Bench(cpus=2)
+    bench.group()
+    kind = bench.task_class()
+    alone, shared = (bench.submit(kind, client=b"leaver") for _ in range(2))
+    for task in (alone, shared):
+        bench.hold(result_of(task), client=b"leaver")
+    bench.hold(result_of(shared))
+    bench.start_all()
+    begun = {task: running(bench, task) for task in (alone, shared)}
+    bench.tell(ClientLeft(client_id=b"leaver"))
+    ended = [effect.worker_id for effect in bench.take(TerminateWorker)]
+    assert ended == [begun[alone][0]]
+    bench.finish(*begun[shared])
+    assert bench.value_of(result_of(shared)) == b"result"
 
 
 def test_a_node_stops_a_task_for_its_owner_alone() -> None:
