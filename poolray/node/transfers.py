@@ -57,6 +57,9 @@ if TYPE_CHECKING:
 
 #: Of the arena, so much may be on its way here at once (one object may be larger).
 _MOVING_SHARE = 0.25
+#: Up to this a value comes from where it is known to be: to ask for a better source, and to wait
+#: for it, costs more than it saves.
+_UNASKED_BYTES = 4 << 20
 _GONE = "its node no longer has it"
 
 
@@ -208,7 +211,7 @@ class Transfers:
         if (
             object_id in self.borrowing.borrowed
             and keeper is not None
-            and value.size_bytes > self._state.config.transfer_chunk_bytes
+            and value.size_bytes > min(_UNASKED_BYTES, self._state.config.transfer_chunk_bytes)
         ):
             pull.asked = keeper[0]
             self._send(keeper[0], AskSource(object_id=keeper[1]))
