@@ -431,7 +431,8 @@ class NodeDaemon(NodeShell):
         self._reception.tick()
         self.is_switch_due = self._looks_everywhere = True
         self._logs.tick(now, self._hosts.values())
-        self._deliveries.extend(self._logs.strays(now, self._hosts.values(), self._running))
+        if not self._pressure.is_on:  # (else workers wait with what they have to tell)
+            self._deliveries.extend(self._logs.strays(now, self._hosts.values(), self._running))
         super().tick()
         heard = self._switch.heard_s(HEAD_ID)
         if now - max(heard, self._head_heard_s) > _HEAD_SILENCE_MAX_S:

@@ -45,8 +45,10 @@ _PATTERN_CHARS_MAX = 1024
 _MEASURE_S = 5.0
 #: How often it is looked for what programs have written.
 _LOOK_S = 0.5
-#: Of what comes past Python at once, the driver is shown so much, the last.
+#: Of what came past Python before something else, the driver is shown so much, the last.
 _STRAY_BYTES_MAX = 256 << 10
+#: So much of a file is looked at, at the most: what is more waits for the next look.
+_LOOK_BYTES_MAX = 1 << 20
 
 
 def folder_of(session_folder: str) -> str:
@@ -147,6 +149,8 @@ class WorkerLogs:
         """What was written past Python and nobody has told of, now and then.
 
         A worker writes to its file before it tells; so only what was there at the last look too.
+        What it tells may still come later: then it is told from the file, in order and all of it,
+        and what comes is known to have been told.
 
         Parameters
         ----------
@@ -201,7 +205,11 @@ class WorkerLogs:
         """What a file has from what was told to a place; whole lines, unless that is their end."""
         suffix = _SUFFIXES[message.stream]
         name = log_name(message.worker_id, message.job_id, message.pid, suffix)
-        wish = LogWish(name=name, start=max(told.place, end - _STRAY_BYTES_MAX), size_bytes=0)
+        if is_end:
+            place = max(told.place, end - _STRAY_BYTES_MAX)
+        else:
+            place, end = told.place, min(end, told.place + _LOOK_BYTES_MAX)
+        wish = LogWish(name=name, start=place, size_bytes=0)
         data, start = b"", wish.start
         while start < end:
             row = self._read(msgspec.structs.replace(wish, start=start, size_bytes=end - start))

@@ -317,3 +317,21 @@ def test_any_place_and_size_gives_what_is_there(folder: Path) -> None:
         begin = max(0, 200 + start) if start < 0 else min(200, start)
         assert row.start == begin
         assert row.data == bytes(range(200))[begin : begin + max(0, size)]
+
+
+def test_what_a_worker_tells_late_is_told_from_its_file_and_no_line_is_missing(
+    folder: Path,
+) -> None:
+    logs = logs_in(folder)
+    writer = Writer(folder, logs, max_bytes=16 << 20)
+    lines = [f"line {number} ".ljust(8 << 10, "x") + "\n" for number in range(600)]
+    shown = told(logs.in_order(writer.write(lines[0])))
+    late = [writer.write(line) for line in lines[1:400]]  # it waits for room in its channel
+    assert strays(logs, 1.0) == []
+    looks = [told(strays(logs, now)) for now in (2.0, 3.0)]
+    assert all(looks)
+    shown += "".join(looks)
+    for output in late:
+        shown += told(logs.in_order(output))
+    shown += "".join(told(logs.in_order(writer.write(line))) for line in lines[400:])
+    assert shown == "".join(lines)
