@@ -713,6 +713,7 @@ class Node:
         if self._has_head and state.now >= self._next_heartbeat_s:
             self._next_heartbeat_s = state.now + state.config.heartbeat_interval_s
             state.effects.append(SendHead(heartbeat_of(state)))
+            self._peers.return_stranded()
 
     # ---- looking in ------------------------------------------------------------------------------
 

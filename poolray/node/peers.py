@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, final
 
 import msgspec
 
-from poolray.ids import ClientId, GroupId, NodeId, ObjectId
+from poolray.ids import ClientId, GroupId, NodeId, ObjectId, TaskId
 from poolray.node.ahead import Ahead
 from poolray.node.borrowing import Borrowing, client_of, is_peer, node_of
 from poolray.node.effects import SendPeer
@@ -51,7 +51,7 @@ from poolray.protocol.values import (
     Value,
 )
 from poolray.tasks.class_queue import ClassQueue
-from poolray.tasks.lifecycle import FORWARDED, TaskRecord
+from poolray.tasks.lifecycle import DELAYED, FORWARDED, QUEUED, WAITING, TaskRecord
 
 if TYPE_CHECKING:
     from poolray.node.actors import Actors
@@ -63,6 +63,8 @@ if TYPE_CHECKING:
 _DEAD_MAX = 4096
 #: Of those, the ones that are still shown to who looks on.
 _GONE_MAX = 100
+#: Others' tasks that do not fit here go back when they have waited for so long, at most twice.
+_STRANDED_S = 1.0
 
 
 @final
@@ -71,9 +73,11 @@ class Peers:
 
     __slots__ = (
         "_functions",
+        "_look_s",
         "_objects",
         "_state",
         "_tasks",
+        "_unbegun",
         "actors",
         "ahead",
         "borrowing",
@@ -107,6 +111,10 @@ class Peers:
         self.gone: dict[NodeId, NodeView] = {}
         #: Peers that are dead for good; what still comes from them is ignored.
         self.dead: dict[NodeId, None] = {}
+        #: Others' tasks that had not begun when we looked last -> whether they did not fit then.
+        self._unbegun: dict[TaskId, bool] = {}
+        #: When to look again.
+        self._look_s = 0.0
         self.placing = Placing(state, self.views)
         self.ahead = Ahead(state, self.placing)
         self.transfers = Transfers(state, store, objects, self.dead)
@@ -255,9 +263,8 @@ class Peers:
         """What came of tasks that we gave away; True: there may be room for others now."""
         writer, may_have_room = client_of(node_id), False
         for item in message.results:
-            # (What a peer gives back by itself does not go there again at once.)
-            if not item.returned or self.ahead.was_asked_back(item.task_id):
-                may_have_room = True
+            is_refused = item.returned and not self.ahead.was_asked_back(item.task_id)
+            may_have_room |= not is_refused
             fresh = self.borrowing.adopt(node_id, item.lent)
             freed = self.ahead.on_back(item.task_id, node_id, has_run=not item.returned)
             record = self._state.tasks.get(item.task_id)
@@ -271,6 +278,13 @@ class Peers:
                 if item.estimate_s:
                     queue.report(1, item.estimate_s)
                 if item.returned:
+                    placement = queue.task_class.placement
+                    if (
+                        is_refused
+                        and (placement is None or not placement.node_id)
+                        and self.placing.refuse(node_id, queue.demand)
+                    ):
+                        is_free, may_have_room = {}, True
                     self._tasks.losses.on_returned(record)
                 else:
                     self._tasks.finish(record, item.result, writer)
@@ -324,12 +338,42 @@ class Peers:
                 node_id, task
             ):
                 group = self._tasks.submit_foreign(client_id, spec, task.attempts)
+                self._unbegun[spec.task_id] = False
                 if group is not None:
                     groups[group.group_id] = group
             # (Else: the link delivers once, so its owner does not remember giving it to us.)
             self._objects.release_all(fresh)  # the task holds them now
         for group in groups.values():
             self._tasks.dispatcher.dispatch(group)
+
+    def return_stranded(self) -> None:
+        """Give back others' tasks that have waited for a while and do not fit now.
+
+        A placement group, an actor or something long has taken what was free when they were sent,
+        and may keep it for ever; their owner knows of other nodes, and waits for room here as well.
+        """
+        state = self._state
+        if not self._unbegun or state.now < self._look_s:
+            return
+        self._look_s = state.now + _STRANDED_S
+        for task_id, has_waited in list(self._unbegun.items()):
+            record = state.tasks.get(task_id)
+            if record is None or record.state not in (QUEUED, WAITING, DELAYED):
+                del self._unbegun[task_id]
+                continue
+            queue = record.class_queue
+            placement = queue.task_class.placement
+            if (
+                record.state is not QUEUED
+                or (placement is not None and bool(placement.node_id))
+                or state.resources.fits_now(queue.demand)
+            ):
+                self._unbegun[task_id] = False
+            elif has_waited:
+                del self._unbegun[task_id]
+                self._tasks.return_unbegun(record)
+            else:
+                self._unbegun[task_id] = True
 
     def on_cancel(self, node_id: NodeId, message: CancelForwarded) -> None:
         """The owner of a task wants it stopped."""

@@ -153,6 +153,24 @@ class Placing:
         if len(self._gained) > _GAINED_MAX:
             self._have_gained()
 
+    def refuse(self, node_id: NodeId, demand: Mapping[str, int]) -> bool:
+        """A node has sent a task back: it has no room for such ones, whatever it reported last.
+
+        Returns
+        -------
+        bool
+            It will not be chosen for one before its next report; False: it needs nothing that a
+            node could lack.
+        """
+        view = self._views.get(node_id)
+        if view is None:
+            return True
+        free = {n: view.available.get(n, 0) for n, amount in demand.items() if amount > 0}
+        left = {name: amount for name, amount in free.items() if amount > 0}
+        if left:
+            self.charge(node_id, left)
+        return bool(free)
+
     def _charge_s(self) -> float:
         return _CHARGE_HEARTBEATS * self._state.config.heartbeat_interval_s
 
