@@ -74,6 +74,18 @@ class Daemon:
         self._process.returncode = 0  # Popen must not warn that it still runs
 
 
+def wait_for_any(daemons: list[Daemon]) -> int:
+    """Until one of them has ended; gives its exit code."""
+    ends = {daemon.pidfd(each.pid): each for each in daemons}
+    if -1 in ends:  # this system does not tell of processes: then the first of them counts
+        return daemons[0].wait()
+    try:
+        return ends[daemon.wait_readable(list(ends), None)[0]].wait()
+    finally:
+        for descriptor in ends:
+            os.close(descriptor)
+
+
 def start(options: HeadOptions | NodeOptions) -> Daemon:
     """Start a daemon, and wait until it is up.
 
@@ -268,12 +280,12 @@ def stop_all(temp: str | None, force: bool, patience_s: float) -> tuple[int, int
     wanted = None if temp is None else places.folder_hash(places.temp_dir(temp))
     found = [each for each in places.listeners() if wanted in (None, each.folder_hash)]
     # Nodes first: they say goodbye to their head.
+    killed = 0
     for role in ("node", "head"):
         pids = [each.pid for each in found if each.role == role]
         ends = {pid: daemon.pidfd(pid) for pid in pids}
         for pid in pids:
             _signal(pid, signal.SIGKILL if force else signal.SIGTERM)
-        killed = 0
         deadline = time.monotonic() + patience_s
         for pid, descriptor in ends.items():
             if descriptor < 0:

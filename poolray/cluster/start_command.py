@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 from typing import Any, final
 
@@ -281,6 +282,7 @@ def _start_head(options: argparse.Namespace) -> int:
             port=port,
             temp_dir=temp,
             session_folder=session,
+            owner_pid=_owner_pid(options),
             storage=options.storage or f"sqlite:///{session}/head.db",
             config=options.system_config,
         )
@@ -374,6 +376,7 @@ def _node_options(
         temp_dir=temp,
         session_folder=session,
         is_head=bool(options.head),
+        owner_pid=_owner_pid(options),
         num_gpus=options.num_gpus,
         memory_bytes=options.memory,
         resources=options.resources,
@@ -383,17 +386,32 @@ def _node_options(
     )
 
 
+def _owner_pid(options: argparse.Namespace) -> int:
+    """Whose end is the daemons': with --block this process's, however it ends."""
+    return os.getpid() if options.block else 0
+
+
+class _Terminated(BaseException):
+    """This process was asked to end."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
 def _finish(options: argparse.Namespace, daemons: list[launch.Daemon]) -> int:
-    """Leave the daemons to themselves, or wait for their end."""
+    """Leave the daemons to themselves, or wait until one of them ends, and end them all."""
     if not options.block:
-        for daemon in daemons:
-            daemon.leave()
+        for each in daemons:
+            each.leave()
         return 0
-    say("\nCtrl-C ends them.")
+    signal.signal(signal.SIGTERM, _terminate)
+    code: int | None = 0
     try:
-        code = daemons[0].wait()
-    except KeyboardInterrupt:
-        code = 0
-    for daemon in daemons:
-        daemon.stop()
+        say("\nCtrl-C ends them.")
+        code = launch.wait_for_any(daemons)
+    except (KeyboardInterrupt, _Terminated):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for each in daemons:
+        each.stop()
     return 1 if code else 0

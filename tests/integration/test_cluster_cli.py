@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 import poolray
@@ -145,7 +147,9 @@ def test_without_a_token_the_cluster_stays_on_this_machine(
     assert run("status", f"--address={address}", **off).returncode == 0
 
 
-def test_blocking_start_ends_with_its_daemons(folder: Path, poolray_command: Run) -> None:
+@pytest.fixture
+def blocking(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command that has started a head and a node, and waits for their end."""
     process = subprocess.Popen(
         [sys.executable, "-m", "poolray", "start", "--head", "--port=0", "--block"],
         env={**os.environ, "HOME": str(folder), "POOLRAY_TMPDIR": str(folder / "runs")},
@@ -156,10 +160,39 @@ def test_blocking_start_ends_with_its_daemons(folder: Path, poolray_command: Run
     for line in process.stdout:
         if "Ctrl-C" in line:
             break
-    poolray_command("stop", "--temp-dir", str(folder / "runs"))
     process.stdout.close()
-    assert process.wait(20) == 0
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_blocking_start_ends_with_its_daemons(
+    folder: Path, poolray_command: Run, blocking: subprocess.Popen[str]
+) -> None:
+    poolray_command("stop", "--temp-dir", str(folder / "runs"))
+    assert blocking.wait(20) == 0
     assert daemons(folder) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_daemons_end_with_a_blocking_start(
+    folder: Path, blocking: subprocess.Popen[str], number: signal.Signals
+) -> None:
+    assert len(daemons(folder)) >= 2
+    blocking.send_signal(number)
+    assert blocking.wait(20) == (-number if number == signal.SIGKILL else 0)
+    wait_until(lambda: daemons(folder) == [], "the end of its daemons")
+
+
+@pytest.mark.parametrize("role", ["head", "node"])
+def test_a_blocking_start_fails_with_any_of_its_daemons(
+    folder: Path, blocking: subprocess.Popen[str], role: str
+) -> None:
+    found = map(psutil.Process, map(int, daemons(folder)))
+    (daemon,) = (each for each in found if each.cmdline()[2:5][:2] == ["poolray.cluster", role])
+    daemon.kill()
+    assert blocking.wait(20) == 1
+    wait_until(lambda: daemons(folder) == [], "the end of the others")
 
 
 @pytest.mark.parametrize(
