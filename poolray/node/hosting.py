@@ -445,6 +445,12 @@ class Hosting:
         if group is not None:
             self._tasks.dispatcher.dispatch(group)
 
+    def forget_unborn(self, record: TaskRecord) -> None:
+        """An actor that was to live here goes back to its keeper before it was made."""
+        actor = self._local.by_creation.pop(record.task_id)
+        actor.creation = None
+        del self._local.actors[actor.message.actor_id]
+
     def on_alive(self, actor: Actor, record: TaskRecord) -> None:
         """An actor lives here that another node keeps."""
         result = b"%d" % actor.pid

@@ -64,7 +64,7 @@ _DEAD_MAX = 4096
 #: Of those, the ones that are still shown to who looks on.
 _GONE_MAX = 100
 #: Others' tasks that do not fit here go back when they have waited for so long, at most twice.
-_STRANDED_S = 1.0
+_STRANDED_S = 0.5
 
 
 @final
@@ -331,6 +331,8 @@ class Peers:
             for definition in message.functions:
                 self._functions.define(client, definition)
             spec = task.spec
+            if not task.actor_id:
+                self._unbegun[spec.task_id] = False
             if self.draining.is_draining and not task.actor_id:
                 record = self._tasks.record_foreign(client_id, spec, task.attempts)
                 self._tasks.give_back(record)
@@ -338,7 +340,6 @@ class Peers:
                 node_id, task
             ):
                 group = self._tasks.submit_foreign(client_id, spec, task.attempts)
-                self._unbegun[spec.task_id] = False
                 if group is not None:
                     groups[group.group_id] = group
             # (Else: the link delivers once, so its owner does not remember giving it to us.)

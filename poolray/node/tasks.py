@@ -693,6 +693,8 @@ class Tasks:
     def return_unbegun(self, record: TaskRecord) -> None:
         """Another node's task that has not begun here goes back to it."""
         self._withdraw(record)
+        if record.class_queue.task_class.kind is _CREATE:
+            self.actors.hosting.forget_unborn(record)
         self.give_back(record)
 
     # ---- what others need to know ----------------------------------------------------------------

@@ -436,3 +436,35 @@ def test_a_daemon_whose_starter_is_gone_before_it_is_up_ends(cluster: Cluster) -
     wait_until(lambda: not daemon.is_alive(), "its end")
     with pytest.raises(ClusterConnectionError, match="was stopped before"):
         launch.start(node)
+
+
+def test_actors_and_tasks_that_two_nodes_place_at_one_moment_all_get_their_room() -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        for name in ("left", "right"):
+            cluster.add_node(num_cpus=0, resources={name: 1})
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        poolray.init(address=cluster.address)
+
+        @poolray.remote(num_cpus=1)
+        class Keeper:
+            def place(self) -> str:
+                return str(poolray.get_runtime_context().get_node_id())
+
+        @poolray.remote(num_cpus=0)
+        def make(start: float) -> Any:
+            time.sleep(max(0.0, start - time.time()))
+            keeper = Keeper.remote()
+            return poolray.get(keeper.place.remote(), timeout=30), keeper
+
+        for _ in range(3):
+            start = time.time() + 0.3
+            asked = [make.options(resources={n: 1}).remote(start) for n in ("left", "right")]
+            made = poolray.get(asked, timeout=60)
+            assert len({place for place, _ in made}) == 2
+            del asked, made
+            wait_until(lambda: poolray.available_resources().get("CPU") == 2, "room again")
+    finally:
+        poolray.shutdown()
+        cluster.shutdown()

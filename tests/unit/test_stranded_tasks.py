@@ -6,9 +6,12 @@ import pytest
 
 from poolray.ids import NodeId, TaskId
 from poolray.node.effects import SendPeer
+from poolray.protocol.directory import DrainNode
+from poolray.protocol.inquiry import AskHead
 from poolray.protocol.node import ForwardTasks
 from poolray.protocol.values import Placement
 from tests.unit.cluster_bench import A, B, C, MiniCluster
+from tests.unit.node_harness import DRIVER
 
 
 @pytest.fixture
@@ -98,3 +101,45 @@ def test_a_task_that_asks_for_that_node_waits_there(cluster: MiniCluster) -> Non
     cluster.carry()
     pass_time(cluster, 5)
     assert where(cluster, task) == B
+
+
+def test_an_actor_that_does_not_fit_any_more_is_made_where_it_does(cluster: MiniCluster) -> None:
+    a, b = cluster.nodes[A], cluster.nodes[B]
+    actors = [a.create(cpus=1) for _ in range(2)]
+    cluster.carry()
+    assert len(b.node.state.tasks) == 2, "its own task, and one of the actors"
+    calls = {a.call(actor_id): actor_id for actor_id in actors}
+    cluster.run(C, cluster.construct(C))
+    (lucky,) = (call for call in calls if a.state(call) is None)
+    pass_time(cluster, 3)
+    assert len(b.node.state.tasks) == 1, "it went back"
+    assert not b.node.register().actors
+    a.let_go(calls.pop(lucky))
+    cluster.carry()
+    pass_time(cluster, 3)
+    cluster.run(C, cluster.construct(C))
+    (call,) = calls
+    assert a.error_of(call) == "result"
+
+
+def test_a_node_that_is_drained_lets_go_of_an_actor_that_it_has_not_made(
+    cluster: MiniCluster,
+) -> None:
+    a, b = cluster.nodes[A], cluster.nodes[B]
+    actors = [a.create(cpus=1) for _ in range(2)]
+    cluster.carry()
+    assert len(b.node.state.tasks) == 2, "its own task, and one of the actors"
+    drain = DrainNode(request_id=0, node_id=B, reason="test")
+    a.tell(AskHead(request_id=1, question=drain), DRIVER)
+    cluster.carry()
+    b.run_all()
+    cluster.carry()
+    assert B in cluster.head.statistics().dead_nodes
+    calls = {a.call(actor_id): actor_id for actor_id in actors}
+    while calls:  # both are made on C, one after the other
+        cluster.run(C, cluster.construct(C))
+        (call,) = (call for call in calls if a.state(call) is None)
+        assert a.error_of(call) == "result"
+        a.let_go(calls.pop(call))
+        cluster.carry()
+        pass_time(cluster, 3)
