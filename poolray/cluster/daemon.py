@@ -65,7 +65,7 @@ def report(descriptor: int, ready: Ready) -> None:
     if descriptor < 0:
         return
     with contextlib.suppress(BrokenPipeError):  # it did not wait
-        os.write(descriptor, msgspec.json.encode(ready))
+        os.write(descriptor, msgspec.json.encode(ready) + b"\n")
     os.close(descriptor)
 
 

@@ -128,7 +128,8 @@ def start(options: HeadOptions | NodeOptions) -> Daemon:
 def _await_ready(reader: int) -> Ready:
     deadline = time.monotonic() + _START_S
     data = b""
-    while True:
+    # (Not until the pipe ends: a node that has joined may have forked workers, which have it too.)
+    while not data.endswith(b"\n"):
         if not daemon.wait_readable([reader], deadline - time.monotonic()):
             raise PoolrayError(f"The daemon was not up after {_START_S:.0f} s.")
         part = os.read(reader, 65536)

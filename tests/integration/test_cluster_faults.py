@@ -468,3 +468,17 @@ def test_actors_and_tasks_that_two_nodes_place_at_one_moment_all_get_their_room(
     finally:
         poolray.shutdown()
         cluster.shutdown()
+
+
+def test_nodes_that_have_work_from_their_first_moment_on_are_known_to_be_up() -> None:
+    """They may have forked workers before whoever starts them hears that they have joined."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        poolray.init(address=cluster.address)
+        refs = [poolray.remote(time.sleep).remote(0.05) for _ in range(200)]
+        for _ in range(4):
+            cluster.add_node(num_cpus=1)
+        assert len(poolray.get(refs, timeout=60)) == 200
+    finally:
+        poolray.shutdown()
+        cluster.shutdown()
