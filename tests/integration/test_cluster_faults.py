@@ -18,6 +18,8 @@ import pytest
 
 import poolray
 from poolray.cluster import launch
+from poolray.cluster.daemon import report
+from poolray.cluster.options import Ready
 from poolray.cluster_utils import Cluster
 from poolray.exceptions import (
     ActorDiedError,
@@ -475,10 +477,23 @@ def test_nodes_that_have_work_from_their_first_moment_on_are_known_to_be_up() ->
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         poolray.init(address=cluster.address)
-        refs = [poolray.remote(time.sleep).remote(0.05) for _ in range(200)]
+        nap = poolray.remote(lambda: time.sleep(0.05))
+        refs = [nap.remote() for _ in range(200)]
         for _ in range(4):
             cluster.add_node(num_cpus=1)
         assert len(poolray.get(refs, timeout=60)) == 200
     finally:
         poolray.shutdown()
         cluster.shutdown()
+
+
+def test_a_daemon_is_up_when_it_says_so_whoever_else_holds_its_pipe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "_START_S", 5.0)
+    reader, writer = os.pipe()
+    forked = os.dup(writer)
+    report(writer, Ready(pid=7, address="here", socket_name="name"))
+    assert launch._await_ready(reader).pid == 7
+    for descriptor in (reader, forked):
+        os.close(descriptor)
