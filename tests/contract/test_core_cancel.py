@@ -361,8 +361,8 @@ def test_grandchildren_are_cancelled_too(tmp_path: Path) -> None:
     @ray.remote(num_cpus=0.1)
     def descend(directory: Path, depth: int) -> Any:
         if depth == 0:
-            leave_mark(directory, "bottom")
             try:
+                leave_mark(directory, "bottom")  # (the order may come before the next line)
                 spin()
             except KeyboardInterrupt:
                 leave_mark(directory, "interrupted")
